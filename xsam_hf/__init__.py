@@ -1,0 +1,19 @@
+"""XSAM, explicit sharpness-aware minimization, for the Hugging Face Trainer."""
+
+from .arguments import XSAMSeq2SeqTrainingArguments, XSAMTrainingArguments
+from .trainer import XSAMMixin, XSAMSeq2SeqTrainer, XSAMTrainer
+from .xsam import XSAMArguments, XSAMState, xsam_gradient
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "XSAMArguments",
+    "XSAMMixin",
+    "XSAMSeq2SeqTrainer",
+    "XSAMSeq2SeqTrainingArguments",
+    "XSAMState",
+    "XSAMTrainer",
+    "XSAMTrainingArguments",
+    "xsam_gradient",
+]

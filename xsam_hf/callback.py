@@ -1,0 +1,86 @@
+"""What XSAM remembers between updates: α and its search schedule in every checkpoint, the searches in a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from .search import AlphaSearch
+from .xsam import XSAMArguments, XSAMState
+
+
+SEARCH_FILE = "xsam_search.jsonl"
+
+
+class XSAMCallback(TrainerCallback, ExportableState):
+    """
+    Keeps [`XSAMState`] in `trainer_state.json`, says when α is searched, and writes every search to `xsam_search.jsonl`.
+
+    [`XSAMMixin`] adds it by itself. It reads its state back at the beginning of training whatever
+    `restore_callback_states_from_checkpoint` says: a resumed run equals the uninterrupted one.
+    """
+
+    def __init__(self):
+        self.xsam = XSAMState()
+        self._resumed_inside_epoch = False
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"xsam": dataclasses.asdict(self.xsam)}}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        name = type(self).__name__
+        states: Any = state.stateful_callbacks
+        saved = states.get(name) if state.global_step > 0 else None
+        if saved is None:  # a new run, or one that a plain Trainer began
+            self.xsam = XSAMState(updates=state.global_step)
+            self._resumed_inside_epoch = False
+        else:
+            self.xsam = XSAMState(**saved["attributes"]["xsam"])
+            self._resumed_inside_epoch = state.epoch is not None and state.epoch % 1 != 0
+        states[name] = self.state()  # the Trainer saves only what is listed here
+        if state.is_world_process_zero:
+            _keep_searches_before(Path(str(args.output_dir)) / SEARCH_FILE, state.global_step)
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        # Also called when a run resumes inside an epoch, whose search the saved state has behind it.
+        if XSAMArguments.of(args).alpha_search_steps is None and not self._resumed_inside_epoch:
+            self.xsam.search_due = True
+        self._resumed_inside_epoch = False
+
+    def schedule_search(self, arguments: XSAMArguments, state: TrainerState) -> None:
+        """Marks the coming update for a search if `alpha_search_steps` asks for one."""
+        every = arguments.alpha_search_steps
+        if every is not None:
+            steps = math.ceil(every * state.max_steps) if every < 1 else int(every)
+            self.xsam.search_due |= state.global_step % steps == 0
+
+    def record_search(self, args: TrainingArguments, state: TrainerState, search: AlphaSearch) -> None:
+        """Appends one JSON line: `step` and `epoch` before the update, the grid, the losses (null: not finite), α*."""
+        if not state.is_world_process_zero:
+            return
+        line = {"step": state.global_step, "epoch": state.epoch, **dataclasses.asdict(search)}
+        line["losses"] = [loss if math.isfinite(loss) else None for loss in search.losses]
+        line["angle"] = search.angle if math.isfinite(search.angle) else None
+        with open(Path(str(args.output_dir)) / SEARCH_FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _keep_searches_before(path: Path, step: int) -> None:
+    """Drops the searches that a killed run made after its last checkpoint (or all, for a new run): they will come again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = []
+    if step > 0 and path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            try:
+                earlier = json.loads(line)["step"] < step
+            except json.JSONDecodeError:  # the write that a kill cut off
+                continue
+            if earlier:
+                kept.append(line)
+    path.write_text("".join(kept), encoding="utf-8")

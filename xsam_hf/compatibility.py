@@ -1,0 +1,119 @@
+"""What XSAM cannot work with, said when the trainer is built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import nn
+from transformers import Trainer
+from transformers.utils import logging
+
+from .xsam import XSAMArguments
+
+
+logger = logging.get_logger(__name__)
+
+# Each process holds the whole model and its own part of the batch.
+_REPLICATED = {
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_XPU,
+    DistributedType.MULTI_NPU,
+    DistributedType.MULTI_HPU,
+    DistributedType.MULTI_MLU,
+    DistributedType.MULTI_MUSA,
+    DistributedType.MULTI_SDAA,
+}
+_STEP_IN_BACKWARD = ("lomo", "adalomo", "layerwise")
+_GENERATING_TRAINERS = {"GRPOTrainer", "RLOOTrainer", "OnlineDPOTrainer", "PPOTrainer"}
+
+
+def check_supported(trainer: Trainer, arguments: XSAMArguments) -> None:
+    """
+    Raises if the trainer's set-up cannot run XSAM; warns about trainable weights in half precision. `rho=0` always passes.
+
+    Raises:
+        `ValueError`: the model has no trainable weights.
+        `NotImplementedError`: each message is one sentence with the way out.
+    """
+    if arguments.rho == 0:
+        return
+    _check_distribution(trainer, arguments.ascent_scope)
+    _check_optimizer(trainer)
+    kinds = {cls.__name__ for cls in type(trainer).__mro__} & _GENERATING_TRAINERS
+    if kinds:
+        raise NotImplementedError(
+            f"{kinds.pop()} generates and counts inside its training step, which XSAM would repeat for every pass: use "
+            "XSAM with a supervised or preference trainer (SFTTrainer, DPOTrainer, RewardTrainer), or set `rho` to 0."
+        )
+    _check_model(trainer.model)
+
+
+def _check_distribution(trainer: Trainer, ascent_scope: str) -> None:
+    kind = trainer.accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED:
+        raise NotImplementedError(
+            "XSAM needs several backward passes before the optimizer's step, and DeepSpeed steps inside backward: "
+            "use DDP or FSDP2 (`fsdp_version: 2`), or set `rho` to 0."
+        )
+    if kind == DistributedType.FSDP:
+        if trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
+            raise NotImplementedError(
+                "XSAM moves weights shard by shard, which FSDP1's flat parameters do not allow: "
+                "use FSDP2 (`fsdp_version: 2`), or set `rho` to 0."
+            )
+        if ascent_scope == "micro":
+            raise NotImplementedError(
+                "`ascent_scope='micro'` needs each process's own gradient, which FSDP2 never forms: "
+                "use `ascent_scope='update'`, or DDP."
+            )
+    elif kind not in _REPLICATED:
+        raise NotImplementedError(f"XSAM has not been made to work on {kind}: use DDP or FSDP2, or set `rho` to 0.")
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    for part, name in (("tp", "tensor"), ("cp", "context"), ("sp", "sequence")):
+        if parallelism is not None and getattr(parallelism, f"{part}_enabled", False):
+            raise NotImplementedError(
+                f"XSAM replays whole batches, and {name} parallelism splits each of them over processes: "
+                "use DDP or FSDP2, or set `rho` to 0."
+            )
+    if getattr(trainer, "is_distributed_loading_by_transformers", False):
+        raise NotImplementedError(
+            "The model was sharded while it was loaded (`tp_plan` or `device_mesh`), which XSAM does not handle: "
+            "load it whole and let accelerate shard it with FSDP2, or set `rho` to 0."
+        )
+
+
+def _check_optimizer(trainer: Trainer) -> None:
+    names = [str(getattr(trainer.args.optim, "value", trainer.args.optim)).lower()]
+    if trainer.optimizer is not None:
+        names.append(type(trainer.optimizer).__name__.lower())
+    if trainer.optimizer_cls_and_kwargs is not None:
+        names.append(trainer.optimizer_cls_and_kwargs[0].__name__.lower())
+    for name in names:
+        if any(part in name for part in _STEP_IN_BACKWARD):
+            raise NotImplementedError(
+                f"The optimizer {name} steps inside the backward pass, and XSAM needs several passes before the step: "
+                "choose one that steps afterwards, such as `adamw_torch`, or set `rho` to 0."
+            )
+
+
+def _check_model(model: Any) -> None:
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    if not weights:
+        raise ValueError(
+            "The model has no trainable weights, so XSAM has none to perturb: unfreeze some, or set `rho` to 0."
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
+            raise NotImplementedError(
+                f"The embedding {name!r} has sparse gradients, which XSAM cannot take norms of: build it with "
+                "`sparse=False`, or set `rho` to 0."
+            )
+    if any(weight.dtype in (torch.float16, torch.bfloat16) for weight in weights):
+        logger.warning(
+            "Some trainable weights are in half precision: most of a small perturbation is lost in rounding. Load the model "
+            "with `dtype=torch.float32` and set `bf16=True` (autocast) instead."
+        )
