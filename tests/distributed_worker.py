@@ -1,0 +1,109 @@
+"""Runs every scenario of test_distributed.py in each of two processes and saves what each of them ended with."""
+
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from toys import Classifier, Points, train, weights_of
+from transformers import Trainer
+
+from xsam_hf import XSAMTrainer
+
+
+COMMON = {"rho": 0.5, "train_sampling_strategy": "sequential"}
+
+
+class NotFiniteOnOneRank(Classifier):
+    """The second pass of the first update is NaN in process 1 only."""
+
+    def forward(self, x, labels=None):
+        outputs = super().forward(x, labels)
+        if self.training and self.forwards == 2 and dist.is_initialized() and dist.get_rank() == 1:
+            outputs["loss"] = outputs["loss"] * math.nan
+        return outputs
+
+
+class PartlyUsed(Classifier):
+    """A weight that process 1 never uses and one that no process does."""
+
+    def __init__(self):
+        super().__init__()
+        self.once = torch.nn.Parameter(torch.ones(3))
+        self.never = torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, x, labels=None):
+        outputs = super().forward(x, labels)
+        if labels is not None and dist.get_rank() == 0:
+            outputs["loss"] = outputs["loss"] + 0.1 * outputs["logits"].mean() * self.once.sum()
+        return outputs
+
+
+# name: (model, arguments in two processes); the single-process counterparts stand in test_distributed.py.
+SCENARIOS = {
+    "xsam": (Classifier, {}),
+    "sam": (Classifier, {"alpha": 1.0}),
+    "three steps": (Classifier, {"ascent_steps": 3}),
+    "accumulation": (Classifier, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}),
+    "adamw": (Classifier, {"optim": "adamw_torch", "learning_rate": 0.01, "adam_epsilon": 1e-3}),
+    "used": (Classifier, {"ddp_find_unused_parameters": False}),
+    "micro": (Classifier, {"ascent_scope": "micro", "alpha": 1.7}),
+    "micro accumulation": (
+        Classifier,
+        {"ascent_scope": "micro", "alpha": 1.7, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+    ),
+    "micro search": (Classifier, {"ascent_scope": "micro"}),
+    "micro partly used": (
+        PartlyUsed,
+        {"ascent_scope": "micro", "optim": "adamw_torch", "weight_decay": 0.1, "ddp_find_unused_parameters": True},
+    ),
+    "not finite": (NotFiniteOnOneRank, {"alpha": 1.7}),
+    "batch norm": (lambda: Classifier(batch_norm=True), {}),
+    "dropout": (lambda: Classifier(dropout=0.3), {}),
+}
+
+
+def run(directory, name, trainer=XSAMTrainer, **changes):
+    model, settings = SCENARIOS[name]
+    settings = {**COMMON, **settings, **changes}
+    if trainer is Trainer:
+        settings = {key: value for key, value in settings.items() if key == "train_sampling_strategy"}
+    return train(directory / name, model(), Points(64), trainer=trainer, **settings)
+
+
+def result(trainer):
+    keys = ("xsam/alpha", "xsam/sharpness", "xsam/grad_norm_last", "xsam/fallbacks", "loss")
+    history = {key: [e[key] for e in trainer.state.log_history if key in e] for key in keys}
+    passes = (trainer.model.forwards, trainer.model.backwards)
+    return {
+        "weights": weights_of(trainer),
+        "history": history,
+        "passes": passes,
+        "alpha": trainer._xsam_callback.xsam.alpha,
+    }
+
+
+def main(directory):
+    results = {name: result(run(directory, name)) for name in SCENARIOS}
+
+    # The random stream of every process ends where the plain Trainer's does.
+    streams = []
+    for kind in (Trainer, XSAMTrainer):
+        torch.manual_seed(7)
+        run(directory / kind.__name__, "dropout", trainer=kind)
+        streams.append(torch.rand(3))
+    results["streams"] = streams
+
+    saved = run(directory / "saved", "dropout", save_strategy="steps", save_steps=1)
+    checkpoint = str(directory / "saved" / "dropout" / "checkpoint-3")
+    resumed = run(directory / "resumed", "dropout", resume=checkpoint)
+    results["resume"] = (weights_of(saved), weights_of(resumed))
+
+    torch.save(results, directory / f"rank{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))

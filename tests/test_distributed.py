@@ -1,0 +1,119 @@
+"""Two real gloo processes, started by `accelerate launch` and by `torchrun`, against one process with the same batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_worker import COMMON
+from toys import Classifier, Points, train, weights_of
+
+from xsam_hf import XSAMTrainer
+
+
+TESTS = Path(__file__).parent
+LAUNCHERS = {
+    "accelerate": [
+        *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+    ],
+    "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"],
+}
+# 2 processes × 8 = 1 × 16, for every scenario that promises so.
+SAME = {
+    "xsam": {"per_device_train_batch_size": 16},
+    "sam": {"per_device_train_batch_size": 16, "alpha": 1.0},
+    "three steps": {"per_device_train_batch_size": 16, "ascent_steps": 3},
+    "accumulation": {"per_device_train_batch_size": 16},
+    "adamw": {"per_device_train_batch_size": 16, "optim": "adamw_torch", "learning_rate": 0.01, "adam_epsilon": 1e-3},
+    "used": {"per_device_train_batch_size": 16},
+    # The micro scope's counterpart: each process's micro-batch is one of an accumulation in one process.
+    "micro": {
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 2,
+        "ascent_scope": "micro",
+        "alpha": 1.7,
+    },
+    "micro accumulation": {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 4,
+        "ascent_scope": "micro",
+        "alpha": 1.7,
+    },
+}
+
+
+@pytest.fixture(scope="module", params=LAUNCHERS)
+def ranks(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp(request.param)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
+    command = [sys.executable, *LAUNCHERS[request.param], str(TESTS / "distributed_worker.py"), str(directory)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return directory, [torch.load(directory / f"rank{i}.pt", weights_only=True) for i in range(2)]
+
+
+def history(run, key):
+    return [entry[key] for entry in run.state.log_history if key in entry]
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_two_processes_equal_one(ranks, tmp_path, name):
+    _, (rank0, _) = ranks
+    alone = train(tmp_path, Classifier(), Points(64), **{**COMMON, **SAME[name]})
+    start = torch.cat([p.detach().reshape(-1) for p in Classifier().parameters()])
+    assert (weights_of(alone) - start).abs().max() > 0.02
+    assert (rank0[name]["weights"] - weights_of(alone)).abs().max() <= 1e-6
+    assert rank0[name]["history"]["xsam/alpha"] == history(alone, "xsam/alpha")
+    if not name.startswith("micro"):  # there a micro-batch's share of the loss is logged
+        for key in ("loss", "xsam/sharpness", "xsam/grad_norm_last"):
+            assert rank0[name]["history"][key] == pytest.approx(history(alone, key), abs=2e-5), key
+
+
+def test_ranks_never_disagree(ranks):
+    _, (rank0, rank1) = ranks
+    for name in rank0:
+        if isinstance(rank0[name], dict):
+            assert torch.equal(rank0[name]["weights"], rank1[name]["weights"]), name
+            assert rank0[name]["alpha"] == rank1[name]["alpha"], name
+            assert rank0[name]["passes"] == rank1[name]["passes"], name
+
+
+def test_scopes_are_different_algorithms(ranks):
+    _, (rank0, _) = ranks
+    assert (rank0["micro search"]["weights"] - rank0["xsam"]["weights"]).abs().max() > 1e-4
+    assert rank0["micro search"]["alpha"] != 1
+
+
+def test_a_rank_that_is_not_finite_makes_all_fall_back(ranks, tmp_path):
+    _, (rank0, _) = ranks
+    outcome = rank0["not finite"]
+    assert outcome["history"]["xsam/fallbacks"] == [1] and torch.isfinite(outcome["weights"]).all()
+    healthy = train(tmp_path, Classifier(), Points(64), **COMMON, alpha=1.7, per_device_train_batch_size=16)
+    assert (outcome["weights"] - weights_of(healthy)).abs().max() > 1e-4
+
+
+def test_a_weight_that_one_rank_never_uses_is_trained_and_an_unused_one_is_not(ranks):
+    _, (rank0, _) = ranks
+    once, never = rank0["micro partly used"]["weights"][:6].split(3)
+    assert (never == 1).all()  # no gradient, so no weight decay either
+    assert (once != 1).all()
+
+
+def test_every_search_is_written_once(ranks):
+    directory, _ = ranks
+    assert len((directory / "xsam" / "xsam_search.jsonl").read_text().splitlines()) == 2
+
+
+def test_random_streams_and_resume(ranks):
+    _, results = ranks
+    for rank in results:
+        plain, ours = rank["streams"]
+        assert torch.equal(plain, ours)
+        assert torch.equal(*rank["resume"])
+
+
+def test_one_process_class_is_the_same(tmp_path):
+    assert train(tmp_path, max_steps=1).__class__ is XSAMTrainer

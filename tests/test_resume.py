@@ -1,0 +1,124 @@
+"""Promise 4: a run resumed at any step equals the uninterrupted one, bit for bit, α and its searches included."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from toys import Classifier, Points, arguments, train, weights_of
+from transformers import Trainer
+
+from xsam_hf import XSAMTrainer
+from xsam_hf.callback import XSAMCallback
+
+
+STEPS = 12  # 3 epochs of 4 updates
+SETTINGS = {
+    "num_train_epochs": 3,
+    "optim": "adamw_torch",
+    "learning_rate": 0.01,
+    "lr_scheduler_type": "cosine",
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "rho": 0.5,
+}
+VARIANTS = {
+    "every epoch": {},
+    "every 5 updates": {"alpha_search_steps": 5},
+    "accumulation": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "ascent_steps": 2},
+    "micro": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "ascent_scope": "micro"},
+}
+
+
+def model():
+    return Classifier(dropout=0.3, batch_norm=True)
+
+
+def searches(directory):
+    lines = (directory / "xsam_search.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def whole(request, tmp_path_factory):
+    """The uninterrupted run, which saves at every step."""
+    directory = tmp_path_factory.mktemp("whole")
+    torch.manual_seed(0)
+    run = train(directory, model(), **SETTINGS, **VARIANTS[request.param])
+    return directory, run, VARIANTS[request.param]
+
+
+@pytest.mark.parametrize("restore_flag", [False, True])
+@pytest.mark.parametrize("step", range(1, STEPS))
+def test_resume_at_every_step_is_bitwise(tmp_path, whole, step, restore_flag):
+    directory, uninterrupted, variant = whole
+    checkpoint = directory / f"checkpoint-{step}"
+    # The killed run had gone on: its file holds later searches, and a line that the kill cut off.
+    (tmp_path / "xsam_search.jsonl").write_text((directory / "xsam_search.jsonl").read_text() + '{"step": 3, "al')
+    run = train(
+        tmp_path,
+        model(),
+        resume=str(checkpoint),
+        restore_callback_states_from_checkpoint=restore_flag,
+        **{**SETTINGS, "save_strategy": "no"},
+        **variant,
+    )
+    assert run.state.global_step == STEPS
+    for name, value in uninterrupted.model.state_dict().items():
+        assert torch.equal(value, run.model.state_dict()[name]), name
+    assert run._xsam_callback.xsam == uninterrupted._xsam_callback.xsam
+    assert searches(tmp_path) == searches(directory)
+    assert sum(isinstance(c, XSAMCallback) for c in run.callback_handler.callbacks) == 1
+
+
+def test_the_test_would_notice_a_lost_alpha(tmp_path, whole):
+    directory, uninterrupted, variant = whole
+    checkpoint = tmp_path / "checkpoint-6"
+    shutil.copytree(directory / "checkpoint-6", checkpoint)
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    saved = state["stateful_callbacks"]["XSAMCallback"]["attributes"]["xsam"]
+    assert saved["alpha"] == next(line["alpha"] for line in reversed(searches(directory)) if line["step"] < 6)
+    saved["alpha"] = 0.3
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    run = train(tmp_path, model(), resume=str(checkpoint), **{**SETTINGS, "save_strategy": "no"}, **variant)
+    assert not torch.equal(weights_of(run), weights_of(uninterrupted))
+
+
+def test_a_checkpoint_of_the_plain_trainer_can_be_continued_and_saved(tmp_path):
+    settings = {key: value for key, value in SETTINGS.items() if key != "rho"}
+    train(tmp_path, model(), trainer=Trainer, **settings)
+    run = train(tmp_path, model(), resume=str(tmp_path / "checkpoint-6"), **SETTINGS)
+    assert run.state.global_step == STEPS
+    assert [line["step"] for line in searches(tmp_path)] == [6, 8]  # at once, for there is no α yet, then every epoch
+    state = json.loads((tmp_path / "checkpoint-12" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["XSAMCallback"]["attributes"]["xsam"]["updates"] == STEPS
+
+
+def test_a_checkpoint_of_ours_can_be_continued_by_the_plain_trainer(tmp_path):
+    train(tmp_path, model(), **SETTINGS)
+    settings = {key: value for key, value in SETTINGS.items() if key != "rho"}
+    for flag in (False, True):
+        run = train(
+            tmp_path,
+            model(),
+            trainer=Trainer,
+            resume=str(tmp_path / "checkpoint-6"),
+            restore_callback_states_from_checkpoint=flag,
+            **settings,
+        )
+        assert run.state.global_step == STEPS
+
+
+def test_rho_zero_resumes_as_the_plain_trainer_does(tmp_path):
+    settings = {**SETTINGS, "rho": 0.0}
+    whole = train(tmp_path / "whole", model(), **settings)
+    again = train(tmp_path / "again", model(), resume=str(tmp_path / "whole" / "checkpoint-5"), **settings)
+    assert torch.equal(weights_of(whole), weights_of(again))
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    run = train(tmp_path, model(), **SETTINGS)
+    again = XSAMTrainer(model=model(), args=arguments(tmp_path, **SETTINGS), train_dataset=Points())
+    again.train(resume_from_checkpoint=True)
+    assert torch.equal(weights_of(run), weights_of(again))
+    assert len(searches(tmp_path)) == 3
