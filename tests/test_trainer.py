@@ -438,7 +438,7 @@ def test_promise_5_alpha_never_comes_from_a_loss_that_is_not_finite(tmp_path):
 
     run = train(tmp_path, Failing(), rho=0.5)
     assert history(run, "xsam/alpha") == [1.0] * 8
-    assert all(line["alpha"] is None and line["losses"] == [None] * 21 for line in search_lines(run))
+    assert all(line["alpha"] == 1 and line["losses"] == [None] * 21 for line in search_lines(run))
     assert not history(run, "xsam/search_gain")
     sam = train(tmp_path / "b", rho=0.5, alpha=1.0)
     assert torch.equal(weights_of(run), weights_of(sam))
@@ -608,6 +608,15 @@ def test_hyperparameter_search_tunes_rho(tmp_path):
     for rho, weights in trained:
         alone = train(tmp_path / str(rho), rho=rho, train_sampling_strategy="sequential")
         assert torch.equal(weights, weights_of(alone)), rho
+
+
+def test_model_card_holds_the_method(tmp_path):
+    for rho, said in ((0.25, True), (0.0, False)):
+        run = train(tmp_path / str(rho), rho=rho, alpha=1.0)
+        run.create_model_card(dataset="points", finetuned_from="scratch")
+        card = (tmp_path / str(rho) / "README.md").read_text()
+        assert ("| rho | 0.25 |" in card and "| alpha | 1.0 |" in card and "## XSAM" in card) == said
+        assert "points" in card and card.startswith("---\n")
 
 
 def test_training_twice_starts_anew(tmp_path):

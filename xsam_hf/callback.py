@@ -61,10 +61,11 @@ class XSAMCallback(TrainerCallback, ExportableState):
             self.xsam.search_due |= state.global_step % steps == 0
 
     def record_search(self, args: TrainingArguments, state: TrainerState, search: AlphaSearch) -> None:
-        """Appends one JSON line: `step` and `epoch` before the update, the grid, the losses (null: not finite), α*."""
+        """Appends one JSON line: `step` and `epoch` before the update, the grid, its losses (null: not finite), α after it."""
         if not state.is_world_process_zero:
             return
         line = {"step": state.global_step, "epoch": state.epoch, **dataclasses.asdict(search)}
+        line["alpha"] = self.xsam.alpha
         line["losses"] = [loss if math.isfinite(loss) else None for loss in search.losses]
         line["angle"] = search.angle if math.isfinite(search.angle) else None
         with open(Path(str(args.output_dir)) / SEARCH_FILE, "a", encoding="utf-8") as file:

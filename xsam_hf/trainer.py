@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -209,6 +210,25 @@ class XSAMMixin(_Trainer):
                     "`xsam/fallbacks` counts such updates between two logs. If there are many, lower `rho`."
                 )
         super().log(logs, start_time)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Writes the Trainer's model card, which `push_to_hub` publishes, and adds the method's fields to it."""
+        super().create_model_card(*args, **kwargs)
+        arguments = self.xsam_arguments
+        card = Path(str(self.args.output_dir)) / "README.md"
+        if not self.is_world_process_zero() or arguments.rho == 0 or not card.is_file():
+            return
+        rows = [f"| {name} | {value} |" for name, value in asdict(arguments).items()]
+        section = [
+            "## XSAM",
+            "",
+            "Trained by `xsam_hf`, explicit sharpness-aware minimization (XSAM, ICLR 2026), with:",
+            "",
+            "| field | value |",
+            "|---|---|",
+            *rows,
+        ]
+        card.write_text(card.read_text(encoding="utf-8") + "\n".join(["", *section, ""]), encoding="utf-8")
 
 
 class XSAMTrainer(XSAMMixin, Trainer):
