@@ -1,0 +1,174 @@
+"""The images: where they come from, how they are split, and how training varies them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+from transformers import TrainerCallback
+
+from tasks.image_classification import archives
+
+
+Arrays = tuple[np.ndarray, np.ndarray]  # images (N, H, W, C) in uint8, labels (N,)
+
+
+@dataclass(frozen=True)
+class Images:
+    """
+    One data set.
+
+    Args:
+        hub (`str`, *optional*): name on the Hugging Face hub.
+        columns (`tuple[str, str]`): the image's and the label's column there.
+        classes, size, patch (`int`): number of labels; edge of an image and of a ViT's patch, in pixels.
+        mean, std (`tuple[float, ...]`): of each channel over the training images, for pixels from 0 to 1.
+        padding (`int`): training crops an image of the same size out of one with so many pixels added on every side. 0 for
+            digits, where a shift by one of eight pixels is another image.
+        padding_mode (`str`): what is added.
+        flip (`bool`): whether training mirrors half of the images.
+    """
+
+    hub: str | None
+    columns: tuple[str, str]
+    classes: int
+    size: int
+    patch: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    padding: int
+    padding_mode: str
+    flip: bool
+
+
+# CIFAR-100's statistics are those of Zhao et al. 2022; digits' and Fashion-MNIST's are checked by the tests.
+DATASETS = {
+    "digits": Images(None, ("", ""), 10, 8, 2, (0.3051,), (0.3757,), 0, "constant", False),
+    "fashion_mnist": Images(
+        "zalando-datasets/fashion_mnist", ("image", "label"), 10, 28, 7, (0.2860,), (0.3530,), 2, "constant", True
+    ),
+    "cifar10": Images(
+        "uoft-cs/cifar10", ("img", "label"), 10, 32, 4,
+        (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), 4, "reflect", True,
+    ),
+    "cifar100": Images(
+        "uoft-cs/cifar100", ("img", "fine_label"), 100, 32, 4,
+        (0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047), 4, "reflect", True,
+    ),
+}  # fmt: skip
+
+
+class Split(Dataset):
+    """
+    Images and labels with a transform, the random part of which depends on (seed, epoch, index) alone.
+
+    Not on the process's random stream: the Trainer draws examples before it restores that stream, so a resumed run would
+    see other crops than the uninterrupted one, and so would one with another number of workers.
+    """
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, transform: Callable[[Tensor], Tensor], seed: int = 0):
+        self.images = torch.from_numpy(images).permute(0, 3, 1, 2)  # (N, C, H, W)
+        self.labels = labels
+        self.transform, self.seed = transform, seed
+        # Shared, so that workers that outlive an epoch see the next one.
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> dict:
+        with torch.random.fork_rng(devices=[]):
+            key = np.random.SeedSequence([self.seed, int(self.epoch), i]).generate_state(1, np.uint64)[0]
+            torch.default_generator.manual_seed(int(key) >> 1)
+            return {"pixel_values": self.transform(self.images[i]), "labels": int(self.labels[i])}
+
+
+class EpochCallback(TrainerCallback):
+    """Tells the training images which epoch it is, also when a run is resumed inside one."""
+
+    def __init__(self, split: Split):
+        self.split = split
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.split.epoch.fill_(int(state.epoch or 0))
+
+
+def load(
+    name: str, data_dir: str | None = None, validation_share: float = 0.1, cutout: int = 0, seed: int = 0
+) -> dict[str, Split]:
+    """
+    The data set's `train`, `validation` and `test` splits.
+
+    The test split is the data set's own (digits, which has none: a fifth). `validation_share` of the training images, drawn
+    with equal shares of every class and always the same whatever `seed` is, are held out for validation.
+
+    Args:
+        name (`str`): one of `DATASETS`.
+        data_dir (`str`, *optional*): a local copy; see `archives.read` for what it may hold. Else the hub.
+        validation_share (`float`, *optional*, defaults to 0.1): 0 trains on everything and leaves `validation` empty.
+        cutout (`int`, *optional*, defaults to 0): edge in pixels of a square that is blanked out in every training image.
+        seed (`int`, *optional*, defaults to 0): of the random crops and flips.
+
+    Raises:
+        `ValueError`: an argument is out of range, or `data_dir` holds no such data.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"`dataset` is {name!r}: choose one of {', '.join(DATASETS)}.")
+    if not 0 <= validation_share < 1:
+        raise ValueError(f"`validation_share` is {validation_share}: give a share from 0 to below 1.")
+    images = DATASETS[name]
+    if not 0 <= cutout <= images.size:
+        raise ValueError(f"`cutout` is {cutout}: give an edge from 0 to the images' {images.size} pixels.")
+    (x, y), test = _digits() if name == "digits" else _read(name, data_dir)
+    rows = np.arange(len(y))
+    held_out = rows[:0]
+    if validation_share:
+        rows, held_out = train_test_split(rows, test_size=validation_share, random_state=0, stratify=y)
+    plain = _transform(images)
+    return {
+        "train": Split(x[rows], y[rows], _augmentation(images, cutout), seed),
+        "validation": Split(x[held_out], y[held_out], plain),
+        "test": Split(*test, plain),
+    }
+
+
+def _digits() -> tuple[Arrays, Arrays]:
+    digits = load_digits()  # 1797 images of 8×8 in 17 levels of grey, 0 to 16
+    x = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)
+    rows, test = train_test_split(np.arange(len(x)), test_size=0.2, random_state=0, stratify=digits.target)
+    return (x[rows], digits.target[rows]), (x[test], digits.target[test])
+
+
+def _read(name: str, data_dir: str | None) -> tuple[Arrays, Arrays]:
+    images = DATASETS[name]
+    if data_dir is not None:
+        return archives.read(name, Path(data_dir), images.columns)
+    if name == "fashion_mnist" and archives.DEBIAN_FASHION_MNIST.is_dir():
+        return archives.read(name, archives.DEBIAN_FASHION_MNIST, images.columns)
+    return archives.from_columns(datasets.load_dataset(images.hub), images.columns)
+
+
+def _transform(images: Images) -> Callable[[Tensor], Tensor]:
+    return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(images.mean, images.std)])
+
+
+def _augmentation(images: Images, cutout: int) -> Callable[[Tensor], Tensor]:
+    steps: list[Callable] = []
+    if images.padding:
+        steps.append(v2.RandomCrop(images.size, padding=images.padding, padding_mode=images.padding_mode))
+    if images.flip:
+        steps.append(v2.RandomHorizontalFlip())
+    steps.append(_transform(images))
+    if cutout:
+        # After the normalisation, so that 0 is the mean. DeVries & Taylor 2017 let the square stick out at the edges;
+        # torchvision's stays inside.
+        share = (cutout / images.size) ** 2
+        steps.append(v2.RandomErasing(p=1.0, scale=(share, share), ratio=(1.0, 1.0), value=0))
+    return v2.Compose(steps)

@@ -1,0 +1,114 @@
+"""What every task leaves behind: `result.json`, from which each figure can be traced, and what the run cost."""
+
+import json
+import platform
+import subprocess
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+
+PACKAGES = ("transformers", "accelerate", "datasets", "evaluate", "xsam_hf")
+
+
+class CostMeter(TrainerCallback, ExportableState):
+    """
+    Counts the passes over micro-batches and the seconds of a training, across interruptions.
+
+    A forward pass in train mode counts as a backward pass too if it builds a graph: XSAM's probes do not.
+
+    Args:
+        model (`torch.nn.Module`, *optional*): the model to watch. Optional only because the Trainer makes a new callback
+            without it when it restores one from a checkpoint; the hook goes on counting in the first.
+    """
+
+    def __init__(self, model: nn.Module | None = None):
+        self.forward = self.backward = 0
+        self.seconds = 0.0
+        self._started: float | None = None
+        if model is not None:
+            model.register_forward_hook(self._count)
+
+    def _count(self, model: nn.Module, inputs: Any, outputs: Any) -> None:
+        if model.training:
+            self.forward += 1
+            self.backward += torch.is_grad_enabled()
+
+    def state(self) -> dict:
+        attributes = {"forward": self.forward, "backward": self.backward, "seconds": self.elapsed}
+        return {"args": {}, "attributes": attributes}
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training so far, evaluations in between included."""
+        return self.seconds + (0 if self._started is None else time.monotonic() - self._started)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        saved = state.stateful_callbacks.get("CostMeter") if state.global_step > 0 else None
+        if saved is not None:
+            for name, value in saved["attributes"].items():
+                setattr(self, name, value)
+        state.stateful_callbacks["CostMeter"] = self.state()
+        self._started = time.monotonic()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.seconds, self._started = self.elapsed, None
+
+
+def method_name(args: TrainingArguments) -> str:
+    """The method that the arguments stand for: `xsam`, `sam`, `wsam`, or the base optimizer's name."""
+    if args.rho == 0:
+        return args.optim.value.split("_")[0]
+    return {None: "xsam", 1.0: "sam"}.get(args.alpha, "wsam")
+
+
+def write_result(trainer: Trainer, meter: CostMeter, arguments: Any, **facts: Any) -> Path:
+    """
+    Writes `output_dir/result.json`: the facts (task, dataset, model, metrics ...), all arguments, cost, versions, commit.
+
+    Args:
+        trainer (`Trainer`): after training.
+        meter ([`CostMeter`]): that watched it.
+        arguments (dataclass): the task's own arguments; the trainer's are added.
+
+    Returns:
+        `Path`: the file.
+    """
+    args = trainer.args
+    result = {
+        **facts,
+        "method": method_name(args),
+        "passes": {"forward": meter.forward, "backward": meter.backward},
+        "seconds": round(meter.elapsed, 2),
+        "seed": args.seed,
+        "device": str(args.device),
+        "processes": args.world_size,
+        "threads": torch.get_num_threads(),
+        # torch tells its build too (+cpu, +cu130), which its metadata does not everywhere.
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            **{name: version(name) for name in PACKAGES},
+        },
+        "git_commit": git_commit(),
+        "arguments": {**asdict(arguments), **args.to_sanitized_dict()},
+    }
+    path = Path(args.output_dir) / "result.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")
+    partial.replace(path)  # whoever finds the file finds it whole
+    return path
+
+
+def git_commit() -> str | None:
+    """The checkout's commit, with `-dirty` if files differ from it; `None` outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() or None if done.returncode == 0 else None

@@ -1,0 +1,416 @@
+"""The image task: data that is read exactly and safely, figures checked by hand, and a killed run that goes on."""
+
+import gzip
+import hashlib
+import json
+import os
+import pickle
+import re
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import datasets
+import evaluate
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from tasks import recipes
+from tasks.image_classification import archives, data, models
+from tasks.image_classification.train import ImageArguments, TrainingArguments
+
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "tasks" / "image_classification" / "train.py"
+RECIPES = sorted((SCRIPT.parent / "recipes").glob("*.yaml"))
+SHORT = ["--dataset", "digits", "--max_steps", "6", "--per_device_train_batch_size", "500", "--threads", "1"]
+
+
+def run(output_dir, *flags, **options):
+    command = [sys.executable, str(SCRIPT), *SHORT, "--output_dir", str(output_dir), "--report_to", "none", *flags]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def test_parameter_counts_and_patches():
+    vit = models.build("vit-ti", "cifar100")
+    assert sum(p.numel() for p in vit.parameters()) == 5_380_132
+    shapes = {name: (images.size // images.patch) ** 2 for name, images in data.DATASETS.items()}
+    assert shapes == {"digits": 16, "fashion_mnist": 16, "cifar10": 64, "cifar100": 64}
+    for name, images in data.DATASETS.items():
+        model = models.build("vit-small", name)
+        x = torch.zeros(2, len(images.mean), images.size, images.size)
+        assert model(x).logits.shape == (2, images.classes)
+    with pytest.raises(ValueError, match="`model` is 'vit-huge': choose one of vit-ti, vit-small"):
+        models.build("vit-huge", "digits")
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(split):
+    return hashlib.sha256(split.images.numpy().tobytes() + np.asarray(split.labels).tobytes()).hexdigest()[:12]
+
+
+def test_digits_splits_are_fixed_and_disjoint():
+    one, other = data.load("digits", seed=0), data.load("digits", seed=7)
+    assert {name: len(split) for name, split in one.items()} == {"train": 1293, "validation": 144, "test": 360}
+    rows = [{image.numpy().tobytes() for image in split.images} for split in one.values()]
+    assert not rows[0] & rows[1] and not rows[0] & rows[2] and not rows[1] & rows[2]
+    assert {name: fingerprint(s) for name, s in one.items()} == {name: fingerprint(s) for name, s in other.items()}
+    assert [fingerprint(s) for s in one.values()] == FINGERPRINTS
+    whole = data.load("digits", validation_share=0)
+    assert len(whole["train"]) == 1437 and len(whole["validation"]) == 0
+    assert fingerprint(whole["test"]) == fingerprint(one["test"])
+
+
+FINGERPRINTS = ["bae8dc494c49", "bb814d8f9997", "a2fc2790f951"]
+
+
+def test_digits_statistics_and_normalisation():
+    train = data.load("digits")["train"]
+    pixels = train.images.double() / 255
+    images = data.DATASETS["digits"]
+    assert pixels.mean().item() == pytest.approx(images.mean[0], abs=5e-4)
+    assert pixels.std().item() == pytest.approx(images.std[0], abs=5e-4)
+    item = train[3]
+    assert torch.allclose(item["pixel_values"], ((pixels[3] - images.mean[0]) / images.std[0]).float(), atol=1e-6)
+    assert item["labels"] == train.labels[3]
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone():
+    def split(seed=0):
+        images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+        images[1] = images[0]
+        return data.Split(images, np.zeros(4, int), data._augmentation(data.DATASETS["cifar100"], 0), seed)
+
+    one = split()
+    first = one[0]["pixel_values"]
+    torch.rand(100)
+    assert torch.equal(one[0]["pixel_values"], first)
+    stream = torch.get_rng_state()
+    seen = {
+        first.numpy().tobytes(),
+        one[1]["pixel_values"].numpy().tobytes(),
+        split(1)[0]["pixel_values"].numpy().tobytes(),
+    }
+    for epoch in range(1, 6):
+        one.epoch.fill_(epoch)
+        seen.add(one[0]["pixel_values"].numpy().tobytes())
+    assert len(seen) == 8
+    assert torch.equal(torch.get_rng_state(), stream)
+    one.epoch.fill_(0)
+    loader = torch.utils.data.DataLoader(one, batch_size=4, num_workers=1)
+    assert torch.equal(next(iter(loader))["pixel_values"][0], first)
+
+
+def test_crops_are_shifts_of_the_reflected_image():
+    images = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
+    split = data.Split(images, np.zeros(1, int), data._augmentation(data.DATASETS["cifar100"], 0), 0)
+    padded = np.pad(images[0], ((4, 4), (4, 4), (0, 0)), mode="reflect")
+    cifar = data.DATASETS["cifar100"]
+    allowed = set()
+    for top in range(9):
+        for left in range(9):
+            window = padded[top : top + 32, left : left + 32]
+            allowed |= {window.tobytes(), np.ascontiguousarray(window[:, ::-1]).tobytes()}
+    mean, std = (torch.tensor(values)[:, None, None] for values in (cifar.mean, cifar.std))
+    for epoch in range(20):
+        split.epoch.fill_(epoch)
+        pixels = ((split[0]["pixel_values"] * std + mean) * 255).round().to(torch.uint8)
+        assert np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()).tobytes() in allowed
+
+
+def test_cutout_blanks_one_square_to_the_mean():
+    images = np.full((1, 32, 32, 3), 255, dtype=np.uint8)
+    split = data.Split(images, np.zeros(1, int), data._augmentation(data.DATASETS["cifar10"], 8), 0)
+    blank = (split[0]["pixel_values"] == 0).all(0)
+    rows, columns = blank.nonzero().unbind(1)
+    assert blank.sum() == 64 and rows.max() - rows.min() == columns.max() - columns.min() == 7
+
+
+PICTURES = np.random.default_rng(1).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+LABELS = [3, 99, 0, 41, 5, 5]
+
+
+def batch(rows, labels):
+    flat = PICTURES[rows].transpose(0, 3, 1, 2).reshape(len(rows), 3072)
+    return {b"data": flat, labels: [LABELS[i] for i in rows], b"batch_label": b"a batch"}
+
+
+@pytest.fixture
+def cifar_folder(tmp_path):
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    for name, rows in (("train", [0, 1, 2, 3]), ("test", [4, 5])):
+        (folder / name).write_bytes(pickle.dumps(batch(rows, b"fine_labels"), protocol=2))
+    return folder
+
+
+def check_pictures(parts):
+    (x, y), (x_test, y_test) = parts
+    assert (x == PICTURES[:4]).all() and (x_test == PICTURES[4:]).all()
+    assert y.tolist() == LABELS[:4] and y_test.tolist() == LABELS[4:]
+
+
+def test_cifar_archive_folder_and_tar(tmp_path, cifar_folder):
+    columns = data.DATASETS["cifar100"].columns
+    check_pictures(archives.read("cifar100", cifar_folder, columns))
+    with tarfile.open(tmp_path / "cifar-100-python.tar.gz", "w:gz") as archive:
+        archive.add(cifar_folder, "cifar-100-python")
+    check_pictures(archives.read("cifar100", tmp_path, columns))
+    check_pictures(archives.read("cifar100", tmp_path / "cifar-100-python.tar.gz", columns))
+    splits = data.load("cifar100", str(cifar_folder), validation_share=0)
+    assert len(splits["train"]) == 4 and splits["test"][0]["pixel_values"].shape == (3, 32, 32)
+
+
+def test_parquet_folder_as_on_the_hub(tmp_path):
+    def rows(indices):
+        table = {"img": [Image.fromarray(PICTURES[i]) for i in indices], "fine_label": [LABELS[i] for i in indices]}
+        features = datasets.Features({"img": datasets.Image(), "fine_label": datasets.Value("int64")})
+        return datasets.Dataset.from_dict(table, features=features)
+
+    (tmp_path / "cifar100").mkdir()
+    rows([0, 1, 2, 3]).to_parquet(tmp_path / "cifar100" / "train-00000-of-00001.parquet")
+    rows([4, 5]).to_parquet(tmp_path / "cifar100" / "test-00000-of-00001.parquet")
+    check_pictures(archives.read("cifar100", tmp_path, ("img", "fine_label")))
+    with pytest.raises(ValueError, match="no `train` split with columns `img` and `coarse`"):
+        archives.read("cifar100", tmp_path, ("img", "coarse"))
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch hostile-was-here",)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        pickle.dumps(Hostile()),
+        pickle.dumps({b"data": Hostile()}, protocol=2),
+        b"cnumpy\ndtype\n(Vi4\ntRcposix\nsystem\n(Vtouch hostile-was-here\ntR.",
+        b"cbuiltins\neval\n(Vopen('hostile-was-here', 'w')\ntR.",
+        b"not a pickle",
+        pickle.dumps(batch([0], b"fine_labels"), protocol=2)[:100],
+        pickle.dumps([1, 2]),
+    ],
+)
+def test_hostile_and_damaged_batches_are_refused_and_not_run(tmp_path, monkeypatch, cifar_folder, payload):
+    monkeypatch.chdir(tmp_path)
+    (cifar_folder / "train").write_bytes(payload)
+    with pytest.raises(ValueError, match="is not a batch of CIFAR"):
+        archives.read("cifar100", cifar_folder, ("img", "fine_label"))
+    assert not list(tmp_path.rglob("hostile-was-here"))
+
+
+def test_idx_files(tmp_path):
+    def write(name, values):
+        header = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
+        (tmp_path / name).write_bytes(gzip.compress(header + values.tobytes()))
+
+    x = np.random.default_rng(2).integers(0, 256, (5, 28, 28), dtype=np.uint8)
+    y = np.array([1, 0, 9, 3, 3], dtype=np.uint8)
+    for split, rows in (("train", slice(0, 3)), ("t10k", slice(3, 5))):
+        write(f"{split}-images-idx3-ubyte.gz", x[rows])
+        write(f"{split}-labels-idx1-ubyte.gz", y[rows])
+    splits = data.load("fashion_mnist", str(tmp_path), validation_share=0)
+    assert (splits["train"].images[:, 0].numpy() == x[:3]).all() and list(splits["test"].labels) == [3, 3]
+    whole = (tmp_path / "train-images-idx3-ubyte.gz").read_bytes()
+    for damaged in (
+        whole[:-20],
+        gzip.compress(gzip.decompress(whole)[:-1]),
+        b"",
+        gzip.compress(b"\0\0\x09\x01\0\0\0\0"),
+    ):
+        (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(damaged)
+        with pytest.raises(ValueError, match="not a whole idx file"):
+            data.load("fashion_mnist", str(tmp_path))
+
+
+def test_bad_input_is_named(tmp_path):
+    for changes, message in [
+        ({"name": "mnist"}, "`dataset` is 'mnist': choose one of digits"),
+        ({"name": "digits", "validation_share": 1.0}, "`validation_share` is 1.0"),
+        ({"name": "digits", "cutout": 9}, "`cutout` is 9.*8 pixels"),
+        ({"name": "cifar10", "data_dir": "/nowhere"}, "`data_dir` is /nowhere, which does not exist"),
+        ({"name": "cifar10", "data_dir": str(tmp_path)}, "no files of cifar10 were found"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            data.load(**changes)
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def test_metric_by_hand():
+    metric = evaluate.load(str(SCRIPT.with_name("top_k_accuracy.py")), keep_in_memory=True)
+    logits = np.tile(np.arange(8.0), (4, 1))  # the last class is ahead of all others, the first behind seven
+    scores = metric.compute(predictions=logits, references=[7, 6, 3, 0])
+    assert scores["accuracy"] == 0.25 and scores["top5_accuracy"] == 0.75
+    log_sum = np.log(np.exp(np.arange(8.0)).sum())
+    assert scores["loss"] == pytest.approx(np.mean([log_sum - value for value in (7, 6, 3, 0)]))
+
+
+# --- recipes and flags -----------------------------------------------------------------------------------------------
+
+
+def parse(*argv):
+    return recipes.parse((ImageArguments, TrainingArguments), argv, "")
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_parse_and_hold_differences_only(recipe, tmp_path):
+    values = yaml.safe_load(recipe.read_text())
+    task, args = parse(str(recipe), "--output_dir", str(tmp_path))
+    bare_task, bare = parse("--output_dir", str(tmp_path))
+    for key, value in values.items():
+        found = getattr(task, key, None) if hasattr(task, key) else getattr(args, key)
+        found = getattr(found, "value", found)
+        # The Trainer turns "none" into an empty list.
+        assert key == "output_dir" or found == ([] if key == "report_to" else value), key
+
+
+def test_cifar100_recipe_is_the_papers():
+    task, args = parse(str(SCRIPT.parent / "recipes" / "cifar100-vit-ti.yaml"))
+    assert (args.rho, args.rho_max, args.alpha, args.ascent_steps) == (0.9, 0.9, None, 1)
+    assert (args.learning_rate, args.weight_decay, args.adam_beta1, args.adam_beta2) == (1e-3, 0.3, 0.9, 0.999)
+    assert (args.num_train_epochs, args.per_device_train_batch_size, args.label_smoothing_factor) == (300, 256, 0.1)
+    assert (task.dataset, task.model, task.cutout, args.max_grad_norm) == ("cifar100", "vit-ti", 0, 0)
+    assert args.optim.value.startswith("adamw_torch")
+
+
+def test_the_command_line_comes_before_the_recipe(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("rho: 0.3\nmodel: vit-ti\nlearning_rate: 1.0e-4\n")
+    task, args = parse(str(recipe), "--rho", "0.7")
+    assert (args.rho, args.learning_rate, task.model, task.dataset) == (0.7, 1e-4, "vit-ti", "digits")
+    recipe.write_text("rho: 0.3\nrhoo: 0.4\n")
+    with pytest.raises(ValueError, match="unknown fields: rhoo"):
+        parse(str(recipe))
+    with pytest.raises(ValueError, match="There is no recipe nowhere.yaml"):
+        parse("nowhere.yaml")
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, method, forward, backward",
+    [
+        (["--rho", "0"], "adamw", 6, 6),
+        (["--rho", "0", "--optim", "sgd"], "sgd", 6, 6),
+        (["--alpha", "1"], "sam", 12, 12),
+        (["--alpha", "1.7", "--ascent_steps", "2"], "wsam", 18, 18),
+        ([], "xsam", 12 + 2 * 21, 12),
+    ],
+)
+def test_result_and_model_card(tmp_path, flags, method, forward, backward):
+    output = finish(run(tmp_path, *flags))
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["method"] == method and result["passes"] == {"forward": forward, "backward": backward}
+    assert (result["task"], result["dataset"], result["model"]) == ("image_classification", "digits", "vit-small")
+    assert result["threads"] == 1 and result["seed"] == 42 and result["seconds"] > 0
+    assert result["versions"]["torch"] == torch.__version__
+    assert result["arguments"]["max_steps"] == 6 and result["arguments"]["dataset"] == "digits"
+    for split, n in (("validation", 144), ("test", 360)):
+        scores = result["metrics"][split]
+        assert (scores["accuracy"] * n) == pytest.approx(round(scores["accuracy"] * n))
+        assert scores["accuracy"] <= scores["top5_accuracy"] and f"= {scores['accuracy']:10.4}" in output
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert any("loss" in entry or "train_loss" in entry for entry in history)
+    card = (tmp_path / "README.md").read_text()
+    assert ("| rho | 0.05 |" in card) == (method in ("sam", "wsam", "xsam"))
+    assert re.search(r"base_model|tags:", card)
+
+
+KILL = ["--max_steps", "12", "--save_strategy", "steps", "--save_steps", "2", "--rho", "0.1", "--dropout", "0.1"]
+
+
+def final_weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_goes_on_exactly(tmp_path, sent):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(run(whole, *KILL))
+    process = run(killed, *KILL)
+    deadline = time.time() + 120
+    while not (killed / "checkpoint-4" / "trainer_state.json").exists():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.01)
+    process.send_signal(sent)
+    process.wait(60)
+    assert process.returncode != 0 and not (killed / "result.json").exists()
+    finish(run(killed, *KILL, "--resume_from_checkpoint", "true"))
+    for name, value in final_weights(whole).items():
+        assert torch.equal(value, final_weights(killed)[name]), name
+    results = [json.loads((folder / "result.json").read_text()) for folder in (whole, killed)]
+    assert results[0]["metrics"] == results[1]["metrics"] and results[0]["passes"] == results[1]["passes"]
+    lines = [(folder / "xsam_search.jsonl").read_text() for folder in (whole, killed)]
+    assert lines[0] == lines[1] and lines[0].count("\n") == 4
+
+
+def test_crops_of_a_resumed_run_are_those_of_the_uninterrupted_one(tmp_path, cifar_folder):
+    # Augmented images, resumed inside and at the end of an epoch, with and without workers.
+    big = np.random.default_rng(3).integers(0, 256, (40, 3072), dtype=np.uint8)
+    for name in ("train", "test"):
+        content = {b"data": big, b"fine_labels": [i % 100 for i in range(40)]}
+        (cifar_folder / name).write_bytes(pickle.dumps(content, protocol=2))
+    flags = [
+        "--dataset",
+        "cifar100",
+        "--data_dir",
+        str(cifar_folder),
+        "--validation_share",
+        "0",
+        "--save_strategy",
+        "steps",
+    ]
+    flags += ["--save_steps", "1", "--per_device_train_batch_size", "10", "--max_steps", "8", "--rho", "0.1"]
+    processes = [run(tmp_path / "whole", *flags), run(tmp_path / "workers", *flags, "--dataloader_num_workers", "2")]
+    for process in processes:
+        finish(process)
+    reference = final_weights(tmp_path / "whole")
+    assert all(torch.equal(value, reference[name]) for name, value in final_weights(tmp_path / "workers").items())
+    for step in (3, 4):
+        checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
+        finish(run(tmp_path / f"again-{step}", *flags, "--resume_from_checkpoint", str(checkpoint)))
+        assert all(torch.equal(v, reference[n]) for n, v in final_weights(tmp_path / f"again-{step}").items()), step
+
+
+def test_two_processes(tmp_path):
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--standalone",
+        str(SCRIPT),
+        *SHORT,
+    ]
+    flags = ["--report_to", "none", "--use_cpu", "true", "--output_dir"]
+    done = subprocess.run([*launch, *flags, str(tmp_path / "two"), "--per_device_train_batch_size", "250"], cwd=ROOT,
+                          capture_output=True, text=True, timeout=240)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    finish(run(tmp_path / "one"))
+    two, one = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("two", "one"))
+    assert two["processes"] == 2 and two["passes"] == one["passes"]
+    assert sum(len(line) > 0 for line in (tmp_path / "two" / "xsam_search.jsonl").read_text().splitlines()) == 2
