@@ -1,0 +1,224 @@
+"""From any of the inputs to token ids: which sentences, in which vocabulary, and the text to score against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from tasks.translation import sources
+from tasks.translation.fairseq import data_bin_prefix, read_binary, read_dictionaries, write_dictionaries
+from tasks.translation.model import POSITIONS
+from tasks.translation.text import Subwords, Tokenizer, join_subwords
+from tasks.translation.vocabulary import EOS, PAD, Vocabulary
+
+
+SPLITS = {"train": "train", "validation": "valid", "test": "test"}  # ours and fairseq's names
+
+
+@dataclass
+class DataArguments:
+    """What to translate. The README of this task shows every kind of input."""
+
+    dataset: str = field(
+        default="handbook",
+        metadata={
+            "help": "handbook, ding, a folder (prepared by scripts/prepare_iwslt14, data-bin of fairseq, train.de and train.en, "
+            "json/csv/parquet), such a file, or a data set of the hub with a translation column."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set of the hub."})
+    source_language: str = field(default="de", metadata={"help": "Language to translate from."})
+    target_language: str = field(default="en", metadata={"help": "Language to translate into."})
+    bpe_merges: int = field(
+        default=10000, metadata={"help": "Joint BPE merges to learn from running text; prepared data has its own."}
+    )
+    max_tokens: int = field(
+        default=4096,
+        metadata={"help": "Limit for a micro-batch of one process: sentences times the longest, in tokens."},
+    )
+
+    def __post_init__(self):
+        if self.max_tokens < 1:
+            raise ValueError(f"`max_tokens` is {self.max_tokens}: give 1 or more, 4096 for instance.")
+        if self.bpe_merges < 1:
+            raise ValueError(f"`bpe_merges` is {self.bpe_merges}: give 1 or more, 10000 for instance.")
+        if self.source_language == self.target_language:
+            raise ValueError(f"`source_language` and `target_language` are both {self.source_language!r}: give two.")
+
+
+@dataclass
+class Corpus:
+    """
+    A translation data set, ready to train on.
+
+    Args:
+        splits (`dict[str, Dataset]`): train, validation and test. `input_ids` and `labels` end with `</s>`;
+            `source_tokens` and `target_tokens` are tokenised lines without BPE, `source_text` and `target_text` running
+            text; `line` is the place in the original order, for the held-out sets come sorted by length.
+        source_vocabulary, target_vocabulary ([`Vocabulary`]): separate, whatever the BPE.
+        target_tokenizer ([`Tokenizer`]): its `undo` makes running text of hypotheses.
+        subwords ([`Subwords`], *optional*): the BPE, where it is known.
+    """
+
+    splits: dict[str, Dataset]
+    source_vocabulary: Vocabulary
+    target_vocabulary: Vocabulary
+    target_tokenizer: Tokenizer
+    subwords: Subwords | None
+
+    def save(self, folder: Path, source_language: str, target_language: str) -> None:
+        """Writes dictionaries and BPE merges, all that it takes to use the model on new text."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_dictionaries(
+            folder, (source_language, target_language), (self.source_vocabulary, self.target_vocabulary)
+        )
+        if self.subwords is not None:
+            (folder / "code").write_text(self.subwords.codes, encoding="utf-8")
+
+
+def load(arguments: DataArguments) -> Corpus:
+    """
+    Reads or builds the corpus that the arguments name.
+
+    Raises:
+        `ValueError`: what is there does not fit; the message names field, value and way out.
+    """
+    languages = arguments.source_language, arguments.target_language
+    folder = Path(arguments.dataset)
+    if data_bin_prefix(folder, "train", *languages):
+        return from_data_bin(folder, *languages)
+    if (folder / f"dict.{languages[0]}.txt").is_file():
+        return from_prepared(folder, *languages)
+    if arguments.dataset == "handbook":
+        pairs = sources.handbook(*languages)
+    elif arguments.dataset == "ding":
+        pairs = sources.ding(*languages)
+    elif (folder / f"train.{languages[0]}").is_file():
+        pairs = sources.parallel_folder(folder, *languages)
+    else:
+        pairs = sources.from_datasets(arguments.dataset, arguments.dataset_config, *languages)
+    return from_text(pairs, *languages, arguments.bpe_merges)
+
+
+def from_text(splits: dict[str, sources.Pairs], source: str, target: str, merges: int) -> Corpus:
+    """Tokenises, lower-cases, learns a joint BPE and separate vocabularies on the training pairs, and encodes all."""
+    tokenizers = Tokenizer(source), Tokenizer(target)
+    # A training pair with an empty side teaches to say nothing; held-out sets are scored as they are.
+    splits = dict(splits, train=[pair for pair in splits["train"] if all(side.strip() for side in pair)])
+    tokens = {
+        name: [
+            tuple(tokenizer(line) for tokenizer, line in zip(tokenizers, pair, strict=True))
+            for pair in tqdm(pairs, f"Tokenising {name}")
+        ]
+        for name, pairs in splits.items()
+    }
+    subwords = Subwords.learn((line for side in zip(*tokens["train"], strict=True) for line in side), merges)
+    encoded = {
+        name: [tuple(map(subwords, pair)) for pair in tqdm(pairs, f"BPE {name}")] for name, pairs in tokens.items()
+    }
+    vocabularies = [Vocabulary.learn(side) for side in zip(*encoded["train"], strict=True)]
+    datasets = {
+        name: build(
+            [tuple(v.encode(line) for v, line in zip(vocabularies, pair, strict=True)) for pair in encoded[name]],
+            tokens[name],
+            splits[name],
+            held_out=name != "train",
+        )
+        for name in SPLITS
+    }
+    return Corpus(datasets, *vocabularies, tokenizers[1], subwords)
+
+
+def from_prepared(folder: Path, source: str, target: str) -> Corpus:
+    """A folder of BPE text with dictionaries, as scripts/prepare_iwslt14 writes it."""
+    vocabularies = read_dictionaries(folder, source, target)
+    datasets = {}
+    for name, prefix in SPLITS.items():
+        pairs = sources.parallel(folder, prefix, source, target)
+        ids = [tuple(v.encode(line) for v, line in zip(vocabularies, pair, strict=True)) for pair in pairs]
+        tokens = [tuple(map(join_subwords, pair)) for pair in pairs]
+        datasets[name] = build(ids, tokens, running_text(tokens, source, target), held_out=name != "train")
+    code = folder / "code"
+    return Corpus(datasets, *vocabularies, Tokenizer(target), Subwords.read(code) if code.is_file() else None)
+
+
+def from_data_bin(folder: Path, source: str, target: str) -> Corpus:
+    """
+    A folder that `fairseq-preprocess` wrote. Unknown tokens are `<<unk>>` in references, as in `fairseq-generate`.
+
+    Raises:
+        `ValueError`: a split is missing, or its sides differ in length.
+    """
+    vocabularies = read_dictionaries(folder, source, target)
+    datasets = {}
+    for name, split in SPLITS.items():
+        prefix = data_bin_prefix(folder, split, source, target)
+        if prefix is None:
+            raise ValueError(
+                f"{folder} has no {split}.{source}-{target} data: give fairseq-preprocess a --{split}pref."
+            )
+        sides = [read_binary(Path(f"{prefix}.{language}")) for language in (source, target)]
+        if len(sides[0]) != len(sides[1]):
+            raise ValueError(f"{prefix} has {len(sides[0])} {source} and {len(sides[1])} {target} sentences.")
+        ids = list(zip(*sides, strict=True))
+        tokens = [
+            tuple(join_subwords(v.decode(i, "<<unk>>")) for v, i in zip(vocabularies, pair, strict=True))
+            for pair in ids
+        ]
+        datasets[name] = build(ids, tokens, running_text(tokens, source, target), held_out=name != "train")
+    return Corpus(datasets, *vocabularies, Tokenizer(target), None)
+
+
+def running_text(tokens: sources.Pairs, source: str, target: str) -> sources.Pairs:
+    """Tokenised lines with Moses' tokenisation undone: the nearest to the original that such data still holds."""
+    tokenizers = Tokenizer(source), Tokenizer(target)
+    return [tuple(tokenizer.undo(line) for tokenizer, line in zip(tokenizers, pair, strict=True)) for pair in tokens]
+
+
+def build(ids: list, tokens: sources.Pairs, text: sources.Pairs, held_out: bool) -> Dataset:
+    """
+    One split as a data set; a held-out one sorted by source length, so that its batches hold little padding.
+
+    Raises:
+        `ValueError`: no sentences, or one too long for the model.
+    """
+    if not ids:
+        raise ValueError("A split of `dataset` holds no sentences: train, validation and test need one at least.")
+    for number, pair in enumerate(ids, start=1):
+        if max(map(len, pair)) > POSITIONS:
+            raise ValueError(
+                f"Pair {number} of a split of `dataset` has {len(pair[0])} and {len(pair[1])} tokens, and the model has "
+                f"{POSITIONS} positions: leave it out or cut it."
+            )
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i][0])) if held_out else range(len(ids))
+    columns = {"input_ids": (ids, 0), "labels": (ids, 1), "source_tokens": (tokens, 0), "target_tokens": (tokens, 1)}
+    columns |= {"source_text": (text, 0), "target_text": (text, 1)}
+    return Dataset.from_dict(
+        {name: [pairs[i][side] for i in order] for name, (pairs, side) in columns.items()} | {"line": list(order)}
+    )
+
+
+def collate(examples: Sequence[dict]) -> dict[str, torch.Tensor]:
+    """
+    Pads a batch on the right; all results have the shape (sentences, tokens).
+
+    The decoder's inputs are made here, from `</s>` and the labels without their last: the model would change the labels
+    in place while making them, and the padding would count in the loss.
+    """
+
+    def padded(rows: list[list[int]], value: int) -> torch.Tensor:
+        rows = [torch.tensor(row) for row in rows]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+    input_ids = padded([example["input_ids"] for example in examples], PAD)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": input_ids.ne(PAD).long(),
+        "decoder_input_ids": padded([[EOS, *example["labels"][:-1]] for example in examples], PAD),
+        "labels": padded([example["labels"] for example in examples], -100),
+    }

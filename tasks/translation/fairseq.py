@@ -1,0 +1,217 @@
+"""What fairseq leaves on disk: its checkpoints, read and written as Hugging Face models, and its binary data sets, read."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import FSMTConfig
+
+from tasks.translation.model import TranslationTransformer
+from tasks.translation.vocabulary import Vocabulary
+
+
+# The encoder of fairseq 0.12.2 keeps a second, untrained copy of its weights for a faster code path.
+DUPLICATES = re.compile(r"encoder\.layers\.\d+\.(in_proj|out_proj|fc[12])_(weight|bias)")
+# Sinusoidal tables are recomputed, and fairseq marks its format with a version.
+CONSTANTS = re.compile(r"(en|de)coder\.(version|embed_positions\._float_tensor)")
+# The one architecture that `TranslationTransformer` is, in fairseq's words.
+ARCHITECTURE = {
+    "share_decoder_input_output_embed": True,
+    "share_all_embeddings": False,
+    "encoder_normalize_before": False,
+    "decoder_normalize_before": False,
+    "encoder_learned_pos": False,
+    "decoder_learned_pos": False,
+    "no_token_positional_embeddings": False,
+    "layernorm_embedding": False,
+    "no_scale_embedding": False,
+    "no_cross_attention": False,
+    "cross_self_attention": False,
+    "adaptive_softmax_cutoff": None,
+}
+SIDES = ("encoder", "decoder")
+ELEMENT_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2", 9: "<u4", 10: "<u8"}
+
+
+def read_checkpoint(file: Path) -> TranslationTransformer:
+    """
+    The model of a fairseq checkpoint, of 0.12.2 or of the main branch; dictionaries are separate files of fairseq's.
+
+    Only tensors, plain containers and `argparse.Namespace` are unpickled: a file cannot run code.
+
+    Raises:
+        `ValueError`: not a checkpoint, one that holds anything else, or another architecture.
+    """
+    try:
+        with torch.serialization.safe_globals([Namespace]):
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f"{file} was not loaded: it is no PyTorch file, or it holds more than weights and arguments, and unpickling that "
+            "may run code. If you trust it, save it again with fairseq's --no-save-optimizer-state, without other objects."
+        ) from error
+    if not isinstance(checkpoint, dict) or "model" not in checkpoint:
+        raise ValueError(f"{file} is no fairseq checkpoint: it has no `model` entry.")
+    options = (checkpoint.get("cfg") or {}).get("model") or checkpoint.get("args")
+    if options is None:
+        raise ValueError(f"{file} has neither `cfg` nor `args`, where fairseq keeps the dimensions of the model.")
+
+    for name, needed in ARCHITECTURE.items():
+        value = getattr(options, name, needed)
+        if value != needed:
+            raise ValueError(
+                f"{file} has `{name}` = {value}; only transformer_iwslt_de_en with {name} = {needed} can be converted."
+            )
+    weights = {
+        f"model.{name}": tensor
+        for name, tensor in checkpoint["model"].items()
+        if not DUPLICATES.fullmatch(name) and not CONSTANTS.fullmatch(name)
+    }
+    sizes = {f"{side}_ffn_dim": getattr(options, f"{side}_ffn_embed_dim") for side in SIDES}
+    sizes |= {
+        f"{side}_{key}": getattr(options, f"{side}_{key}") for side in SIDES for key in ("layers", "attention_heads")
+    }
+    model = TranslationTransformer(
+        FSMTConfig(
+            src_vocab_size=len(weights["model.encoder.embed_tokens.weight"]),
+            tgt_vocab_size=len(weights["model.decoder.embed_tokens.weight"]),
+            d_model=options.encoder_embed_dim,
+            dropout=options.dropout,
+            attention_dropout=options.attention_dropout,
+            activation_dropout=options.activation_dropout,
+            activation_function=options.activation_fn,
+            max_position_embeddings=options.max_target_positions,
+            tie_word_embeddings=True,
+            **sizes,
+        )
+    )
+    different = weights.keys() ^ model.state_dict().keys()
+    if different:
+        raise ValueError(
+            f"{file} is not a transformer_iwslt_de_en: these weights have no counterpart: {sorted(different)}."
+        )
+    model.load_state_dict(weights)
+    return model
+
+
+def write_checkpoint(model: TranslationTransformer, file: Path, source_language: str, target_language: str) -> None:
+    """
+    A checkpoint that `fairseq-generate` loads; give it a data-bin folder with the same dictionaries.
+
+    Args:
+        model ([`TranslationTransformer`]): its weights are written in their own precision.
+        file (`Path`): where to; the folder must exist.
+        source_language, target_language (`str`): two-letter codes, which fairseq wants in its arguments.
+    """
+    config = model.config
+    options = dict(
+        ARCHITECTURE, arch="transformer_iwslt_de_en", task="translation", criterion="label_smoothed_cross_entropy"
+    )
+    options |= {"source_lang": source_language, "target_lang": target_language, "data": "", "left_pad_source": True}
+    options |= {"dropout": config.dropout, "attention_dropout": config.attention_dropout}
+    options |= {"activation_dropout": config.activation_dropout, "activation_fn": config.activation_function}
+    options |= dict.fromkeys(("max_source_positions", "max_target_positions"), config.max_position_embeddings)
+    for side in SIDES:
+        options[f"{side}_embed_dim"] = config.d_model
+        options[f"{side}_ffn_embed_dim"] = getattr(config, f"{side}_ffn_dim")
+        for key in ("layers", "attention_heads"):
+            options[f"{side}_{key}"] = getattr(config, f"{side}_{key}")
+
+    weights = {name.removeprefix("model."): tensor.cpu() for name, tensor in model.state_dict().items()}
+    for side in SIDES:
+        weights[f"{side}.version"] = torch.tensor([3.0])
+        weights[f"{side}.embed_positions._float_tensor"] = torch.zeros(1)
+    # The older form, with `args`, which every version upgrades on loading; it looks for an entry of the optimizer's.
+    history = [{"optimizer_name": "FairseqAdam", "lr_scheduler_state": {}, "num_updates": 0}]
+    torch.save({"args": Namespace(**options), "model": weights, "optimizer_history": history, "extra_state": {}}, file)
+
+
+def to_hugging_face(checkpoint: Path, dictionaries: Path, folder: Path, languages: tuple[str, str]) -> None:
+    """
+    A checkpoint and its dictionaries as a folder that `--model` and `from_pretrained` take.
+
+    Raises:
+        `ValueError`: the dictionaries are another model's, or see [`read_checkpoint`].
+    """
+    model = read_checkpoint(checkpoint)
+    vocabularies = read_dictionaries(dictionaries, *languages)
+    sizes = model.config.src_vocab_size, model.config.tgt_vocab_size
+    for language, vocabulary, size in zip(languages, vocabularies, sizes, strict=True):
+        if len(vocabulary) != size:
+            raise ValueError(
+                f"dict.{language}.txt in {dictionaries} has {len(vocabulary)} tokens with the special ones, the model of "
+                f"{checkpoint} {size}: give the folder that the model was trained on."
+            )
+    model.save_pretrained(folder)
+    write_dictionaries(folder, languages, vocabularies)
+
+
+def to_fairseq(model: Path, folder: Path, languages: tuple[str, str]) -> None:
+    """A folder that `train.py` or [`to_hugging_face`] wrote as `checkpoint.pt` and dictionaries of fairseq's."""
+    vocabularies = read_dictionaries(model, *languages)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(TranslationTransformer.from_pretrained(model), folder / "checkpoint.pt", *languages)
+    write_dictionaries(folder, languages, vocabularies)
+
+
+def data_bin_prefix(folder: Path, split: str, source_language: str, target_language: str) -> Path | None:
+    """`folder/train.de-en` or `folder/train.en-de`, whichever is there, for one binary data set of either direction."""
+    for pair in (f"{source_language}-{target_language}", f"{target_language}-{source_language}"):
+        if (folder / f"{split}.{pair}.{source_language}.idx").is_file():
+            return folder / f"{split}.{pair}"
+    return None
+
+
+def read_binary(prefix: Path) -> list[list[int]]:
+    """
+    Sentences of one memory-mapped file pair, as token ids with the end symbol.
+
+    Args:
+        prefix (`Path`): the files' common name, `.idx` and `.bin` left out.
+
+    Raises:
+        `ValueError`: a file is missing or of another kind, or the two do not belong together.
+
+    Source: `fairseq.data.indexed_dataset.MMapIndexedDataset`, 0.12.2: magic, version, element type and number, then the
+    sentences' sizes in elements and their places in bytes.
+    """
+    for file in (f"{prefix}.idx", f"{prefix}.bin"):
+        if not Path(file).is_file():
+            raise ValueError(
+                f"{file} is missing: fairseq-preprocess writes an .idx and a .bin file for every language."
+            )
+    index = Path(f"{prefix}.idx").read_bytes()
+    if index[:17] != b"MMIDIDX\x00\x00" + (1).to_bytes(8, "little") or index[17] not in ELEMENT_TYPES:
+        raise ValueError(
+            f"{prefix}.idx is not of fairseq's mmap form; run fairseq-preprocess with --dataset-impl mmap."
+        )
+    count = int.from_bytes(index[18:26], "little")
+    tokens = np.fromfile(f"{prefix}.bin", dtype=ELEMENT_TYPES[index[17]])
+    if len(index) != 26 + 12 * count:
+        raise ValueError(
+            f"{prefix}.idx announces {count} sentences and has {len(index)} bytes: it is cut off or damaged."
+        )
+    sizes = np.frombuffer(index, "<i4", count, offset=26)
+    starts = np.frombuffer(index, "<i8", count, offset=26 + 4 * count) // tokens.itemsize
+    if sizes.sum() != len(tokens):
+        raise ValueError(
+            f"{prefix}.bin has {len(tokens)} tokens, its index {sizes.sum()}: the two do not belong together."
+        )
+    return [tokens[start : start + size].tolist() for start, size in zip(starts, sizes, strict=True)]
+
+
+def read_dictionaries(folder: Path, source_language: str, target_language: str) -> tuple[Vocabulary, Vocabulary]:
+    """The two `dict.xx.txt` of a folder; [`Vocabulary.read`] says what it raises."""
+    source, target = (Vocabulary.read(folder / f"dict.{name}.txt") for name in (source_language, target_language))
+    return source, target
+
+
+def write_dictionaries(folder: Path, languages: tuple[str, str], vocabularies: tuple[Vocabulary, Vocabulary]) -> None:
+    """Writes the two `dict.xx.txt` into a folder that is there."""
+    for language, vocabulary in zip(languages, vocabularies, strict=True):
+        vocabulary.write(folder / f"dict.{language}.txt")

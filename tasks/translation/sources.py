@@ -1,0 +1,174 @@
+"""Where running text in two languages comes from: the handbook, Debian's dictionary, parallel files, `datasets`."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, load_dataset
+
+
+Pairs = list[tuple[str, str]]  # (source, target), one sentence or paragraph each
+
+HANDBOOK = Path(__file__).parent / "handbook" / "handbook.de-en.tsv.xz"
+DING = Path("/usr/share/trans/de-en")
+# Grammar, fields of knowledge, explanations, spelling variants: {f} [med.] (on a menu) <eelpout>
+DING_REMARK = re.compile(r"\{[^}]*\}|\[[^\]]*\]|\([^)]*\)|<[^>]*>")
+SPLIT_EVERY, SPLIT_LIMIT = 20, 500
+FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def split(pairs: Pairs) -> dict[str, Pairs]:
+    """
+    Every 20th pair for validation and every 20th for the test, at most 500 each; the rest is for training.
+
+    By position, not by chance: every run and every seed sees the same sets.
+    """
+    held_out = {
+        "validation": range(0, len(pairs), SPLIT_EVERY)[:SPLIT_LIMIT],
+        "test": range(SPLIT_EVERY // 2, len(pairs), SPLIT_EVERY)[:SPLIT_LIMIT],
+    }
+    splits = {name: [pairs[i] for i in numbers] for name, numbers in held_out.items()}
+    taken = {i for numbers in held_out.values() for i in numbers}
+    return {"train": [pair for i, pair in enumerate(pairs) if i not in taken], **splits}
+
+
+def handbook(source: str, target: str) -> dict[str, Pairs]:
+    """
+    The sentences that ship with this task, in either direction.
+
+    Raises:
+        `ValueError`: another language pair.
+    """
+    if {source, target} != {"de", "en"}:
+        raise ValueError(
+            f"`dataset` handbook is German and English, not {source} and {target}: give a data set of yours."
+        )
+    lines = lzma.decompress(HANDBOOK.read_bytes()).decode().splitlines()
+    pairs = [tuple(line.split("\t")) for line in lines]
+    return split(pairs if source == "de" else [(target, source) for source, target in pairs])
+
+
+def ding(source: str, target: str) -> dict[str, Pairs]:
+    """
+    Phrases of three or more words from Debian's dictionary trans-de-en, in either direction.
+
+    A line holds entries and their derivations (`|`), each with alternatives (`;`), of which the first ones are taken.
+
+    Raises:
+        `ValueError`: the package is not installed, or another language pair.
+    """
+    if {source, target} != {"de", "en"}:
+        raise ValueError(f"`dataset` ding is German and English, not {source} and {target}: give a data set of yours.")
+    if not DING.is_file():
+        raise ValueError(f"`dataset` ding needs {DING}: run apt-get install trans-de-en, or take the handbook.")
+    pairs = {}
+    for line in DING.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"):
+            continue
+        german, _, english = DING_REMARK.sub(" ", line).partition(" :: ")
+        for entry in zip(german.split("|"), english.split("|"), strict=False):
+            phrase, translation = (" ".join(side.split(";")[0].split()) for side in entry)
+            if min(phrase.count(" "), translation.count(" ")) >= 2:
+                pairs.setdefault(phrase, translation)
+    return split(list(pairs.items()) if source == "de" else [(english, german) for german, english in pairs.items()])
+
+
+def read_lines(file: Path) -> list[str]:
+    """
+    Lines of a UTF-8 text file; only the line feed ends a line, as for Moses and fairseq.
+
+    Raises:
+        `ValueError`: no such file, or not UTF-8.
+    """
+    try:
+        text = file.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing: a folder of text has train, valid and test in both languages.") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 (byte {error.start}): convert it, for instance with iconv.") from error
+    return text.removesuffix("\n").split("\n") if text else []
+
+
+def parallel(folder: Path, name: str, source: str, target: str) -> Pairs:
+    """
+    Line i of `name.de` and line i of `name.en` as pairs.
+
+    Raises:
+        `ValueError`: a file is missing, or the two differ in length.
+    """
+    sides = [read_lines(folder / f"{name}.{language}") for language in (source, target)]
+    if len(sides[0]) != len(sides[1]):
+        raise ValueError(
+            f"{folder / name}.{source} has {len(sides[0])} lines and .{target} has {len(sides[1])}: they are not parallel."
+        )
+    return list(zip(*sides, strict=True))
+
+
+def parallel_folder(folder: Path, source: str, target: str) -> dict[str, Pairs]:
+    """`train`, `valid` and `test` text files of a folder; if there is only `train`, it is split."""
+    if not any((folder / f"{name}.{source}").is_file() for name in ("valid", "test")):
+        return split(parallel(folder, "train", source, target))
+    names = {"train": "train", "validation": "valid", "test": "test"}
+    return {split: parallel(folder, name, source, target) for split, name in names.items()}
+
+
+def column_pairs(rows: Dataset, source: str, target: str) -> Pairs:
+    """
+    Pairs of a data set with a `translation` column of `{"de": ..., "en": ...}`, or with columns `de` and `en`.
+
+    Raises:
+        `ValueError`: neither is there, or a language is missing in a row.
+    """
+    if {source, target} <= set(rows.column_names):
+        pairs: Iterable = zip(rows[source], rows[target], strict=True)
+    elif "translation" in rows.column_names:
+        # A csv file can hold it as text only.
+        parsed = (json.loads(row) if isinstance(row, str) else row for row in rows["translation"])
+        pairs = ((row.get(source), row.get(target)) for row in parsed)
+    else:
+        raise ValueError(
+            f"`dataset` has the columns {rows.column_names}: expected `translation`, or `{source}` and `{target}`; "
+            "are `source_language` and `target_language` right?"
+        )
+    pairs = list(pairs)
+    for number, pair in enumerate(pairs):
+        if None in pair:
+            raise ValueError(
+                f"`dataset` row {number} has no text in {target if pair[1] is None else source}; are `source_language` "
+                f"({source}) and `target_language` ({target}) right?"
+            )
+    return pairs
+
+
+def from_datasets(name: str, config: str | None, source: str, target: str) -> dict[str, Pairs]:
+    """
+    A json, csv or parquet file, a folder of them or a data set of the hub; if it has only one split, that is split.
+
+    Raises:
+        `ValueError`: `datasets` cannot load it, or two of the three splits are there.
+    """
+    path = Path(name)
+    try:
+        if path.is_file():
+            loaded = load_dataset(FORMATS[path.suffix], data_files=name)
+        else:
+            loaded = load_dataset(name, config)
+    except KeyError:
+        raise ValueError(f"`dataset` is {name}: give a file that ends in {', '.join(FORMATS)}, or a folder.") from None
+    except Exception as error:
+        raise ValueError(
+            f"`dataset` is {name!r}, which is neither handbook nor ding nor a folder that this task knows, and `datasets` "
+            f"could not load it: {error}"
+        ) from error
+    assert isinstance(loaded, DatasetDict)
+    splits = {split: column_pairs(rows, source, target) for split, rows in loaded.items()}
+    if len(splits) == 1:
+        return split(*splits.values())
+    missing = {"train", "validation", "test"} - splits.keys()
+    if missing:
+        raise ValueError(f"`dataset` {name} has the splits {sorted(splits)}: {' and '.join(sorted(missing))} missing.")
+    return {split: splits[split] for split in ("train", "validation", "test")}

@@ -1,0 +1,94 @@
+"""fairseq's dictionaries: which tokens there are, in which order, and the `dict.xx.txt` files that hold them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+
+BOS, PAD, EOS, UNK = range(4)
+SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+
+
+class Vocabulary:
+    """
+    Tokens and ids of one language, the four special symbols first, as fairseq numbers them.
+
+    Args:
+        counts (`dict[str, int]`): tokens in the order of their ids, without the special ones, with their frequency.
+
+    Source: `fairseq.data.Dictionary`, 0.12.2.
+    """
+
+    def __init__(self, counts: dict[str, int]):
+        self.counts = counts
+        self.tokens = [*SPECIAL, *counts]
+        self.ids = {token: i for i, token in enumerate(self.tokens)}
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @classmethod
+    def learn(cls, lines: Iterable[str]) -> Vocabulary:
+        """
+        Every token of some tokenised text, most frequent first, equals in alphabetical order; filled up to a multiple of 8.
+
+        Source: `fairseq-preprocess` without a threshold.
+        """
+        found = Counter(token for line in lines for token in line.split())
+        counts = dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+        for i in range(-(len(SPECIAL) + len(counts)) % 8):
+            counts[f"madeupword{i:04d}"] = 0
+        return cls(counts)
+
+    @classmethod
+    def read(cls, file: Path) -> Vocabulary:
+        """
+        Reads a `dict.xx.txt`: one token and its frequency a line.
+
+        Raises:
+            `ValueError`: no such file, a line of another form, or a token twice.
+        """
+        if not file.is_file():
+            raise ValueError(
+                f"There is no dictionary {file}: fairseq-preprocess and scripts/prepare_iwslt14 write one."
+            )
+        counts = {}
+        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+            token, _, count = line.rstrip().rpartition(" ")
+            if not token or not count.isdigit() or token in counts:
+                raise ValueError(
+                    f"{file}, line {number} is {line!r}: expected a token that was not there before, a space and its "
+                    "frequency; is this a fairseq dictionary?"
+                )
+            counts[token] = int(count)
+        return cls(counts)
+
+    def lines(self) -> list[str]:
+        """The lines of a `dict.xx.txt` that fairseq reads."""
+        return [f"{token} {count}" for token, count in self.counts.items()]
+
+    def write(self, file: Path) -> None:
+        """Writes a `dict.xx.txt`."""
+        file.write_text("".join(f"{line}\n" for line in self.lines()), encoding="utf-8")
+
+    def encode(self, line: str) -> list[int]:
+        """Ids of a tokenised line, its end symbol included; unknown tokens are `<unk>`."""
+        return [self.ids.get(token, UNK) for token in line.split()] + [EOS]
+
+    def decode(self, ids: Iterable[int], unknown: str = "<unk>") -> str:
+        """
+        The tokenised line of some ids, up to the first end symbol after the start.
+
+        Args:
+            ids (`Iterable[int]`): a leading end symbol, where generation starts, is passed over; so are padding and labels below 0.
+            unknown (`str`): what to write for `<unk>`; fairseq writes `<<unk>>` in references, so that no hypothesis matches it.
+        """
+        tokens = []
+        for i in ids:
+            if i == EOS and tokens:
+                break
+            if i >= 0 and i not in (BOS, PAD, EOS):
+                tokens.append(unknown if i == UNK else self.tokens[i])
+        return " ".join(tokens)
