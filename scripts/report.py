@@ -1,0 +1,185 @@
+#!/usr/bin/env python
+"""
+Turns the runs of a group, as `run_seeds.py` leaves them, into a table on the terminal and a page of HTML beside them.
+
+    scripts/report.py runs/demo --baselines AdamW-2x SAM
+
+The page holds everything in itself: table, training curves, what the search for α saw, commands and versions.
+"""
+
+import argparse
+import shlex
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+
+import numpy as np
+from figures import draw, plot_curves, plot_searches
+from group import FinishedRun, load_group
+from table import Row, equal_passes, make_cells, make_rows, paired_difference, to_markdown
+
+
+PAGE = Template((Path(__file__).parent / "report.html").read_text())
+
+
+def join(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def compare_passes(rows: Sequence[Row]) -> list[str]:
+    sentences = []
+    for group in equal_passes(rows):
+        names, passes = join([row.name for row in group]), f"{group[0].backward:,.0f} backward passes a run"
+        if len(group) == 1:
+            sentences.append(f"{names} made {passes}, and no other row did.")
+            continue
+        sentences.append(f"{names} made the same {passes} and can be compared.")
+        least = min(row.forward for row in group)
+        sentences += [
+            f"{row.name} made {row.forward - least:,.0f} more forward passes ({row.forward / least - 1:+.0%})."
+            for row in group
+            if row.forward > least
+        ]
+    return sentences
+
+
+def conclude(rows: Sequence[Row], metric: str, baselines: Sequence[str]) -> list[str]:
+    """What the differences at equal passes allow to be said."""
+    unit = " points" if metric.endswith("accuracy") else ""
+    sentences = []
+    for group in equal_passes(rows):
+        references = [row for name in baselines for row in group if row.name == name]
+        for position, reference in enumerate(references):
+            # Of two baselines only one is compared with the other.
+            for row in (row for row in group if row not in references[: position + 1]):
+                difference = paired_difference(row, reference)
+                who = f"{row.name} minus {reference.name}"
+                if difference is None:
+                    sentences.append(f"{who}: no seed in common, so nothing can be said.")
+                elif difference.margin is None:
+                    why = "one pair of seeds gives" if difference.pairs == 1 else "pairs that all differ alike give"
+                    sentences.append(
+                        f"{who}: {difference.mean:+.2f}{unit}, without an interval, since {why} none: "
+                        "nothing can be concluded."
+                    )
+                else:
+                    low, high = difference.mean - difference.margin, difference.mean + difference.margin
+                    verdict = (
+                        f"{row.name} was {'higher' if difference.mean > 0 else 'lower'} in {metric}."
+                        if difference.is_clear
+                        else "these runs do not tell the two apart."
+                    )
+                    sentences.append(
+                        f"{who}: {difference.mean:+.2f}{unit}, 95 % interval {low:+.2f} to {high:+.2f} over "
+                        f"{difference.pairs} pairs of seeds: {verdict}"
+                    )
+    return sentences
+
+
+def describe_searches(runs: Mapping[str, Sequence[FinishedRun]]) -> str:
+    sentences = [
+        "Left, up to eight searches of the first seed: the loss on the arc minus that of SAM's direction (α = 1), "
+        "as a share of the curve's range, with a dot at the α chosen."
+    ]
+    for name, seeds in runs.items():
+        searches = [search for run in seeds for search in run.searches]
+        chosen = np.array([search["alpha"] for search in searches])
+        edge = np.mean([search["alpha"] in (search["alphas"][0], search["alphas"][-1]) for search in searches])
+        sentences.append(
+            f"{name}: α between {chosen.min():.2f} and {chosen.max():.2f}, {chosen.mean():.2f} on average over "
+            f"{len(searches)} searches, {edge:.0%} of them at an end of the grid."
+        )
+    return " ".join(sentences)
+
+
+def to_table(cells: Sequence[Sequence[str]]) -> str:
+    lines = [
+        "<tr>" + "".join(f"<{tag}>{escape(text)}</{tag}>" for text in line) + "</tr>"
+        for tag, line in zip(["th"] + ["td"] * len(cells), cells, strict=False)
+    ]
+    return f"<table>\n<thead>{lines[0]}</thead>\n<tbody>\n" + "\n".join(lines[1:]) + "\n</tbody>\n</table>"
+
+
+def to_figure(heading: str, svg: str, caption: str) -> str:
+    figure = (
+        f'<figure role="img" aria-label="{escape(heading)}">{svg}<figcaption>{escape(caption)}</figcaption></figure>'
+    )
+    return f"<h2>{escape(heading)}</h2>\n{figure}"
+
+
+def paragraphs(sentences: Sequence[str]) -> str:
+    return "\n".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
+
+
+def make_page(
+    runs: Mapping[str, Sequence[FinishedRun]],
+    unfinished: Sequence[str],
+    metric: str,
+    baselines: Sequence[str],
+) -> tuple[str, str]:
+    """The text for the terminal and the page."""
+    rows = make_rows({name: [run.result for run in seeds] for name, seeds in runs.items()}, metric)
+    cells = make_cells(rows, metric, baselines)
+    conclusion = [
+        " ".join(compare_passes(rows)),
+        *conclude(rows, metric, baselines),
+        "The intervals speak of the seeds only: another data set, model or tuning can turn them round.",
+    ]
+    if unfinished:
+        conclusion.append(f"Not finished, and so not in the table: {join(unfinished)}.")
+
+    runs = {row.name: runs[row.name] for row in rows}
+    searching = {name: kept for name, seeds in runs.items() if (kept := [run for run in seeds if run.searches])}
+    figures = [to_figure("Training", draw(plot_curves, runs, metric), "A line is one seed.")]
+    if searching:
+        figures.append(to_figure("The search for α", draw(plot_searches, searching), describe_searches(searching)))
+
+    every = [run for seeds in runs.values() for run in seeds]
+    first = every[0].result
+    facts = {
+        "seeds": sorted({run.result["seed"] for run in every}),
+        "device": sorted({run.result["device"] for run in every}),
+        "threads a run": sorted({run.result["threads"] for run in every}),
+        "commit": sorted({run.result["git_commit"] or "none" for run in every}),
+        **{name: sorted({str(run.result["versions"][name]) for run in every}) for name in first["versions"]},
+    }
+    commands = [
+        f"# {name}, seed {seeds[0].result['seed']}\npython {shlex.join(seeds[0].command)}"
+        for name, seeds in runs.items()
+    ]
+    page = PAGE.substitute(
+        title=escape(f"{join([row.name for row in rows])} on {first['dataset']}"),
+        subtitle=escape(f"{first['task'].replace('_', ' ')}, {first['model']}"),
+        table=to_table(cells),
+        conclusion=paragraphs(conclusion),
+        figures="\n".join(figures),
+        provenance='<p class="soft">'
+        + escape("; ".join(f"{name}: {', '.join(map(str, values))}" for name, values in facts.items()))
+        + f"</p>\n<pre>{escape(chr(10).join(commands))}</pre>",
+    )
+    return "\n\n".join([to_markdown(cells), "\n".join(conclusion)]), page
+
+
+def report(group: Path, metric: str, baselines: Sequence[str]) -> None:
+    runs, unfinished = load_group(group)
+    if not runs:
+        raise SystemExit(f"There is no finished run in {group}.")
+    if missing := [name for name in baselines if name not in runs]:
+        raise SystemExit(f"There is no finished run of the baseline {join(missing)} in {group}.")
+    text, page = make_page(runs, unfinished, metric, baselines)
+    (group / "report.html").write_text(page)
+    print(f"{text}\n\nWith the curves: {group / 'report.html'}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("group", type=Path, help="a folder of runs/")
+    parser.add_argument("--metric", default="accuracy")
+    parser.add_argument("--baselines", nargs="+", default=[], metavar="NAME", help="methods to take differences to")
+    args = parser.parse_args()
+    report(args.group, args.metric, args.baselines)
+
+
+if __name__ == "__main__":
+    main()

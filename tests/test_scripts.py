@@ -1,0 +1,506 @@
+"""The scripts, with a task that takes milliseconds and a Python that only notes what it was asked for."""
+
+import fcntl
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+import report as report_script  # noqa: E402
+import run_seeds  # noqa: E402
+import table  # noqa: E402
+
+
+# Notes every call; obeys --then, and otherwise leaves what a real task leaves.
+TASK = """
+import argparse, json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+parser = argparse.ArgumentParser()
+parser.add_argument("recipe")
+parser.add_argument("--seed", type=int)
+parser.add_argument("--output_dir", type=Path)
+parser.add_argument("--resume_from_checkpoint")
+parser.add_argument("--rho", type=float, default=0.05)
+parser.add_argument("--alpha", type=float)
+parser.add_argument("--num_train_epochs", type=int, default=2)
+parser.add_argument("--then", default="finish")
+args = parser.parse_args()
+with open("calls.jsonl", "a") as calls:
+    calls.write(json.dumps(sys.argv[1:]) + "\\n")
+
+if args.then == "die" and not args.resume_from_checkpoint:
+    for number in (2, 10, 11):
+        (args.output_dir / f"checkpoint-{number}").mkdir()
+    for number in (2, 10):
+        (args.output_dir / f"checkpoint-{number}" / "trainer_state.json").write_text("{}")
+    os.kill(os.getpid(), signal.SIGKILL)
+if args.then == "sleep":
+    worker = subprocess.Popen(["sleep", "60"])
+    (args.output_dir / "pids").write_text(f"{os.getpid()} {worker.pid}")
+    time.sleep(60)
+if args.then == "nothing":
+    sys.exit()
+
+passes = 10 * args.num_train_epochs * (2 if args.rho else 1)
+accuracy = 0.9 + 0.01 * args.seed
+result = {
+    "task": "fake", "dataset": "digits", "model": "tiny", "method": {}, "metrics": {"test": {"accuracy": accuracy}},
+    "passes": {"forward": passes, "backward": passes}, "seconds": 1.0, "seed": args.seed, "device": "cpu",
+    "threads": int(os.environ.get("OMP_NUM_THREADS", 0)), "arguments": {}, "versions": {"torch": "2"}, "git_commit": None,
+}
+history = [{"step": s, "epoch": s, "loss": 1 / s, "eval_accuracy": 0.1 * s} for s in range(1, 4)]
+(args.output_dir / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+if args.rho and args.alpha is None:
+    search = {"step": 1, "epoch": 0.1, "alphas": [0, 1, 2], "losses": [None, 1.5, 1.8], "alpha": 2, "angle": 1, "rho_max": 1}
+    (args.output_dir / "xsam_search.jsonl").write_text((json.dumps(search) + "\\n") * 2)
+(args.output_dir / "result.json").write_text(json.dumps(result))
+"""
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A repository with a tiny task, which the scripts take for theirs."""
+    for task, recipe in (("fake", "tiny"), ("image_classification", "digits-vit-small")):
+        recipes = tmp_path / "tasks" / task / "recipes"
+        recipes.mkdir(parents=True)
+        (recipes / f"{recipe}.yaml").write_text("num_train_epochs: 2\n")
+        (recipes.parent / "train.py").write_text(TASK)
+    shutil.copytree(SCRIPTS, tmp_path / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(run_seeds, "ROOT", tmp_path)
+    return tmp_path
+
+
+def make_run(name="SAM", seed=0, flags=""):
+    return run_seeds.Run("fake", "tiny", "group", name, seed, flags)
+
+
+def calls(root):
+    path = root / "calls.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def make_row(name, *values, forward=10, backward=10):
+    return table.Row(name, dict(enumerate(values)), forward, backward, 1.0)
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def test_mean_and_std_are_those_of_a_sample():
+    row = make_row("A", 90.0, 92.0, 97.0)
+    assert row.mean == 93.0
+    assert row.std == pytest.approx(13**0.5)  # (9 + 1 + 16) / (3 - 1)
+
+
+def test_difference_is_paired_and_its_interval_is_students():
+    # Differences 1, 3, 2: mean 2, standard deviation 1; Student's t at 97.5 % and 2 degrees of freedom is 4.302653.
+    difference = table.paired_difference(make_row("A", 91.0, 95.0, 96.0), make_row("B", 90.0, 92.0, 94.0))
+    assert (difference.mean, difference.pairs) == (2.0, 3)
+    assert difference.margin == pytest.approx(4.302653 / 3**0.5, abs=1e-6)
+    assert not difference.is_clear
+    # 1.1, 1, 1.2, 1.1: mean 1.1, standard deviation 0.0816497; t at 3 degrees of freedom is 3.182446.
+    clear = table.paired_difference(make_row("A", 1.1, 2.0, 3.2, 4.1), make_row("B", 0.0, 1.0, 2.0, 3.0))
+    assert clear.margin == pytest.approx(3.182446 * 0.0816497 / 2, abs=1e-6)
+    assert clear.is_clear
+
+
+def test_only_common_seeds_are_compared():
+    row, baseline = (
+        table.Row("A", {0: 5.0, 2: 9.0, 7: 1.0}, 1, 1, 1),
+        table.Row("B", {2: 7.0, 7: 2.0, 8: 50.0}, 1, 1, 1),
+    )
+    difference = table.paired_difference(row, baseline)
+    assert (difference.mean, difference.pairs) == (0.5, 2)
+    assert table.paired_difference(row, table.Row("C", {1: 1.0}, 1, 1, 1)) is None
+
+
+@pytest.mark.parametrize("values", [[(90.0,), (91.3,)], [(90.0, 91.1, 95.3), (91.3, 92.4, 96.6)]])
+def test_no_interval_from_one_pair_or_from_pairs_that_differ_alike(values):
+    baseline, row = (make_row(name, *of) for name, of in zip("AB", values, strict=True))
+    difference = table.paired_difference(row, baseline)
+    assert difference.mean == pytest.approx(1.3)
+    assert difference.margin is None and not difference.is_clear
+    assert table.format_difference(difference) == "+1.30 ± –"
+
+
+def test_table_from_results():
+    def result(seed, accuracy, backward, seconds):
+        metrics = {"validation": {"accuracy": 0.0}, "test": {"accuracy": accuracy}}
+        passes = {"forward": backward + 5, "backward": backward}
+        return {"seed": seed, "metrics": metrics, "passes": passes, "seconds": seconds}
+
+    results = {"SAM": [result(0, 0.91, 20, 3.0), result(1, 0.94, 20, 5.0)], "plain": [result(0, 0.9, 10, 2.0)]}
+    rows = table.make_rows(results, "accuracy")
+    markdown = table.to_markdown(table.make_cells(rows, "accuracy", ["plain"]))
+    assert [[text.strip() for text in line.strip("|").split("|")] for line in markdown.splitlines()[2:]] == [
+        ["plain", "90.00 ± –", "", "15", "10", "2", "1"],
+        ["SAM", "92.50 ± 2.12", "+1.00 ± –", "25", "20", "4", "2"],
+    ]
+    assert len({len(line) for line in markdown.splitlines()}) == 1
+
+
+def test_conclusion_follows_the_numbers():
+    baseline, cheap = make_row("AdamW-2x", 90.0, 91.0, 92.0), make_row("AdamW", 80.0, 80.0, 80.0, backward=5)
+    rows = [
+        cheap,
+        baseline,
+        make_row("better", 92.0, 93.1, 93.9),
+        make_row("same", 91.0, 90.0, 92.5),
+        make_row("worse", 88.0, 89.1, 89.9, forward=15),
+    ]
+    better, same, worse = report_script.conclude(rows, "accuracy", ["AdamW-2x"])
+    assert better.startswith("better minus AdamW-2x: +2.00 points") and better.endswith(
+        "better was higher in accuracy."
+    )
+    assert same.endswith("these runs do not tell the two apart.")
+    assert worse.endswith("worse was lower in accuracy.")
+    assert report_script.compare_passes(rows) == [
+        "AdamW made 5 backward passes a run, and no other row did.",
+        "AdamW-2x, better, same and worse made the same 10 backward passes a run and can be compared.",
+        "worse made 5 more forward passes (+50%).",
+    ]
+    (single,) = report_script.conclude([make_row("A", 1.0), make_row("B", 2.0)], "bleu", ["A"])
+    assert "+1.00, without an interval" in single and "nothing can be concluded" in single
+
+
+def test_two_baselines_are_compared_with_each_other_once():
+    sentences = report_script.conclude([make_row(name, 1.0, 2.0) for name in ("A", "S", "X")], "accuracy", ["A", "S"])
+    assert [sentence.split(":")[0] for sentence in sentences] == ["S minus A", "X minus A", "X minus S"]
+
+
+# --- run_seeds -------------------------------------------------------------------------------------------------------
+
+
+def test_finished_runs_are_not_made_again(root):
+    runs = [make_run(seed=seed) for seed in range(2)]
+    assert run_seeds.run_all(runs) == []
+    assert run_seeds.run_all([*runs, make_run(seed=2)]) == []
+    assert [call[call.index("--seed") + 1] for call in calls(root)] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("change", ["flags", "recipe"])
+def test_runs_of_other_arguments_are_set_aside(root, change, capsys):
+    run_seeds.run_all([make_run(flags="--rho 0.1")])
+    if change == "recipe":
+        (root / "tasks/fake/recipes/tiny.yaml").write_text("num_train_epochs: 3\n")
+    assert run_seeds.run_all([make_run(flags="--rho 0.2" if change == "flags" else "--rho 0.1")]) == []
+    assert len(calls(root)) == 2
+    (old,) = (root / "runs/group").glob("replaced-*/SAM/seed-0")
+    assert "0.1" in (old / "request.json").read_text() and (old / "result.json").exists()
+    assert "was made with other arguments" in capsys.readouterr().out
+
+
+def test_a_killed_run_is_told_and_resumed_while_the_others_go_on(root, capsys):
+    runs = [make_run("bad", 0, "--then die"), make_run("empty", 0, "--then nothing"), *map(make_run, "AB")]
+    assert run_seeds.run_all(runs, jobs=2) == runs[:2]
+    assert all(run.is_finished for run in runs[2:])
+    said = capsys.readouterr().out
+    assert "bad seed 0 failed: exit status -9. Its log: runs/group/bad/seed-0.log" in said
+    assert "empty seed 0 failed: it ended without a result.json" in said
+
+    assert run_seeds.run_all(runs[:1]) == []
+    # The newest checkpoint by number that is complete, and only where there is one.
+    assert calls(root)[-1][-2:] == ["--resume_from_checkpoint", "runs/group/bad/seed-0/checkpoint-10"]
+    assert sum("--resume_from_checkpoint" in call for call in calls(root)) == 1
+
+
+@pytest.mark.parametrize("jobs, threads", [(1, 7), (2, 1)])
+def test_runs_beside_each_other_have_one_thread(root, monkeypatch, jobs, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    run_seeds.run_all([make_run()], jobs)
+    assert json.loads((root / "runs/group/SAM/seed-0/result.json").read_text())["threads"] == threads
+
+
+def test_a_run_another_process_is_training_is_left_alone(root, capsys):
+    run = make_run()
+    (root / run.log).parent.mkdir(parents=True)
+    with open(root / run.log, "a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        assert run_seeds.run_all([run]) == [run]
+    assert "another process is training it" in capsys.readouterr().out and calls(root) == []
+    assert run_seeds.run_all([run]) == []
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes through /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interruption_stops_the_runs_and_their_children(root, number):
+    command = [sys.executable, "scripts/run_seeds.py", "fake", "tiny", "--group", "group", "--jobs", "2"]
+    process = subprocess.Popen(
+        [*command, "--seeds", "0", "1", "2", "--", "SAM=--then sleep"],
+        cwd=root,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that starts the tests in the background makes them, and so this process, ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 30
+    while len(pids := " ".join(p.read_text() for p in root.glob("runs/group/SAM/*/pids")).split()) < 4:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    assert all(map(is_alive, pids))
+    process.send_signal(number)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 1 and "the same command goes on from here" in said
+    deadline = time.monotonic() + 5
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert len(calls(root)) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["fake", "missing", "SAM="], "there is no recipe tasks/fake/recipes/missing.yaml"),
+        (["fake", "tiny", "SAM"], "should read NAME="),
+        (["fake", "tiny", "a/b=--rho 0"], "should read NAME="),
+        (["fake", "tiny", "SAM=", "--jobs", "0"], "--jobs starts at 1"),
+        (["fake", "tiny", "SAM=", "SAM=--rho 1"], "two methods have the same name"),
+    ],
+)
+def test_wrong_arguments_are_refused(root, monkeypatch, capsys, arguments, sentence):
+    monkeypatch.setattr(sys, "argv", ["run_seeds.py", *arguments, "--group", "group"])
+    with pytest.raises(SystemExit):
+        run_seeds.main()
+    assert sentence in capsys.readouterr().err and calls(root) == []
+
+
+def test_the_command_fails_if_a_run_does(root, monkeypatch):
+    arguments = [
+        "fake",
+        "tiny",
+        "--group",
+        "group",
+        "--seeds",
+        "0",
+        "--",
+        "bad=--then die",
+        "good=--alpha 1 --rho 0.1",
+    ]
+    monkeypatch.setattr(sys, "argv", ["run_seeds.py", *arguments])
+    with pytest.raises(SystemExit, match="1 of 2 runs failed"):
+        run_seeds.main()
+    assert calls(root)[1][-4:] == ["--alpha", "1", "--rho", "0.1"]
+    run_seeds.main()
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """Counts elements, collects attributes, and sees that every element is closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.attributes, self.open = [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append(tag)
+        self.attributes += attributes
+        if tag not in ("meta", "link"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append(tag)
+        self.attributes += attributes
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("seeds", [[0], [0, 1, 2]])
+def test_report(root, capsys, seeds):
+    runs = [make_run(name, seed, flags) for seed in seeds for name, flags in [("SAM", "--alpha 1"), ("XSAM", "")]]
+    run_seeds.run_all(runs)
+    report_script.report(root / "runs/group", "accuracy", ["SAM"])
+    said, page = capsys.readouterr().out, (root / "runs/group/report.html").read_text()
+    assert f"| XSAM   | {'90.00 ± –' if len(seeds) == 1 else '91.00 ± 1.00'}" in said
+    assert Page(page).elements.count("svg") == 2
+    assert "http" not in page and str(root) not in page and "nan" not in page
+    assert all(
+        value.startswith(("#", "data:"))
+        for name, value in Page(page).attributes
+        if name in ("src", "href", "xlink:href")
+    )
+    assert "python tasks/fake/train.py tasks/fake/recipes/tiny.yaml --seed 0" in page
+    assert f"α between 2.00 and 2.00, 2.00 on average over {2 * len(seeds)} searches, 100% of them at an end" in page
+
+
+def test_report_without_searches_or_curves_and_with_an_unfinished_run(root, capsys):
+    run_seeds.run_all([make_run("SAM", 0, "--alpha 1"), make_run("XSAM"), make_run("bad", 3, "--then die")])
+    (root / "runs/group/XSAM/seed-0/xsam_search.jsonl").unlink()
+    (root / "runs/group/XSAM/seed-0/trainer_state.json").unlink()
+    report_script.report(root / "runs/group", "accuracy", [])
+    page = (root / "runs/group/report.html").read_text()
+    assert Page(page).elements.count("svg") == 1
+    assert "Not finished, and so not in the table: bad seed 3." in capsys.readouterr().out
+
+
+def test_report_of_losses_that_are_all_null(root):
+    run_seeds.run_all([make_run("XSAM")])
+    search = {"step": 1, "epoch": 0, "alphas": [0, 1, 2], "losses": [None] * 3, "alpha": 1, "angle": 1, "rho_max": 1}
+    (root / "runs/group/XSAM/seed-0/xsam_search.jsonl").write_text(json.dumps(search) + "\n")
+    report_script.report(root / "runs/group", "accuracy", [])
+    assert Page((root / "runs/group/report.html").read_text()).elements.count("svg") == 2
+
+
+def test_report_of_nothing(root):
+    with pytest.raises(SystemExit, match="There is no finished run in"):
+        report_script.report(root / "runs/group", "accuracy", [])
+    run_seeds.run_all([make_run()])
+    with pytest.raises(SystemExit, match="no finished run of the baseline AdamW"):
+        report_script.report(root / "runs/group", "accuracy", ["AdamW"])
+
+
+# --- the shell scripts -----------------------------------------------------------------------------------------------
+
+# Plays python and the python of a virtual environment: notes its arguments and makes what `-m venv` makes.
+PYTHON = """#!/usr/bin/env bash
+echo "$*" >> "$STUB_LOG"
+[[ "$*" == "-c "* && -n "${STUB_OLD:-}" ]] && exit 1
+[[ "$*" == "-m pip --version" && -n "${STUB_WITHOUT_PIP:-}" ]] && exit 1
+[[ -n "${STUB_FAIL:-}" && "$*" == *"$STUB_FAIL"* ]] && exit 1
+if [[ "$*" == "-m venv --clear .venv" ]]; then
+    rm -rf .venv
+    mkdir -p .venv/bin
+    cp "$0" .venv/bin/python
+fi
+exit 0
+"""
+
+
+class Shell:
+    """A folder with the shell scripts, and a PATH on which there is no Python but the stub."""
+
+    def __init__(self, root):
+        self.root, self.log = root, root / "log"
+        self.bin = root / "bin"
+        self.bin.mkdir()
+        for tool in ("bash", "env", "dirname", "cat", "cksum", "rm", "mkdir", "touch", "cp"):
+            (self.bin / tool).symlink_to(shutil.which(tool))
+        self.add_python(self.bin / "python3")
+        (root / "setup.cfg").write_text("[metadata]\n")
+        (root / "pyproject.toml").write_text("")
+        (root / "scripts").mkdir()
+        for script in ("setup_venv", "test", "demo"):
+            shutil.copy(SCRIPTS / script, root / "scripts")
+
+    def add_python(self, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(PYTHON)
+        path.chmod(0o755)
+
+    def __call__(self, *command, **variables):
+        """Runs a script; the result, and what Python was asked for beyond `-c`."""
+        self.log.write_text("")
+        environment = {"PATH": str(self.bin), "STUB_LOG": str(self.log), **variables}
+        done = subprocess.run(
+            [self.bin / "bash", *command], cwd="/", env=environment, capture_output=True, text=True, timeout=20
+        )
+        return done, [line for line in self.log.read_text().splitlines() if not line.startswith("-c")]
+
+    def setup(self, extra="tasks", **variables):
+        return self(self.root / "scripts/setup_venv", extra, **variables)
+
+
+@pytest.fixture
+def shell(tmp_path):
+    return Shell(tmp_path)
+
+
+VENV, PIP = "-m venv --clear .venv", "-m pip --version"
+INSTALL = "-m pip install --quiet --disable-pip-version-check --editable .[{}]"
+
+
+def test_setup_installs_once_and_again_when_outdated(shell):
+    done, asked = shell.setup()
+    assert done.returncode == 0 and "some minutes" in done.stderr
+    assert asked == [VENV, PIP, INSTALL.format("tasks")]
+    assert shell.setup()[1] == []
+    (shell.root / "setup.cfg").write_text("[metadata]\nname = new\n")
+    assert shell.setup()[1] == [PIP, INSTALL.format("tasks")]
+    assert shell.setup()[1] == []
+
+
+def test_the_test_extra_serves_the_tasks_but_not_the_other_way_round(shell):
+    shell.setup("tasks")
+    assert shell.setup("test")[1] == [PIP, INSTALL.format("test")]
+    assert shell.setup("tasks")[1] == []
+
+
+def test_setup_repairs_an_interrupted_installation(shell):
+    done, _ = shell.setup(STUB_FAIL="pip install")
+    assert done.returncode != 0
+    (shell.root / ".venv/half-a-package").touch()
+    assert shell.setup()[1] == [VENV, PIP, INSTALL.format("tasks")]
+    assert not (shell.root / ".venv/half-a-package").exists()
+    # After an update that failed nothing looks finished, not what was there before either, but the environment is kept.
+    shell.setup("test", STUB_FAIL="pip install")
+    assert shell.setup("tasks")[1] == [PIP, INSTALL.format("tasks")]
+    (shell.root / "setup.cfg").write_text("[metadata]\nname = new\n")
+    shell.setup(STUB_FAIL="pip install")
+    assert shell.setup()[1] == [PIP, INSTALL.format("tasks")]
+
+
+def test_setup_keeps_a_venv_made_by_hand(shell):
+    shell.add_python(shell.root / ".venv/bin/python")
+    (shell.root / ".venv/torch").touch()
+    assert shell.setup(STUB_WITHOUT_PIP="1")[1] == [PIP, "-m ensurepip", INSTALL.format("tasks")]
+    assert (shell.root / ".venv/torch").exists()
+
+
+def test_setup_finds_another_python_and_says_when_there_is_none(shell):
+    done, asked = shell.setup(STUB_OLD="1")
+    assert done.returncode == 1 and done.stderr.startswith("xsam_hf needs Python 3.10 or newer, and none of")
+    assert asked == [] and not (shell.root / ".venv").exists()
+    (shell.bin / "python3").rename(shell.bin / "python3.11")
+    assert shell.setup()[1] == [VENV, PIP, INSTALL.format("tasks")]
+
+
+def test_scripts_test_runs_every_part_and_names_those_that_failed(shell):
+    done, asked = shell(shell.root / "scripts/test", "-k", "xsam", STUB_FAIL="ruff")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "failed: lint format"
+    tests = ["-m ruff check .", "-m ruff format --check .", "-m mypy xsam_hf", "-m pytest -n 2 -k xsam"]
+    assert asked[-4:] == tests
+    done, asked = shell(shell.root / "scripts/test")
+    assert done.returncode == 0 and asked[-1] == "-m pytest -n 2"
+    assert shell(shell.root / "scripts/test", STUB_FAIL="-m pytest")[0].returncode == 1
+
+
+def test_demo_sets_up_and_starts(shell):
+    done, asked = shell(shell.root / "scripts/demo")
+    assert done.returncode == 0 and asked == [VENV, PIP, INSTALL.format("tasks"), "scripts/demo.py"]
+
+
+def test_demo_compares_at_equal_passes(root):
+    done = subprocess.run(
+        [sys.executable, "scripts/demo.py"], cwd=root, capture_output=True, text=True, timeout=60, check=True
+    )
+    lines = [[text.strip() for text in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
+    assert [(line[0], line[5]) for line in lines[2:]] == [
+        ("AdamW", "20"),
+        ("AdamW-2x", "40"),
+        ("SAM", "40"),
+        ("XSAM", "40"),
+    ]
+    assert (root / "runs/demo/report.html").exists()
