@@ -36,6 +36,73 @@ def rotate(v0, v1, alpha):
     return np.cos(alpha * psi) * v0 + np.sin(alpha * psi) * sideways / length
 
 
+class Method:
+    """
+    Every other ascent and direction, on one flat vector; remembers VaSSO's and FSAM's average from update to update.
+
+    `matrix` marks the coordinates of weights with two dimensions or more, `frozen` those that are never perturbed.
+    """
+
+    def __init__(self, perturbation="sam", direction="arc", scale="last", eta=0.01, phi=0.4, sigma=1.0, lam=0.9,
+                 matrix=None, frozen=None):  # fmt: skip
+        self.perturbation, self.direction, self.scale = perturbation, direction, scale
+        self.eta, self.phi, self.sigma, self.lam, self.matrix, self.frozen = eta, phi, sigma, lam, matrix, frozen
+        self.average = None
+
+    def step(self, g, point, length):
+        if self.perturbation == "asam":
+            t = np.abs(point) + self.eta
+            if self.matrix is not None:
+                t[~self.matrix] = 1
+            return length * t**2 * g / np.sqrt(np.sum((t * g) ** 2))
+        climb = g
+        if self.perturbation == "vasso":
+            self.average = g if self.average is None else (1 - self.phi) * self.average + self.phi * g
+            climb = self.average
+        elif self.perturbation == "fsam":
+            if self.average is None:
+                self.average = g
+            else:
+                climb = g - self.sigma * self.average
+                self.average = self.lam * self.average + (1 - self.lam) * g
+        return length * climb / np.sqrt(np.sum(climb**2))
+
+    def update(self, theta, loss, gradient, rho, k=1, alpha=1.0, rho_max=None):
+        """What the base optimizer is given: the direction, of the wanted norm."""
+        rho_max = 2 * rho if rho_max is None else rho_max
+        free = np.ones(len(theta), bool) if self.frozen is None else ~self.frozen
+
+        def length_of(v):
+            return np.sqrt(np.sum(v[free] ** 2))
+
+        point, gradients = np.array(theta, dtype=np.float64), []
+        for _ in range(k):
+            g = gradient(point)
+            gradients.append(g)
+            point = point + self.step(np.where(free, g, 0), point, rho / k)
+        gradients.append(gradient(point))
+        climbed = point - theta
+        if self.direction == "arc":
+            v0, v1 = climbed / length_of(climbed), np.where(free, gradients[-1], 0) / length_of(gradients[-1])
+            if alpha is None:
+                grid = np.linspace(0, 2, 21)
+                alpha = grid[np.argmax([loss(theta + rho_max * rotate(v0, v1, a)) for a in grid])]
+            v = rotate(v0, v1, alpha)
+        else:
+            taken = gradients if self.direction.endswith("+") else gradients[1:]
+            weights = [1 / length_of(g) if self.direction.startswith("lsam") else 1.0 for g in taken]
+            v = np.where(free, sum(w * g for w, g in zip(weights, taken, strict=True)), 0)
+            v = v / length_of(v)
+        sizes = [length_of(g) for g in gradients]
+        if self.scale == "slope":
+            size = (loss(point) - loss(theta)) / length_of(climbed)
+        elif self.scale == "slope_max":
+            size = (loss(theta + rho_max * v) - loss(theta)) / rho_max
+        else:
+            size = {"last": sizes[-1], "first": sizes[0], "mean": np.mean(sizes), "max": np.max(sizes)}[self.scale]
+        return np.where(free, size * v, gradients[-1])
+
+
 class SGD:
     def __init__(self, lr, momentum=0.0):
         self.lr, self.momentum, self.velocity = lr, momentum, None

@@ -1,9 +1,12 @@
 """Every field: its default, its flag, and a clear sentence for a bad value, before anything is trained."""
 
 import math
+import re
 from dataclasses import dataclass
 
 import pytest
+import torch
+from torch import nn
 from toys import Classifier, Points
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
@@ -11,8 +14,10 @@ from xsam_hf import (
     XSAMArguments,
     XSAMSeq2SeqTrainer,
     XSAMSeq2SeqTrainingArguments,
+    XSAMState,
     XSAMTrainer,
     XSAMTrainingArguments,
+    xsam_gradient,
 )
 
 
@@ -39,7 +44,59 @@ BAD = [
     ("alpha_search_steps", -3),
     ("alpha_search_steps", 2.5),
     ("alpha_search_steps", math.nan),
+    ("alpha_search", "binary"),
+    ("gradient_scale", "median"),
+    ("ascent_fraction", 0.0),
+    ("ascent_fraction", 1.1),
+    ("rho_exclude", ["(bias"]),
+    ("sharpness_start", -0.1),
+    ("sharpness_start", 1.0),
+    ("sharpness_end", 1.5),
+    ("sharpness_every", 0),
+    ("sharpness_every", 1.5),
+    ("sharpness_between", "old"),
+    ("asam_eta", -1.0),
+    ("asam_scope", "biases"),
+    ("vasso_decay", 0.0),
+    ("fsam_sigma", -1.0),
+    ("fsam_lambda", 1.0),
 ]
+CONTRADICTIONS = [
+    ({"direction": "lsam", "alpha": 1.0}, "`alpha` is 1.0, but `direction` 'lsam' has no arc: leave"),
+    ({"perturbation": "vasso", "ascent_steps": 2}, "`ascent_steps` is 2, but vasso .* set it to 1"),
+    ({"perturbation": "fsam", "ascent_steps": 2}, "`ascent_steps` is 2, but fsam .* set it to 1"),
+    ({"perturbation": "fsam", "ascent_scope": "micro"}, "`perturbation` is 'fsam', .* `ascent_scope` to `update`"),
+    ({"gradient_scale": "slope", "ascent_scope": "micro"}, "`gradient_scale` is 'slope', .* `ascent_scope` to"),
+    ({"sharpness_between": "reuse", "ascent_scope": "micro"}, "`sharpness_between` is 'reuse', .* `ascent_scope` to"),
+    (
+        {"gradient_scale": "slope_max", "ascent_fraction": 0.5},
+        "`gradient_scale` is 'slope_max', .* `ascent_fraction` to",
+    ),
+    ({"sharpness_between": "reuse", "direction": "msam"}, "`sharpness_between` is 'reuse', but .* choose `arc`"),
+    ({"sharpness_start": 0.6, "sharpness_end": 0.5}, "`sharpness_start` is 0.6: give a share below `sharpness_end`"),
+]
+
+
+@pytest.mark.parametrize("fields, sentence", CONTRADICTIONS)
+def test_fields_that_contradict_each_other_say_so(tmp_path, fields, sentence):
+    for build in (lambda: XSAMArguments(**fields), lambda: XSAMTrainingArguments(str(tmp_path), **fields)):
+        with pytest.raises(ValueError, match=sentence):
+            build()
+    for name, value in fields.items():  # each alone is fine
+        if (name, value) != ("alpha", 1.0) and name != "sharpness_start":
+            XSAMArguments(**{name: value})
+
+
+def test_excluding_what_is_not_there_says_so(tmp_path):
+    for patterns, sentence in [
+        (["frist"], "`rho_exclude` is 'frist', which no name of a trainable weight contains: give .* 'first.weight'"),
+        (["first", "second"], "not excluded"),
+    ]:
+        args = XSAMTrainingArguments(str(tmp_path), rho_exclude=patterns, use_cpu=True, report_to="none")
+        with pytest.raises(ValueError, match=sentence):
+            XSAMTrainer(model=Classifier(), args=args, train_dataset=Points())
+    with pytest.raises(ValueError, match="plain tensors have none: give the model"):
+        xsam_gradient([nn.Parameter(torch.ones(2))], None, None, XSAMArguments(rho_exclude=["w"]), XSAMState())
 
 
 def test_defaults_are_the_papers():
@@ -54,7 +111,21 @@ def test_defaults_are_the_papers():
         "alpha_max": 2.0,
         "alpha_samples": 21,
         "alpha_search_steps": None,
+        "alpha_search": "grid",
+        "alpha_smoothing": False,
+        "gradient_scale": "last",
         "ascent_scope": "update",
+        "ascent_fraction": 1.0,
+        "rho_exclude": None,
+        "sharpness_start": 0.0,
+        "sharpness_end": 1.0,
+        "sharpness_every": 1,
+        "sharpness_between": "plain",
+        "asam_eta": 0.01,
+        "asam_scope": "weights",
+        "vasso_decay": 0.4,
+        "fsam_sigma": 1.0,
+        "fsam_lambda": 0.9,
     }
     assert arguments.alphas == pytest.approx([i / 10 for i in range(21)])
     assert XSAMArguments(alpha_max=1.5, alpha_samples=4).alphas == [0, 0.5, 1.0, 1.5]
@@ -64,7 +135,9 @@ def test_defaults_are_the_papers():
 @pytest.mark.parametrize("field, value", BAD)
 def test_a_bad_value_names_the_field_the_value_and_the_way_out(tmp_path, cls, field, value):
     for build in (lambda: XSAMArguments(**{field: value}), lambda: cls(output_dir=str(tmp_path), **{field: value})):
-        with pytest.raises(ValueError, match=f"`{field}` is '?{value}'?: (give|choose)"):
+        with pytest.raises(
+            ValueError, match=f"`{field}` is '?{re.escape(str(value).strip('[]').strip(chr(39)))}'?: (give|choose)"
+        ):
             build()
 
 

@@ -29,6 +29,15 @@ SAME = {
     "accumulation": {"per_device_train_batch_size": 16},
     "adamw": {"per_device_train_batch_size": 16, "optim": "adamw_torch", "learning_rate": 0.01, "adam_epsilon": 1e-3},
     "used": {"per_device_train_batch_size": 16},
+    "vasso": {"per_device_train_batch_size": 16, "perturbation": "vasso", "alpha": 1.7},
+    "msam+": {"per_device_train_batch_size": 16, "direction": "msam+", "ascent_steps": 2, "gradient_scale": "slope"},
+    "slope_max": {"per_device_train_batch_size": 16, "perturbation": "asam", "gradient_scale": "slope_max"},
+    "reuse": {
+        "per_device_train_batch_size": 16,
+        "sharpness_every": 2,
+        "sharpness_between": "reuse",
+        "rho_exclude": ["^first.bias$"],
+    },
     # The micro scope's counterpart: each process's micro-batch is one of an accumulation in one process.
     "micro": {
         "per_device_train_batch_size": 8,

@@ -9,13 +9,15 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "xsam_hf"
 LAYERS = [
     {"geometry"},
-    {"perturbation", "ascent", "direction", "search"},
+    {"perturbation", "ascent", "direction", "search", "reuse"},
+    {"hyperparameters", "state"},
+    {"schedule"},
     {"xsam"},
-    {"arguments", "callback", "compatibility"},
+    {"arguments", "callback", "checkpoint", "compatibility", "meter", "micro_batch", "model_card"},
     {"trainer"},
     {"__init__"},
 ]
-TORCH_ONLY = set().union(*LAYERS[:3])
+TORCH_ONLY = set().union(*LAYERS[:5])
 
 
 def imports(module):

@@ -26,6 +26,9 @@ VARIANTS = {
     "every epoch": {},
     "every 5 updates": {"alpha_search_steps": 5},
     "accumulation": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "ascent_steps": 2},
+    "vasso": {"perturbation": "vasso"},
+    "fsam, schedule": {"perturbation": "fsam", "sharpness_start": 0.2, "sharpness_every": 2, "direction": "msam+"},
+    "reuse, fraction": {"sharpness_every": 3, "sharpness_between": "reuse", "ascent_fraction": 0.5},
     "micro": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "ascent_scope": "micro"},
 }
 
@@ -67,12 +70,21 @@ def test_resume_at_every_step_is_bitwise(tmp_path, whole, step, restore_flag):
     for name, value in uninterrupted.model.state_dict().items():
         assert torch.equal(value, run.model.state_dict()[name]), name
     assert run._xsam_callback.xsam == uninterrupted._xsam_callback.xsam
+    ours, theirs = (r._xsam_callback.xsam.tensors for r in (run, uninterrupted))
+    assert {"vasso": "average", "fsam": "average", "sam": "turn"}[variant.get("perturbation", "sam")] in {
+        *ours,
+        "turn",
+    }
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(a, b) for kind in ours for a, b in zip(ours[kind], theirs[kind], strict=True))
     assert searches(tmp_path) == searches(directory)
     assert sum(isinstance(c, XSAMCallback) for c in run.callback_handler.callbacks) == 1
 
 
 def test_the_test_would_notice_a_lost_alpha(tmp_path, whole):
     directory, uninterrupted, variant = whole
+    if "sharpness_every" in variant:
+        return  # no α, or a new one is searched before the saved one is used
     checkpoint = tmp_path / "checkpoint-6"
     shutil.copytree(directory / "checkpoint-6", checkpoint)
     state = json.loads((checkpoint / "trainer_state.json").read_text())
@@ -82,6 +94,21 @@ def test_the_test_would_notice_a_lost_alpha(tmp_path, whole):
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
     run = train(tmp_path, model(), resume=str(checkpoint), **{**SETTINGS, "save_strategy": "no"}, **variant)
     assert not torch.equal(weights_of(run), weights_of(uninterrupted))
+
+
+def test_the_test_would_notice_a_lost_average(tmp_path):
+    for name, variant in (("vasso", {"perturbation": "vasso"}), ("reuse", VARIANTS["reuse, fraction"])):
+        whole = train(tmp_path / name, model(), **SETTINGS, **variant)
+        checkpoint = tmp_path / name / "checkpoint-5"
+        (checkpoint / "xsam_state.safetensors").unlink()
+        run = train(tmp_path / "again", model(), resume=str(checkpoint), **SETTINGS, **variant)
+        assert not torch.equal(weights_of(run), weights_of(whole)), name
+
+
+def test_averages_of_other_weights_are_refused(tmp_path):
+    train(tmp_path, model(), **SETTINGS, perturbation="vasso")
+    with pytest.raises(ValueError, match="xsam_state.safetensors belongs to other weights .* delete the file"):
+        train(tmp_path, model(), resume=str(tmp_path / "checkpoint-5"), **SETTINGS, perturbation="vasso", rho_exclude=["first"])  # fmt: skip
 
 
 def test_a_checkpoint_of_the_plain_trainer_can_be_continued_and_saved(tmp_path):

@@ -15,7 +15,8 @@ from torch.utils.data import IterableDataset
 from toys import CLASSES, HIDDEN, INPUTS, Classifier, Points, arguments, train, weights_of
 from transformers import PretrainedConfig, Trainer, TrainerCallback
 
-from xsam_hf import XSAMMixin, XSAMTrainer
+from xsam_hf import XSAMArguments, XSAMMixin, XSAMTrainer
+from xsam_hf.compatibility import check_supported
 
 
 def search_lines(trainer):
@@ -527,11 +528,10 @@ def test_promise_7_generating_trainers(tmp_path, name):
 def test_promise_7_distributed_types(tmp_path, monkeypatch, kind, version, scope, message):
     from accelerate.utils import DistributedType
 
-    from xsam_hf.compatibility import check_supported
-
     run = build(tmp_path, rho=0.0)
     plugin = types.SimpleNamespace(fsdp_version=version)
     run.accelerator = types.SimpleNamespace(
+        scaler=None,
         distributed_type=DistributedType[kind],
         state=types.SimpleNamespace(fsdp_plugin=plugin),
         parallelism_config=None,
@@ -547,8 +547,6 @@ def test_promise_7_distributed_types(tmp_path, monkeypatch, kind, version, scope
 
 @pytest.mark.parametrize("part, name", [("tp", "tensor"), ("cp", "context"), ("sp", "sequence")])
 def test_promise_7_parallelism_within_a_batch(tmp_path, monkeypatch, part, name):
-    from xsam_hf.compatibility import check_supported
-
     run = build(tmp_path)
     flags = {f"{p}_enabled": p == part for p in ("tp", "cp", "sp")}
     monkeypatch.setattr(type(run.accelerator), "parallelism_config", types.SimpleNamespace(**flags))
@@ -580,6 +578,17 @@ def test_promise_7_half_precision_weights_are_warned_about(tmp_path, monkeypatch
 
 
 # --- company ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, value", [("perturbation", "vasso"), ("perturbation", "fsam"), ("gradient_scale", "slope")]
+)
+def test_promise_7_what_a_grad_scaler_would_mix_up(tmp_path, monkeypatch, name, value):
+    run = train(tmp_path, rho=0.0)
+    monkeypatch.setattr(run.accelerator, "scaler", torch.amp.GradScaler("cpu"))
+    with pytest.raises(NotImplementedError, match=f"`{name}` '{value}' .* use `bf16=True`"):
+        check_supported(run, XSAMArguments(**{name: value}))
+    check_supported(run, XSAMArguments())
 
 
 def test_hyperparameter_search_tunes_rho(tmp_path):

@@ -1,8 +1,10 @@
 """XSAM, explicit sharpness-aware minimization, for the Hugging Face Trainer."""
 
 from .arguments import XSAMSeq2SeqTrainingArguments, XSAMTrainingArguments
+from .hyperparameters import XSAMArguments
+from .state import XSAMState
 from .trainer import XSAMMixin, XSAMSeq2SeqTrainer, XSAMTrainer
-from .xsam import XSAMArguments, XSAMState, xsam_gradient
+from .xsam import xsam_gradient
 
 
 __version__ = "0.1.0"

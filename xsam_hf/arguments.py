@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from .xsam import XSAMArguments
+from .hyperparameters import XSAMArguments
 
 
 # XSAMArguments stands first so that `output_dir` stays the first positional argument: dataclass fields are collected from

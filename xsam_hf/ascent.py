@@ -1,4 +1,4 @@
-"""Where to climb: one ascent step from a gradient. Each function turns the gradient into the step, in place."""
+"""Where to climb: each function turns a gradient into one ascent step ε, in place, for whole tensors and shards alike."""
 
 from __future__ import annotations
 
@@ -10,22 +10,88 @@ from torch import Tensor
 from .geometry import local, norm
 
 
-def sam(gradient: Sequence[Tensor], length: float) -> Tensor:
+ASCENTS = ("sam", "asam", "vasso", "fsam")
+
+
+def sam(gradient: Sequence[Tensor], length: float) -> None:
     r"""
-    SAM's ascent step $\varepsilon = \ell\, g/\|g\|$ (§2.1 of the XSAM paper; Foret et al. 2021, arXiv:2010.01412).
+    SAM: $\varepsilon = \ell\, g/\|g\|$ (§2.1 of the XSAM paper; Foret et al. 2021, arXiv:2010.01412).
 
     A gradient of norm 0 gives a step of 0, decided on the device: no host synchronisation.
 
     Args:
         gradient (`Sequence[torch.Tensor]`): g, overwritten by ε.
-        length (`float`): ℓ, the 2-norm of the step over all trainable weights (ρ/k).
-
-    Returns:
-        `torch.Tensor`: ‖g‖, 0-dim.
+        length (`float`): ℓ, the 2-norm of the step over all perturbed weights (ρ/k).
     """
+    _stretch(gradient, norm(gradient), length)
+
+
+def asam(
+    gradient: Sequence[Tensor], weights: Sequence[Tensor], length: float, eta: float, scope: str = "weights"
+) -> None:
+    r"""
+    ASAM: $\varepsilon = \ell\, T^2 g/\|T g\|$ with $T = \mathrm{diag}(|\theta| + \eta)$ (Kwon et al. 2021, arXiv:2102.11600).
+
+    The step has the length ℓ in the norm $\|T^{-1}\varepsilon\|$, so that ρ means a share of the weights' size. The name of a
+    weight does not tell what it is, so `scope="weights"` scales those of two dimensions or more and takes T = 1 for the
+    others, biases and norms, as the authors' code does.
+
+    Args:
+        gradient (`Sequence[torch.Tensor]`): g, overwritten by ε.
+        weights (`Sequence[torch.Tensor]`): θ, at which g was taken.
+        length (`float`): ℓ (ρ/k).
+        eta (`float`): η.
+        scope (`str`, *optional*, defaults to `"weights"`): or `"all"`.
+    """
+    pairs = [pair for pair in zip(local(gradient), local(weights), strict=True) if scope == "all" or pair[1].ndim > 1]
+    for g, w in pairs:
+        g.mul_(w.abs().add_(eta))
     size = norm(gradient)
-    torch._foreach_mul_(local(gradient), torch.where(size > 0, length / size, torch.zeros_like(size)))
-    return size
+    for g, w in pairs:
+        g.mul_(w.abs().add_(eta))
+    _stretch(gradient, size, length)
 
 
-ASCENTS = {"sam": sam}
+def vasso(gradient: Sequence[Tensor], average: Sequence[Tensor], length: float, decay: float) -> None:
+    r"""
+    VaSSO: $\varepsilon = \ell\, d/\|d\|$ along $d \leftarrow (1-\varphi)\, d + \varphi\, g_0$ (Li & Giannakis 2023, arXiv:2309.15639).
+
+    A gradient that is not finite leaves the average as it is, and gives a step that is not finite.
+
+    Args:
+        gradient (`Sequence[torch.Tensor]`): g_0, overwritten by ε.
+        average (`Sequence[torch.Tensor]`): d, updated in place; starts as the first g_0, in an update that is SAM's.
+        length (`float`): ℓ = ρ, 2-norm over all perturbed weights.
+        decay (`float`): φ; 1 is SAM.
+    """
+    finite = torch.isfinite(norm(gradient))
+    for g, d in zip(local(gradient), local(average), strict=True):
+        d.lerp_(torch.where(finite, g, d), decay)
+        g.copy_(torch.where(finite, d, g))
+    _stretch(gradient, norm(gradient), length)
+
+
+def fsam(gradient: Sequence[Tensor], average: Sequence[Tensor], length: float, sigma: float, decay: float) -> None:
+    r"""
+    Friendly SAM: along $g_0 - \sigma m$, then $m \leftarrow \lambda m + (1-\lambda)\, g_0$ (Li et al. 2024, arXiv:2403.12350).
+
+    In this order, as in the authors' code: the gradient is compared with its past. A gradient that is not finite leaves the
+    average as it is.
+
+    Args:
+        gradient (`Sequence[torch.Tensor]`): g_0, overwritten by ε.
+        average (`Sequence[torch.Tensor]`): m, updated in place; starts as the first g_0, in an update that is SAM's.
+        length (`float`): ℓ = ρ, 2-norm over all perturbed weights.
+        sigma (`float`): σ; 0 is SAM.
+        decay (`float`): λ.
+    """
+    finite = torch.isfinite(norm(gradient))
+    for g, m in zip(local(gradient), local(average), strict=True):
+        new = torch.lerp(m, torch.where(finite, g, m), 1 - decay)
+        g.sub_(m, alpha=sigma)
+        m.copy_(new)
+    _stretch(gradient, norm(gradient), length)
+
+
+def _stretch(vector: Sequence[Tensor], size: Tensor, length: float) -> None:
+    torch._foreach_mul_(local(vector), torch.where(size > 0, length / size, torch.zeros_like(size)))

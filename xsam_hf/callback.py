@@ -11,8 +11,10 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from .hyperparameters import XSAMArguments
+from .schedule import search_at
 from .search import AlphaSearch
-from .xsam import XSAMArguments, XSAMState
+from .state import XSAMState
 
 
 SEARCH_FILE = "xsam_search.jsonl"
@@ -29,11 +31,15 @@ class XSAMCallback(TrainerCallback, ExportableState):
     def __init__(self):
         self.xsam = XSAMState()
         self._resumed_inside_epoch = False
+        self._scheduled: int | None = None
 
     def state(self) -> dict:
-        return {"args": {}, "attributes": {"xsam": dataclasses.asdict(self.xsam)}}
+        # Tensors go into a file of their own: see checkpoint.py.
+        numbers = {f.name: getattr(self.xsam, f.name) for f in dataclasses.fields(XSAMState) if f.name != "tensors"}
+        return {"args": {}, "attributes": {"xsam": numbers}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self._scheduled = None
         name = type(self).__name__
         states: Any = state.stateful_callbacks
         saved = states.get(name) if state.global_step > 0 else None
@@ -54,11 +60,10 @@ class XSAMCallback(TrainerCallback, ExportableState):
         self._resumed_inside_epoch = False
 
     def schedule_search(self, arguments: XSAMArguments, state: TrainerState) -> None:
-        """Marks the coming update for a search if `alpha_search_steps` asks for one."""
-        every = arguments.alpha_search_steps
-        if every is not None:
-            steps = math.ceil(every * state.max_steps) if every < 1 else int(every)
-            self.xsam.search_due |= state.global_step % steps == 0
+        """Marks the coming update for a search if `alpha_search_steps` asks for one; once for all of its micro-batches."""
+        if state.global_step != self._scheduled:
+            self._scheduled = state.global_step
+            self.xsam.search_due |= search_at(arguments, state.global_step, state.max_steps)
 
     def record_search(self, args: TrainingArguments, state: TrainerState, search: AlphaSearch) -> None:
         """Appends one JSON line: `step` and `epoch` before the update, the grid, its losses (null: not finite), α after it."""

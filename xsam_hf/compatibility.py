@@ -10,7 +10,8 @@ from torch import nn
 from transformers import Trainer
 from transformers.utils import logging
 
-from .xsam import XSAMArguments
+from .hyperparameters import XSAMArguments
+from .xsam import perturbed_and_excluded
 
 
 logger = logging.get_logger(__name__)
@@ -43,13 +44,20 @@ def check_supported(trainer: Trainer, arguments: XSAMArguments) -> None:
         return
     _check_distribution(trainer, arguments.ascent_scope)
     _check_optimizer(trainer)
+    rescaled = {"perturbation": arguments.perturbation, "gradient_scale": arguments.gradient_scale}
+    for name, value in rescaled.items():
+        if trainer.accelerator.scaler is not None and value in ("vasso", "fsam", "slope", "slope_max"):
+            raise NotImplementedError(
+                f"`{name}` {value!r} compares gradients with losses or with those of other updates, which a GradScaler "
+                "scales differently: use `bf16=True` instead of `fp16=True`, or another value."
+            )
     kinds = {cls.__name__ for cls in type(trainer).__mro__} & _GENERATING_TRAINERS
     if kinds:
         raise NotImplementedError(
             f"{kinds.pop()} generates and counts inside its training step, which XSAM would repeat for every pass: use "
             "XSAM with a supervised or preference trainer (SFTTrainer, DPOTrainer, RewardTrainer), or set `rho` to 0."
         )
-    _check_model(trainer.model)
+    _check_model(trainer.model, arguments)
 
 
 def _check_distribution(trainer: Trainer, ascent_scope: str) -> None:
@@ -100,12 +108,13 @@ def _check_optimizer(trainer: Trainer) -> None:
             )
 
 
-def _check_model(model: Any) -> None:
+def _check_model(model: Any, arguments: XSAMArguments) -> None:
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     if not weights:
         raise ValueError(
             "The model has no trainable weights, so XSAM has none to perturb: unfreeze some, or set `rho` to 0."
         )
+    perturbed_and_excluded(model, arguments.rho_exclude)
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
             raise NotImplementedError(

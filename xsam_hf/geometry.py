@@ -26,6 +26,12 @@ def norm(vector: Sequence[Tensor]) -> Tensor:
     return _total([n.square() for n in norms], vector).sqrt()
 
 
+def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
+    """x·y over all elements of all tensors; a 0-dim tensor, equal on every process that holds a shard."""
+    dtype = _accumulation_dtype([*x, *y])
+    return _total([(a.to(dtype) * b.to(dtype)).sum() for a, b in zip(local(x), local(y), strict=True)], x)
+
+
 def angle(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
     r"""
     ψ = angle(x, y) in radians, in [0, π]; a 0-dim tensor.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,15 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.utils import logging
 
 from .callback import XSAMCallback
+from .checkpoint import load_tensors, save_tensors
 from .compatibility import check_supported
+from .hyperparameters import XSAMArguments
+from .meter import UpdateMeter
+from .micro_batch import MicroBatch, random_part
+from .model_card import add_section
 from .perturbation import RandomState, drop_gradient
-from .xsam import XSAMArguments, XSAMUpdate, xsam_gradient
+from .schedule import sharp_at
+from .xsam import perturbed_and_excluded, xsam_gradient
 
 
 logger = logging.get_logger(__name__)
@@ -30,17 +36,6 @@ if TYPE_CHECKING:
     _Trainer = Trainer
 else:
     _Trainer = object
-
-
-@dataclass
-class MicroBatch:
-    """All that is needed to run one of the Trainer's passes again."""
-
-    inputs: dict[str, Any]
-    num_items_in_batch: Tensor | int | None
-    accumulation_steps: int
-    random_state: RandomState
-    loss: Tensor
 
 
 class XSAMMixin(_Trainer):
@@ -59,7 +54,8 @@ class XSAMMixin(_Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._window: list[MicroBatch] = []
-        self._sums: Tensor | None = None
+        self._meter = UpdateMeter()
+        self._tensors_to_load: str | None = None
         self.add_callback(XSAMCallback)
         check_supported(self, self.xsam_arguments)
 
@@ -74,15 +70,23 @@ class XSAMMixin(_Trainer):
         arguments = self.xsam_arguments
         if arguments.rho == 0:
             return super().training_step(model, inputs, num_items_in_batch)
+        callback, step = self._xsam_callback, self.state.global_step
+        callback.schedule_search(arguments, self.state)
+        self._load_tensors(arguments)
+        sharp = sharp_at(arguments, step, self.state.max_steps)
+        if not sharp and arguments.sharpness_between == "plain":
+            if self.accelerator.sync_gradients:
+                self._meter.add(passes=1)
+            return super().training_step(model, inputs, num_items_in_batch)
+        arguments = replace(arguments, rho=arguments.rho if sharp else 0.0)
         try:
             if arguments.ascent_scope == "micro":
                 return self._micro_step(model, inputs, num_items_in_batch, arguments)
-            micro_batch = self._first_pass(model, inputs, num_items_in_batch)
+            micro_batch = self._first_pass(model, inputs, num_items_in_batch, arguments)
             self._window.append(micro_batch)
             # Not "the last of the chunk": an iterable data set's short last chunk takes no step, and its gradients (so its
             # micro-batches) carry over into the next epoch.
             if self.accelerator.sync_gradients:
-                self._xsam_callback.schedule_search(arguments, self.state)
                 self._update(model, self._window, arguments)
                 self._window = []
         except BaseException:
@@ -91,34 +95,59 @@ class XSAMMixin(_Trainer):
         return micro_batch.loss
 
     def _first_pass(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None,
+        arguments: XSAMArguments,
     ) -> MicroBatch:
         """The Trainer's own pass at θ_0, and what it takes to run it again."""
-        random_state = RandomState.capture()
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        return MicroBatch(inputs, num_items_in_batch, self.current_gradient_accumulation_steps, random_state, loss)
+        part, share = inputs, 1.0
+        if arguments.rho > 0 and arguments.ascent_fraction < 1:
+            key = [self.args.seed, self.state.global_step, len(self._window), self.args.process_index]
+            part, share = random_part(inputs, arguments.ascent_fraction, key)
+        steps = self.current_gradient_accumulation_steps
+        micro_batch = MicroBatch(inputs, num_items_in_batch, steps, RandomState.capture(), part, share, torch.empty(0))
+        micro_batch.loss = super().training_step(model, *micro_batch.of_part())
+        return micro_batch
 
     def _update(self, model: nn.Module, window: list[MicroBatch], arguments: XSAMArguments) -> None:
         """One XSAM update from the window's micro-batches, whose gradients at θ_0 are in `p.grad` already."""
         callback = self._xsam_callback
         own_passes = [torch.stack([micro_batch.loss for micro_batch in window]).sum()]
+        to_come = arguments.ascent_steps + 1
+        end: RandomState | None = None
 
         def gradient() -> Tensor:
-            return own_passes.pop() if own_passes else self._replay(model, window)
+            nonlocal to_come, end
+            to_come -= 1
+            loss = own_passes.pop() if own_passes else self._replay(model, window, whole=to_come == 0)
+            end = RandomState.capture() if to_come == 0 else None
+            # Norms are of the reduced gradient, and a slope has to be of the same loss.
+            sloping = arguments.gradient_scale.startswith("slope")
+            return self.accelerator.reduce(loss, reduction="mean") if sloping else loss
 
+        # The callback and `sharp_at` keep the schedules, which may be shares of all updates.
+        now = replace(arguments, alpha_search_steps=None, sharpness_start=0.0, sharpness_end=1.0, sharpness_every=1)
         update = xsam_gradient(
-            model,
+            self.accelerator.unwrap_model(model, keep_torch_compile=False),  # for the names of its weights
             gradient,
             lambda: self._probe(model, window),
-            replace(arguments, alpha_search_steps=None),  # the callback keeps the schedule
+            now,
             callback.xsam,
             loss_scaling=self.accelerator.scaler is not None,
         )
+        share = sum(micro_batch.share for micro_batch in window) / len(window)
+        if arguments.rho > 0 and share < 1 and end is not None:
+            end.restore()  # where a pass over the whole batch leaves it, as in plain training
         if update.search is not None:
             callback.record_search(self.args, self.state, update.search)
-        self._add_up(update)
+        if arguments.rho > 0:
+            self._meter.add(1 + share * arguments.ascent_steps, update)
+        else:
+            self._meter.add(passes=1)
 
-    def _replay(self, model: nn.Module, window: list[MicroBatch]) -> Tensor:
+    def _replay(self, model: nn.Module, window: list[MicroBatch], whole: bool) -> Tensor:
         """The Trainer's own passes over the window again, with the same random numbers; returns the loss."""
         gradient_state = self.accelerator.gradient_state
         loss = torch.zeros((), device=self.args.device)
@@ -127,9 +156,10 @@ class XSAMMixin(_Trainer):
             self.current_gradient_accumulation_steps = micro_batch.accumulation_steps
             gradient_state._set_sync_gradients(synchronise)
             micro_batch.random_state.restore()
+            inputs, n = (micro_batch.inputs, micro_batch.num_items_in_batch) if whole else micro_batch.of_part()
             synchronise = synchronise or gradient_state.plugin_kwargs.get("sync_each_batch", False)
             with nullcontext() if synchronise else self.accelerator.no_sync(model):
-                loss = loss + super().training_step(model, micro_batch.inputs, micro_batch.num_items_in_batch)
+                loss = loss + super().training_step(model, inputs, n)
         return loss
 
     def _probe(self, model: nn.Module, window: list[MicroBatch]) -> Tensor:
@@ -163,11 +193,9 @@ class XSAMMixin(_Trainer):
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         accumulated = [weight.grad for weight in weights]
         drop_gradient(weights)
-        if all(gradient is None for gradient in accumulated):  # the first micro-batch of an update
-            self._xsam_callback.schedule_search(arguments, self.state)
         synchronise = self.accelerator.sync_gradients
         with self.accelerator.no_sync(model):
-            micro_batch = self._first_pass(model, inputs, num_items_in_batch)
+            micro_batch = self._first_pass(model, inputs, num_items_in_batch, arguments)
             self._update(model, [micro_batch], arguments)
         self.accelerator.gradient_state._set_sync_gradients(synchronise)
         for weight, before in zip(weights, accumulated, strict=True):
@@ -177,34 +205,34 @@ class XSAMMixin(_Trainer):
             _average_over_processes(weights)
         return micro_batch.loss
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        save_tensors(self._xsam_callback.xsam.tensors, Path(output_dir), self.args.should_save)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._tensors_to_load = (
+            checkpoint  # by the first step: the callback that is to have them may be replaced until then
+        )
+
+    def _load_tensors(self, arguments: XSAMArguments) -> None:
+        if self._tensors_to_load is not None:
+            weights, _ = perturbed_and_excluded(self.accelerator.unwrap_model(self.model), arguments.rho_exclude)
+            self._xsam_callback.xsam.tensors = load_tensors(Path(self._tensors_to_load), weights)
+            self._tensors_to_load = None
+
     @property
     def _xsam_callback(self) -> XSAMCallback:
         # Looked up each time: `restore_callback_states_from_checkpoint` replaces callbacks by new instances.
         return next(c for c in self.callback_handler.callbacks if isinstance(c, XSAMCallback))
 
-    def _add_up(self, update: XSAMUpdate) -> None:
-        """Adds the update's numbers to running sums on the device: reading them waits for the log."""
-        sharpness = update.last_loss - update.loss
-        seen = [update.angle, sharpness, update.grad_norm_first, update.grad_norm_last, update.fell_back]
-        values = torch.stack([value.to(self.args.device, torch.float32) for value in seen])
-        finite = torch.isfinite(values)
-        sums = torch.stack([values.masked_fill(~finite, 0), finite.float()])
-        self._sums = sums if self._sums is None else self._sums.add_(sums)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._sums is not None:
-            sums, counts = self.accelerator.reduce(self._sums, reduction="mean").tolist()
-            self._sums = None
-            names = ["xsam/angle", "xsam/sharpness", "xsam/grad_norm_first", "xsam/grad_norm_last"]
-            xsam, arguments = self._xsam_callback.xsam, self.xsam_arguments
-            logs["xsam/alpha"] = xsam.alpha if arguments.alpha is None else arguments.alpha
-            logs |= {name: sum_ / count for name, sum_, count in zip(names, sums, counts, strict=False) if count}
-            if xsam.search_gain is not None:
-                logs["xsam/search_gain"] = xsam.search_gain
-            if xsam.alpha_at_edge is not None:
-                logs["xsam/alpha_at_edge"] = float(xsam.alpha_at_edge)
-            if sums[-1]:
-                logs["xsam/fallbacks"] = sums[-1]
+        if "loss" in logs:
+            seen = self._meter.read(
+                self.xsam_arguments, self._xsam_callback.xsam, lambda x: self.accelerator.reduce(x, reduction="mean")
+            )
+            logs |= seen
+            if "xsam/fallbacks" in seen:
                 logger.warning_once(
                     "A gradient at the perturbed weights was not finite: the update used the unperturbed one instead. "
                     "`xsam/fallbacks` counts such updates between two logs. If there are many, lower `rho`."
@@ -216,19 +244,8 @@ class XSAMMixin(_Trainer):
         super().create_model_card(*args, **kwargs)
         arguments = self.xsam_arguments
         card = Path(str(self.args.output_dir)) / "README.md"
-        if not self.is_world_process_zero() or arguments.rho == 0 or not card.is_file():
-            return
-        rows = [f"| {name} | {value} |" for name, value in asdict(arguments).items()]
-        section = [
-            "## XSAM",
-            "",
-            "Trained by `xsam_hf`, explicit sharpness-aware minimization (XSAM, ICLR 2026), with:",
-            "",
-            "| field | value |",
-            "|---|---|",
-            *rows,
-        ]
-        card.write_text(card.read_text(encoding="utf-8") + "\n".join(["", *section, ""]), encoding="utf-8")
+        if self.is_world_process_zero() and arguments.rho > 0 and card.is_file():
+            add_section(card, arguments)
 
 
 class XSAMTrainer(XSAMMixin, Trainer):

@@ -1,0 +1,144 @@
+"""When XSAM is on, and on how much of the batch: counted passes, equality with the plain Trainer where it is off."""
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from toys import CLASSES, HIDDEN, INPUTS, Classifier, Points, train, weights_of
+from transformers import Trainer
+
+from xsam_hf import XSAMArguments
+from xsam_hf.micro_batch import random_part
+from xsam_hf.schedule import search_at, sharp_at
+
+
+def history(run, key):
+    return [entry[key] for entry in run.state.log_history if key in entry]
+
+
+def on(updates=12, **changes):
+    return [i for i in range(updates) if sharp_at(XSAMArguments(**changes), i, updates)]
+
+
+def test_the_schedule_by_hand():
+    assert on() == list(range(12))
+    assert on(sharpness_start=0.5) == [6, 7, 8, 9, 10, 11]
+    assert on(sharpness_end=0.25) == [0, 1, 2]
+    assert on(sharpness_every=5) == [0, 5, 10]
+    assert on(sharpness_start=0.25, sharpness_end=0.75, sharpness_every=2) == [3, 5, 7]
+    assert on(updates=7, sharpness_start=0.5) == [4, 5, 6]
+    # Shares cover everything once: before, between and after.
+    parts = [on(sharpness_end=0.3), on(sharpness_start=0.3, sharpness_end=0.6), on(sharpness_start=0.6)]
+    assert sum(parts, []) == list(range(12))
+    with pytest.raises(ValueError, match="`sharpness_start` is 0.5, a share of training"):
+        sharp_at(XSAMArguments(sharpness_start=0.5), 0)
+    with pytest.raises(ValueError, match="`sharpness_end` is 0.5, a share of training"):
+        sharp_at(XSAMArguments(sharpness_end=0.5), 0)
+    searched = [i for i in range(12) if search_at(XSAMArguments(alpha_search_steps=0.25), i, 12)]
+    assert searched == [0, 3, 6, 9]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("changes", [
+    {"sharpness_start": 0.5}, {"sharpness_end": 0.5}, {"sharpness_every": 3}, {"sharpness_every": 4, "sharpness_start": 0.25},
+])  # fmt: skip
+def test_passes_are_counted_and_logged(tmp_path, changes, accumulation):
+    settings = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
+    run = train(tmp_path, Classifier(), rho=0.5, alpha=1.0, **settings, **changes)
+    sharp = [sharp_at(XSAMArguments(**changes), i, 8) for i in range(8)]
+    assert 0 < sum(sharp) < 8
+    assert history(run, "xsam/passes") == [2 if s else 1 for s in sharp]
+    assert run.model.backwards == run.model.forwards == accumulation * (8 + sum(sharp))
+    # XSAM's own keys stand in the logs of its own updates only.
+    assert [("xsam/angle" in entry) for entry in run.state.log_history if "loss" in entry] == sharp
+
+
+def test_the_plain_trainer_before_and_after(tmp_path):
+    plain = train(tmp_path / "a", Classifier(dropout=0.3), trainer=Trainer)
+    late = train(tmp_path / "b", Classifier(dropout=0.3), rho=0.5, sharpness_start=0.5)
+    always = train(tmp_path / "c", Classifier(dropout=0.3), rho=0.5)
+    assert history(plain, "grad_norm")[:4] == history(late, "grad_norm")[:4] != history(always, "grad_norm")[:4]
+    assert not torch.equal(weights_of(plain), weights_of(late))
+    assert history(late, "grad_norm")[4] != history(plain, "grad_norm")[4]
+    # Paired in data and masks all the way: the same first pass at the moment of the switch.
+    assert history(late, "loss")[:5] == history(plain, "loss")[:5]
+
+
+def test_a_search_that_falls_into_a_plain_update_waits_for_the_next_sharp_one(tmp_path):
+    run = train(
+        tmp_path, Classifier(), rho=0.5, sharpness_start=0.25, sharpness_every=4
+    )  # updates 2 and 6 of 4 an epoch
+    assert [i for i, entry in enumerate(run.state.log_history) if entry.get("xsam/passes") == 2] == [2, 6]
+    lines = (tmp_path / "xsam_search.jsonl").read_text().splitlines()
+    assert len(lines) == 2 and run.model.forwards == 8 + 2 + 2 * 21
+
+
+class Watched(Classifier):
+    """Notes the rows of every pass."""
+
+    def __init__(self, **changes):
+        super().__init__(**changes)
+        self.rows = []
+
+    def forward(self, x, labels=None):
+        if self.training and torch.is_grad_enabled():
+            self.rows.append(x.detach().clone())
+        return super().forward(x, labels)
+
+
+@pytest.mark.parametrize("fraction, rows", [(1.0, 8), (0.5, 4), (0.25, 2), (0.3, 3), (0.01, 1)])
+def test_the_ascent_takes_a_part_of_the_batch(tmp_path, fraction, rows):
+    run = train(tmp_path, Watched(), rho=0.5, alpha=1.0, ascent_fraction=fraction, ascent_steps=2)
+    assert [len(x) for x in run.model.rows] == [rows, rows, 8] * 8
+    assert history(run, "xsam/passes") == pytest.approx([1 + 2 * rows / 8] * 8)
+    for part, again, whole in zip(*(run.model.rows[i::3] for i in range(3)), strict=True):
+        assert torch.equal(part, again)  # the same examples in every step of one ascent
+        assert all((whole == row).all(1).any() for row in part) and len(part.unique(dim=0)) == rows
+    if rows < 8:
+        places = [[int((whole == row).all(1).nonzero()) for row in part] for part, _, whole in zip(*(run.model.rows[i::3] for i in range(3)), strict=True)]  # fmt: skip
+        assert len({tuple(p) for p in places}) > 1  # others in every update
+
+
+def test_an_update_with_a_part_agrees_with_the_formula(tmp_path):
+    data, model = Points(8, torch.float64), Classifier(dtype=torch.float64)
+    theta = torch.cat([p.detach().reshape(-1) for p in model.parameters()]).numpy()
+    run = train(tmp_path, model, data, rho=0.5, alpha=1.0, ascent_fraction=0.5, num_train_epochs=1, seed=3,
+                train_sampling_strategy="sequential")  # fmt: skip
+    part, share = random_part({"x": data.x, "labels": data.y}, 0.5, [3, 0, 0, 0])
+    assert share == 0.5
+    network = oracle.TanhNetwork(INPUTS, HIDDEN, CLASSES)
+    g0 = network.gradient(theta, part["x"].numpy(), part["labels"].numpy())
+    g1 = network.gradient(theta + 0.5 * g0 / np.linalg.norm(g0), data.x.numpy(), data.y.numpy())
+    assert np.abs(weights_of(run).numpy() - (theta - 0.1 * g1)).max() <= 1e-12
+    assert history(run, "loss") == pytest.approx(
+        [network.loss(theta, part["x"].numpy(), part["labels"].numpy())], abs=1e-4
+    )
+
+
+def test_random_streams_do_not_depend_on_the_part(tmp_path):
+    def after(name, **changes):
+        torch.manual_seed(5)
+        train(tmp_path / name, Classifier(dropout=0.3), **changes)
+        return torch.rand(4).tolist()
+
+    assert after("a", trainer=Trainer) == after("b", rho=0.5, ascent_fraction=0.25) == after("c", rho=0.5)
+
+
+def test_a_batch_that_cannot_be_cut_stays_whole():
+    whole = {"input_ids": torch.zeros(1, 9), "mask": torch.ones(())}
+    part, share = random_part(whole, 0.5, [0])
+    assert part is whole and share == 1
+    nested = {"x": {"a": torch.arange(4), "b": [torch.arange(4), torch.arange(3)]}, "y": torch.arange(4), "name": "n"}
+    part, share = random_part(nested, 0.5, [0])
+    assert share == 0.5 and len(part["x"]["a"]) == 2 and torch.equal(part["x"]["a"], part["y"])
+    assert torch.equal(part["x"]["b"][0], part["y"]) and len(part["x"]["b"][1]) == 3 and part["name"] == "n"
+
+
+def test_schedules_compose(tmp_path):
+    run = train(tmp_path, Watched(), rho=0.5, sharpness_start=0.5, sharpness_every=2, ascent_fraction=0.5,
+                sharpness_between="reuse", perturbation="asam")  # fmt: skip
+    assert history(run, "xsam/passes") == [1, 1, 1, 1, 1.5, 1, 1.5, 1]
+    plain = train(tmp_path / "b", Watched(), rho=0.5, sharpness_start=0.5, sharpness_every=2, ascent_fraction=0.5,
+                  perturbation="asam")  # fmt: skip
+    assert history(run, "grad_norm")[:5] == history(plain, "grad_norm")[:5]
+    assert history(run, "grad_norm")[5] != history(plain, "grad_norm")[5]

@@ -1,0 +1,59 @@
+"""The tensors that some methods remember between updates, in a checkpoint: whole ones, for any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+FILE = "xsam_state.safetensors"
+
+
+def save_tensors(tensors: dict[str, list[Tensor]], folder: Path, write: bool) -> None:
+    """
+    Writes `XSAMState.tensors` to `xsam_state.safetensors`; nothing if there are none.
+
+    Args:
+        tensors (`dict[str, list[torch.Tensor]]`): the shards of a sharded one are put together, on all processes at once.
+        folder (`Path`): the checkpoint.
+        write (`bool`): whether this process writes.
+    """
+    whole = {
+        f"{kind}.{i}": (part.full_tensor() if isinstance(part, DTensor) else part).cpu().contiguous()
+        for kind, parts in tensors.items()
+        for i, part in enumerate(parts)
+    }
+    if whole and write:
+        save_file(whole, folder / FILE)
+
+
+def load_tensors(folder: Path, weights: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+    """
+    Reads them back, each to the device of the weight that it belongs to, and sharded like it.
+
+    Raises:
+        `ValueError`: they belong to other weights.
+    """
+    if not (folder / FILE).is_file():
+        return {}
+    tensors: dict[str, list[Tensor]] = {}
+    whole = load_file(folder / FILE)
+    for key in sorted(whole, key=lambda key: (key.split(".")[0], int(key.split(".")[1]))):
+        kind, i = key.split(".")
+        part = whole[key].to(weights[0].device)
+        if part.ndim > 0 or kind != "turn":
+            weight = weights[int(i)] if int(i) < len(weights) else None
+            if weight is None or weight.shape != part.shape:
+                raise ValueError(
+                    f"{folder / FILE} belongs to other weights than those that are perturbed now: resume with the model and the "
+                    "`rho_exclude` of the run that wrote it, or delete the file to begin its averages anew."
+                )
+            part = part.to(weight.device)
+            if isinstance(weight, DTensor):
+                part = distribute_tensor(part, weight.device_mesh, weight.placements)
+        tensors.setdefault(kind, []).append(part)
+    return tensors

@@ -1,0 +1,55 @@
+"""In which updates XSAM is on, and in which α is searched: functions of the update's number alone, so resume is exact."""
+
+from __future__ import annotations
+
+import math
+
+from .hyperparameters import XSAMArguments
+
+
+def sharp_at(arguments: XSAMArguments, update: int, updates: int | None = None) -> bool:
+    """
+    Whether XSAM is on in an update, or the plain optimizer: from `sharpness_start` to `sharpness_end`, every n-th.
+
+    Sources: SAM late in training, Zhou et al. 2025 (arXiv:2410.10373); now and then, Liu et al. 2022 (LookSAM,
+    arXiv:2203.02714). AE-SAM (Jiang et al. 2023, arXiv:2304.14647) decides by the gradient's size instead.
+
+    Args:
+        arguments ([`XSAMArguments`]): the method's hyperparameters.
+        update (`int`): number of updates made before.
+        updates (`int`, *optional*): all that there will be.
+
+    Raises:
+        `ValueError`: the schedule is a share of a whole that is not known.
+    """
+    first, end = 0.0, math.inf
+    if (arguments.sharpness_start, arguments.sharpness_end) != (0, 1):
+        share = ("sharpness_start", arguments.sharpness_start)
+        if arguments.sharpness_start == 0:
+            share = ("sharpness_end", arguments.sharpness_end)
+        whole = _known(updates, *share)
+        first, end = math.ceil(arguments.sharpness_start * whole), math.ceil(arguments.sharpness_end * whole)
+    return first <= update < end and (update - first) % arguments.sharpness_every == 0
+
+
+def search_at(arguments: XSAMArguments, update: int, updates: int | None = None) -> bool:
+    """
+    Whether `alpha_search_steps` asks for a search before an update; searches by epoch are asked for by the epoch's loop.
+
+    Args and raises: as [`sharp_at`].
+    """
+    every = arguments.alpha_search_steps
+    if every is None:
+        return False
+    if every < 1:
+        every = math.ceil(every * _known(updates, "alpha_search_steps", every))
+    return update % every == 0
+
+
+def _known(updates: int | None, name: str, value: float) -> int:
+    if updates is None:
+        raise ValueError(
+            f"`{name}` is {value}, a share of training, but the number of updates is not known here: "
+            "give a whole number of updates if the field takes one, or use XSAMTrainer."
+        )
+    return updates
