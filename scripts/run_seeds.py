@@ -3,8 +3,10 @@
 Trains one recipe with several methods and seeds. Each run is a process of its own and fills
 `runs/<group>/<name>/seed-<seed>`; what it prints goes to `seed-<seed>.log` beside that folder.
 
-    scripts/run_seeds.py image_classification digits-vit-small SAM="--alpha 1" XSAM="" wide="--rho 0.2" \\
+    scripts/run_seeds image_classification digits-vit-small sam xsam wide="--method xsam --rho 0.2" \\
         --group radius --seeds 0 1 2 --jobs 2
+
+A name alone is the task's `--method`.
 
 Call it again after a failure or an interruption: finished runs are kept, the others go on from their last checkpoint.
 """
@@ -162,16 +164,16 @@ def run_or_exit(runs: list[Run], jobs: int) -> None:
 
 def parse_method(text: str) -> tuple[str, str]:
     name, equals, flags = text.partition("=")
-    if not equals or not re.fullmatch(r"\w[\w.+-]*", name):
+    if not re.fullmatch(r"\w[\w.+-]*", name):
         raise argparse.ArgumentTypeError(f'{text!r} should read NAME="--flag value ...", the name fit for a folder')
-    return name, flags
+    return name, flags if equals else f"--method {name}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", help="a folder of tasks/")
     parser.add_argument("recipe", help="a file of the task's recipes/, without .yaml")
-    parser.add_argument("methods", nargs="+", type=parse_method, metavar='NAME="--flag value ..."')
+    parser.add_argument("methods", nargs="+", type=parse_method, metavar='NAME[="--flag value ..."]')
     parser.add_argument("--group", required=True, help="the folder of runs/ to fill")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; with more than one, each has one thread")

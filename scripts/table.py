@@ -40,13 +40,13 @@ class Difference:
         return self.margin is not None and abs(self.mean) > self.margin
 
 
-def make_rows(results: Mapping[str, Sequence[dict]], metric: str) -> list[Row]:
-    """A row for each method, cheapest first. `results` maps its name to the results of its seeds; accuracies are in percent."""
+def make_rows(results: Mapping[str, Sequence[dict]], metric: str, split: str = "test") -> list[Row]:
+    """A row for each method, cheapest first. `results` maps its name to the results of its seeds; accuracies in percent."""
     scale = 100 if metric.endswith("accuracy") else 1
     rows = [
         Row(
             name=name,
-            values={run["seed"]: scale * run["metrics"]["test"][metric] for run in runs},
+            values={run["seed"]: scale * run["metrics"][split][metric] for run in runs},
             forward=statistics.mean(run["passes"]["forward"] for run in runs),
             backward=statistics.mean(run["passes"]["backward"] for run in runs),
             seconds=statistics.mean(run["seconds"] for run in runs),
@@ -74,12 +74,12 @@ def equal_passes(rows: Sequence[Row]) -> list[list[Row]]:
     return [list(group) for _, group in groupby(rows, key=lambda row: round(row.backward))]
 
 
-def make_cells(rows: Sequence[Row], metric: str, baselines: Sequence[str]) -> list[list[str]]:
+def make_cells(rows: Sequence[Row], metric: str, baselines: Sequence[str], split: str = "test") -> list[list[str]]:
     """The table as text, its first line the header."""
     named = {row.name: row for row in rows}
     header = [
         "method",
-        f"test {metric}",
+        f"{split} {metric}",
         *(f"minus {name}" for name in baselines),
         "forward",
         "backward",

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
+
+from tasks.methods import name_of
 
 
 PACKAGES = ("transformers", "accelerate", "datasets", "evaluate", "xsam_hf")
@@ -62,13 +64,6 @@ class CostMeter(TrainerCallback, ExportableState):
         self.seconds, self._started = self.elapsed, None
 
 
-def method_name(args: TrainingArguments) -> str:
-    """The method that the arguments stand for: `xsam`, `sam`, `wsam`, or the base optimizer's name."""
-    if args.rho == 0:
-        return args.optim.value.split("_")[0]
-    return {None: "xsam", 1.0: "sam"}.get(args.alpha, "wsam")
-
-
 def write_result(trainer: Trainer, meter: CostMeter, arguments: Any, **facts: Any) -> Path:
     """
     Writes `output_dir/result.json`: the facts (task, dataset, model, metrics ...), all arguments, cost, versions, commit.
@@ -84,7 +79,7 @@ def write_result(trainer: Trainer, meter: CostMeter, arguments: Any, **facts: An
     args = trainer.args
     result = {
         **facts,
-        "method": method_name(args),
+        "method": name_of(args),
         "passes": {"forward": meter.forward, "backward": meter.backward},
         "seconds": round(meter.elapsed, 2),
         "seed": args.seed,

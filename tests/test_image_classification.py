@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from tasks import recipes
 from tasks.image_classification import archives, data, models
 from tasks.image_classification.train import ImageArguments, TrainingArguments
+from tasks.methods import METHODS, flags, name_of
 
 
 ROOT = Path(__file__).parents[1]
@@ -243,10 +244,32 @@ def test_idx_files(tmp_path):
             data.load("fashion_mnist", str(tmp_path))
 
 
+def test_a_fifth_of_the_training_labels_is_wrong_and_no_other():
+    clean, noisy = data.load("digits"), data.load("digits", label_noise=0.2, seed=1)
+    wrong = clean["train"].labels != noisy["train"].labels
+    assert wrong.sum() == round(0.2 * len(wrong)) and set(noisy["train"].labels) == set(range(10))
+    for split in ("validation", "test"):
+        assert (clean[split].labels == noisy[split].labels).all()
+    again = data.load("digits", label_noise=0.2, seed=2)
+    assert (again["train"].labels == noisy["train"].labels).all()
+
+
+def test_a_part_of_the_training_images_has_equal_shares_of_the_classes():
+    part, whole = data.load("digits", train_examples=100), data.load("digits")
+    counts = np.bincount(part["train"].labels)
+    assert counts.sum() == 100 and counts.min() >= 9
+    everything = {image.numpy().tobytes() for image in whole["train"].images}
+    assert {image.numpy().tobytes() for image in part["train"].images} <= everything
+    assert len(part["validation"]) == len(whole["validation"]) and len(part["test"]) == len(whole["test"])
+
+
 def test_bad_input_is_named(tmp_path):
     for changes, message in [
         ({"name": "mnist"}, "`dataset` is 'mnist': choose one of digits"),
         ({"name": "digits", "validation_share": 1.0}, "`validation_share` is 1.0"),
+        ({"name": "digits", "label_noise": 1.0}, "`label_noise` is 1.0: give a share"),
+        ({"name": "digits", "train_examples": 9}, "`train_examples` is 9: give 10 or more and fewer than the 1293"),
+        ({"name": "digits", "train_examples": 5000}, "`train_examples` is 5000: give 10"),
         ({"name": "digits", "cutout": 9}, "`cutout` is 9.*8 pixels"),
         ({"name": "cifar10", "data_dir": "/nowhere"}, "`data_dir` is /nowhere, which does not exist"),
         ({"name": "cifar10", "data_dir": str(tmp_path)}, "no files of cifar10 were found"),
@@ -305,6 +328,24 @@ def test_the_command_line_comes_before_the_recipe(tmp_path):
         parse(str(recipe))
     with pytest.raises(ValueError, match="There is no recipe nowhere.yaml"):
         parse("nowhere.yaml")
+
+
+def test_methods_are_named_sets_of_flags(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("rho: 0.3\nalpha_max: 3\n")
+    for method, values in METHODS.items():
+        task, args = parse(str(recipe), "--method", method, "--output_dir", str(tmp_path))
+        wanted = {"rho": 0.3, "alpha_max": 3, **values}
+        assert {name: getattr(args, name) for name in wanted} == wanted
+        assert name_of(args) == ("adamw" if method == "sgd" else method)
+        told = capsys.readouterr().err.strip()
+        assert told == f"--method {method} stands for: {flags(method) or 'the defaults'}"
+        # The flags that are printed do the same.
+        assert parse(str(recipe), *flags(method).split(), "--output_dir", str(tmp_path))[1].to_dict() == args.to_dict()
+    _, args = parse(str(recipe), "--rho", "0.7", "--method", "msam+", "--ascent_steps", "4")
+    assert (args.rho, args.ascent_steps, args.direction) == (0.7, 4, "msam+")
+    with pytest.raises(ValueError, match="`method` is 'sma': choose one of sgd, sam"):
+        parse("--method", "sma")
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------

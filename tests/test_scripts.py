@@ -18,6 +18,7 @@ sys.path.insert(0, str(SCRIPTS))
 
 import report as report_script  # noqa: E402
 import run_seeds  # noqa: E402
+import summarize  # noqa: E402
 import table  # noqa: E402
 
 
@@ -270,7 +271,7 @@ def test_an_interruption_stops_the_runs_and_their_children(root, number):
     "arguments, sentence",
     [
         (["fake", "missing", "SAM="], "there is no recipe tasks/fake/recipes/missing.yaml"),
-        (["fake", "tiny", "SAM"], "should read NAME="),
+        (["fake", "tiny", "a b"], "should read NAME="),
         (["fake", "tiny", "a/b=--rho 0"], "should read NAME="),
         (["fake", "tiny", "SAM=", "--jobs", "0"], "--jobs starts at 1"),
         (["fake", "tiny", "SAM=", "SAM=--rho 1"], "two methods have the same name"),
@@ -281,6 +282,38 @@ def test_wrong_arguments_are_refused(root, monkeypatch, capsys, arguments, sente
     with pytest.raises(SystemExit):
         run_seeds.main()
     assert sentence in capsys.readouterr().err and calls(root) == []
+
+
+def test_a_name_alone_is_the_tasks_method():
+    assert run_seeds.parse_method("xsam+asam") == ("xsam+asam", "--method xsam+asam")
+    assert run_seeds.parse_method("mine=") == ("mine", "") and run_seeds.parse_method("a=--rho 1") == ("a", "--rho 1")
+
+
+def test_results_survive_the_file_and_make_the_same_table(root, capsys, monkeypatch):
+    for name, flags in (("plain", "--rho 0"), ("SAM", "--alpha 1")):
+        run_seeds.run_all([make_run(name, seed, flags) for seed in (0, 1, 3)])
+    run_seeds.run_all([make_run("SAM", 4, "--then nothing")])
+    monkeypatch.setattr(summarize, "ROOT", root)
+    tables = []
+    for source in (root / "runs" / "group", root / "results" / "group.json"):
+        monkeypatch.setattr(sys, "argv", ["summarize", str(source), "--baselines", "plain"])
+        summarize.main()
+        tables.append(capsys.readouterr().out.rpartition("left out: SAM seed 4.\n\n")[2])
+    assert tables[0] == tables[1] and "| SAM    | 91.33 ± 1.53  | +0.00 ± –" in tables[0]
+    kept = json.loads((root / "results" / "group.json").read_text())
+    assert kept["common"]["versions"] == {"torch": "2"} and len(kept["runs"]) == 6
+    original = json.loads((root / "runs" / "group" / "SAM" / "seed-3" / "result.json").read_text())
+    (again,) = (run for run in summarize.read(root / "results" / "group.json")["SAM"] if run["seed"] == 3)
+    assert {**original, "name": "SAM", "command": again["command"]} == again
+
+
+def test_what_is_common_is_kept_once():
+    rows = [{"a": 1, "b": {"c": 1, "d": 2}, "e": {}}, {"a": 1, "b": {"c": 1, "d": 3}, "e": {"f": 1}}]
+    common = summarize.common_part(rows)
+    assert common == {"a": 1, "b": {"c": 1}}
+    short = [summarize.without(row, common) for row in rows]
+    assert short == [{"b": {"d": 2}, "e": {}}, {"b": {"d": 3}, "e": {"f": 1}}]
+    assert [summarize.merged(common, row) for row in short] == rows
 
 
 def test_the_command_fails_if_a_run_does(root, monkeypatch):

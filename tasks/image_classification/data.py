@@ -101,7 +101,13 @@ class EpochCallback(TrainerCallback):
 
 
 def load(
-    name: str, data_dir: str | None = None, validation_share: float = 0.1, cutout: int = 0, seed: int = 0
+    name: str,
+    data_dir: str | None = None,
+    validation_share: float = 0.1,
+    cutout: int = 0,
+    seed: int = 0,
+    train_examples: int | None = None,
+    label_noise: float = 0.0,
 ) -> dict[str, Split]:
     """
     The data set's `train`, `validation` and `test` splits.
@@ -115,6 +121,10 @@ def load(
         validation_share (`float`, *optional*, defaults to 0.1): 0 trains on everything and leaves `validation` empty.
         cutout (`int`, *optional*, defaults to 0): edge in pixels of a square that is blanked out in every training image.
         seed (`int`, *optional*, defaults to 0): of the random crops and flips.
+        train_examples (`int`, *optional*): train on so many, drawn with equal shares of every class, always the same.
+        label_noise (`float`, *optional*, defaults to 0.0):
+            Share of the training labels that are replaced by one of the other classes, always the same ones. Validation and
+            test labels stay right.
 
     Raises:
         `ValueError`: an argument is out of range, or `data_dir` holds no such data.
@@ -123,6 +133,8 @@ def load(
         raise ValueError(f"`dataset` is {name!r}: choose one of {', '.join(DATASETS)}.")
     if not 0 <= validation_share < 1:
         raise ValueError(f"`validation_share` is {validation_share}: give a share from 0 to below 1.")
+    if not 0 <= label_noise < 1:
+        raise ValueError(f"`label_noise` is {label_noise}: give a share from 0 to below 1.")
     images = DATASETS[name]
     if not 0 <= cutout <= images.size:
         raise ValueError(f"`cutout` is {cutout}: give an edge from 0 to the images' {images.size} pixels.")
@@ -131,12 +143,27 @@ def load(
     held_out = rows[:0]
     if validation_share:
         rows, held_out = train_test_split(rows, test_size=validation_share, random_state=0, stratify=y)
+    if train_examples is not None:
+        if not images.classes <= train_examples < len(rows):
+            raise ValueError(
+                f"`train_examples` is {train_examples}: give {images.classes} or more and fewer than the {len(rows)} there are."
+            )
+        rows, _ = train_test_split(rows, train_size=train_examples, random_state=0, stratify=y[rows])
+    labels = _with_noise(y[rows], label_noise, images.classes)
     plain = _transform(images)
     return {
-        "train": Split(x[rows], y[rows], _augmentation(images, cutout), seed),
+        "train": Split(x[rows], labels, _augmentation(images, cutout), seed),
         "validation": Split(x[held_out], y[held_out], plain),
         "test": Split(*test, plain),
     }
+
+
+def _with_noise(labels: np.ndarray, share: float, classes: int) -> np.ndarray:
+    generator = np.random.default_rng(0)
+    wrong = generator.choice(len(labels), round(share * len(labels)), replace=False)
+    labels = labels.copy()
+    labels[wrong] = (labels[wrong] + generator.integers(1, classes, len(wrong))) % classes
+    return labels
 
 
 def _digits() -> tuple[Arrays, Arrays]:

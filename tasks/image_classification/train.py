@@ -37,6 +37,13 @@ class ImageArguments:
         default=0.1,
         metadata={"help": "Share of the training images that is held out. 0: train on all, no validation."},
     )
+    train_examples: int | None = field(
+        default=None,
+        metadata={"help": "Train on so many images only, with equal shares of every class. Default: all."},
+    )
+    label_noise: float = field(
+        default=0.0, metadata={"help": "Share of the training labels that are replaced by another class's."}
+    )
     cutout: int = field(default=0, metadata={"help": "Edge in pixels of the square blanked out in training images."})
     model: str = field(default="vit-small", metadata={"help": f"One of {', '.join(models.SIZES)}."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout of the model."})
@@ -60,7 +67,15 @@ def train(task: ImageArguments, args: TrainingArguments) -> Path:
         torch.set_num_threads(task.threads)
     if task.validation_share == 0 and args.eval_strategy != "no":
         raise ValueError("`validation_share` is 0, so there is nothing to evaluate on: set `eval_strategy` to `no`.")
-    splits = data.load(task.dataset, task.data_dir, task.validation_share, task.cutout, args.seed)
+    splits = data.load(
+        task.dataset,
+        task.data_dir,
+        task.validation_share,
+        task.cutout,
+        args.seed,
+        train_examples=task.train_examples,
+        label_noise=task.label_noise,
+    )
     set_seed(args.seed)
     model = models.build(task.model, task.dataset, task.dropout)
     metric = evaluate.load(str(Path(__file__).with_name("top_k_accuracy.py")), keep_in_memory=True)
