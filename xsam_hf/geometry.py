@@ -27,7 +27,7 @@ def norm(vector: Sequence[Tensor]) -> Tensor:
 
 
 def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
-    """x·y over all elements of all tensors; a 0-dim tensor, equal on every process that holds a shard."""
+    """x·y over all elements of all tensors; a 0-dim tensor, equal on every process that holds a shard. x says what is sharded."""
     dtype = _accumulation_dtype([*x, *y])
     return _total([(a.to(dtype) * b.to(dtype)).sum() for a, b in zip(local(x), local(y), strict=True)], x)
 

@@ -14,19 +14,21 @@ from .geometry import dot, local, norm
 # and adds a tuned multiple of it. Here angle and length are those that the last XSAM update measured, so nothing is tuned.
 
 
-def turn_of(displacement: Sequence[Tensor], gradient: Sequence[Tensor]) -> list[Tensor]:
+def turn_of(gradient: Sequence[Tensor], displacement: Sequence[Tensor], displacement_norm: Tensor) -> list[Tensor]:
     r"""
     Where v(α) is turned to: u in $v(\alpha) = \cos(\alpha\psi)\, v_0 + \sin(\alpha\psi)\, u$ (Eq. 6, v_0 and v_1 made orthogonal).
 
     Args:
-        displacement, gradient (`Sequence[torch.Tensor]`): θ_k − θ_0 and g_k, left as they are.
+        gradient (`Sequence[torch.Tensor]`): g_k, left as it is.
+        displacement (`Sequence[torch.Tensor]`): θ_k − θ_0, this process's part of it, left as it is.
+        displacement_norm (`torch.Tensor`): ‖θ_k − θ_0‖ of the whole, 0-dim.
 
     Returns:
         `list[torch.Tensor]`: u, a unit vector orthogonal to v_0; 0 where the two are parallel.
     """
-    along = dot(gradient, displacement) / dot(displacement, displacement)
+    along = dot(gradient, displacement) / displacement_norm.square()
     sideways = [g.clone() for g in gradient]
-    for u, e in zip(local(sideways), local(displacement), strict=True):
+    for u, e in zip(local(sideways), displacement, strict=True):
         u.sub_(e * along)
     size = norm(sideways)
     torch._foreach_mul_(local(sideways), torch.where(size > 0, 1 / size, torch.zeros_like(size)))

@@ -162,7 +162,7 @@ def _smooth(heights: Sequence[float]) -> list[float]:
     y = np.array(heights)
     width = min(len(y), max(5, len(y) // 2 + 1))
     smooth = y.copy()
-    for i in np.flatnonzero(np.isfinite(y)):
+    for i in (int(i) for i in np.flatnonzero(np.isfinite(y))):
         first = min(max(i - width // 2, 0), len(y) - width)
         around = first + np.flatnonzero(np.isfinite(y[first : first + width]))
         if len(around) > 3:

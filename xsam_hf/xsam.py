@@ -140,7 +140,7 @@ def xsam_gradient(
             if arguments.direction == "arc":
                 c, d = arc(alpha, psi, displacement_norm, norms[-1])
                 if arguments.sharpness_between == "reuse":
-                    kept = dict(zip(moved, turn_of(displacement, g), strict=True))
+                    kept = dict(zip(moved, turn_of(g, displacement, displacement_norm), strict=True))
                     state.tensors["sideways"] = [kept.get(w, torch.zeros_like(w)) for w in weights]
                     state.tensors["turn"] = [alpha * psi, norms[-1] / norms[0]]
             else:

@@ -1,0 +1,111 @@
+"""Runs every scenario of test_fsdp.py under FSDP2 in each process, and saves whole weights and what was seen."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+from torch.utils.data import Dataset
+from toys import arguments
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
+
+from xsam_hf import XSAMTrainer
+
+
+SCENARIOS = {
+    "xsam": {},
+    "not resharded": {},
+    "sam": {"alpha": 1.0},
+    "three steps": {"ascent_steps": 3},
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "golden": {"alpha_search": "golden"},
+    "asam": {"perturbation": "asam", "gradient_scale": "slope_max"},
+    "vasso": {"perturbation": "vasso", "alpha": 1.7},
+    "msam+": {"direction": "msam+", "ascent_steps": 2, "gradient_scale": "mean"},
+    "reuse": {"sharpness_every": 2, "sharpness_between": "reuse", "rho_exclude": ["wpe"]},
+}
+
+
+class Tokens(Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, i):
+        ids = torch.randint(40, (9,), generator=torch.Generator().manual_seed(i))
+        return {"input_ids": ids, "labels": ids.clone()}
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+def run(directory, name, batch, resume=None, callbacks=(), **changes):
+    """One training of a tiny GPT-2; sharded if this process was started by torchrun."""
+    if "RANK" in os.environ:
+        config = {
+            "version": 2,
+            "transformer_layer_cls_to_wrap": ["GPT2Block"],
+            "reshard_after_forward": name != "not resharded",
+            "state_dict_type": "FULL_STATE_DICT",
+        }
+        changes |= {"fsdp": True, "fsdp_config": config}
+    torch.manual_seed(0)
+    dropouts = dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], 0.0)
+    size = GPT2Config(vocab_size=40, n_positions=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0, **dropouts)  # fmt: skip
+    settings = {"rho": 0.3, "train_sampling_strategy": "sequential", **SCENARIOS[name], **changes}
+    accumulation = settings.get("gradient_accumulation_steps", 1)
+    args = arguments(directory / name, per_device_train_batch_size=batch // accumulation, **settings)
+    trainer = XSAMTrainer(model=GPT2LMHeadModel(size), args=args, train_dataset=Tokens(), callbacks=list(callbacks))
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def result(trainer):
+    parts = [p.full_tensor() if isinstance(p, DTensor) else p for p in trainer.model.parameters()]
+    keys = ("loss", "xsam/alpha", "xsam/angle", "xsam/sharpness", "xsam/grad_norm_last")
+    return {
+        "weights": torch.cat([part.detach().reshape(-1) for part in parts]),
+        "history": {key: [entry[key] for entry in trainer.state.log_history if key in entry] for key in keys},
+        "sharded": all(isinstance(p, DTensor) for p in trainer.model.parameters()),
+    }
+
+
+def pretend_that_accelerate_shards_on_cpu():
+    """accelerate passes over FSDP where there is no accelerator; PyTorch's own FSDP2 does not."""
+    original = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            for state in (AcceleratorState, PartialState):
+                state._shared_state["distributed_type"] = DistributedType.FSDP
+            AcceleratorState._shared_state["fsdp_plugin"] = fsdp_plugin
+
+    AcceleratorState.__init__ = init
+
+
+def main(directory):
+    pretend_that_accelerate_shards_on_cpu()
+    batch = 16 // int(os.environ["WORLD_SIZE"])
+    results = {name: result(run(directory, name, batch)) for name in SCENARIOS}
+    for name in ("xsam", "vasso"):
+        settings = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "learning_rate": 0.01}
+        whole = run(directory / "whole", name, batch, **settings)
+        checkpoint = str(directory / "whole" / name / "checkpoint-3")
+        again = run(directory / "again", name, batch, resume=checkpoint, **{**settings, "save_strategy": "no"})
+        results[f"resume {name}"] = (result(whole)["weights"], result(again)["weights"])
+    torch.save(results, directory / f"rank{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))

@@ -1,0 +1,66 @@
+"""FSDP2 in one and in two gloo processes equals one process with whole weights; resume is exact."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fsdp_worker import SCENARIOS, result, run
+
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def ranks(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp(f"fsdp{request.param}")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(request.param), "--standalone"]
+    command = [sys.executable, *launcher, str(TESTS / "fsdp_worker.py"), str(directory)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return [torch.load(directory / f"rank{i}.pt", weights_only=True) for i in range(request.param)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    directory, found = tmp_path_factory.mktemp("whole"), {}
+
+    def of(name):
+        if name not in found:
+            found[name] = result(run(directory, name, batch=16))
+        return found[name]
+
+    return of
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_shards_equal_whole_weights(ranks, whole, name):
+    alone = whole(name)
+    assert ranks[0][name]["sharded"] and not alone["sharded"]
+    assert (ranks[0][name]["weights"] - alone["weights"]).abs().max() <= 1e-5
+    history, expected = ranks[0][name]["history"], alone["history"]
+    assert history["xsam/alpha"] == expected["xsam/alpha"]
+    for key in ("xsam/angle", "xsam/grad_norm_last"):
+        assert history[key] == pytest.approx(expected[key], rel=1e-3), key
+    if name in ("xsam", "golden"):
+        assert 0 < history["xsam/alpha"][-1] < 2 and history["xsam/alpha"][-1] != 1
+    for other in ranks[1:]:
+        assert torch.equal(other[name]["weights"], ranks[0][name]["weights"])
+
+
+def test_scenarios_differ(whole):
+    found = {
+        name: whole(name)["weights"] for name in ("xsam", "sam", "three steps", "asam", "vasso", "msam+", "reuse")
+    }
+    for name, weights in found.items():
+        assert all((weights - other).abs().max() > 1e-4 for n, other in found.items() if n != name), name
+
+
+@pytest.mark.parametrize("name", ["xsam", "vasso"])
+def test_resume_is_bitwise(ranks, name):
+    for rank in ranks:
+        uninterrupted, resumed = rank[f"resume {name}"]
+        assert torch.equal(uninterrupted, resumed)
