@@ -22,9 +22,10 @@ PACKAGES = ("transformers", "accelerate", "datasets", "evaluate", "xsam_hf")
 
 class CostMeter(TrainerCallback, ExportableState):
     """
-    Counts the passes over micro-batches and the seconds of a training, across interruptions.
+    Counts the passes over micro-batches, the examples in them, and the seconds of a training, across interruptions.
 
-    A forward pass in train mode counts as a backward pass too if it builds a graph: XSAM's probes do not.
+    A forward pass in train mode counts as a backward pass too if it builds a graph: XSAM's probes do not. The number of examples
+    tells passes over a whole batch from those over a part of it (`ascent_fraction`).
 
     Args:
         model (`torch.nn.Module`, *optional*): the model to watch. Optional only because the Trainer makes a new callback
@@ -32,20 +33,29 @@ class CostMeter(TrainerCallback, ExportableState):
     """
 
     def __init__(self, model: nn.Module | None = None):
-        self.forward = self.backward = 0
+        self.forward = self.backward = self.forward_examples = self.backward_examples = 0
         self.seconds = 0.0
         self._started: float | None = None
         if model is not None:
-            model.register_forward_hook(self._count)
+            model.register_forward_hook(self._count, with_kwargs=True)
 
-    def _count(self, model: nn.Module, inputs: Any, outputs: Any) -> None:
+    def _count(self, model: nn.Module, inputs: tuple, keywords: dict[str, Any], outputs: Any) -> None:
         if model.training:
+            examples = next(len(x) for x in (*inputs, *keywords.values()) if isinstance(x, torch.Tensor))
             self.forward += 1
-            self.backward += torch.is_grad_enabled()
+            self.forward_examples += examples
+            if torch.is_grad_enabled():
+                self.backward += 1
+                self.backward_examples += examples
+
+    @property
+    def passes(self) -> dict[str, int]:
+        """What was counted, by name."""
+        names = ("forward", "backward", "forward_examples", "backward_examples")
+        return {name: getattr(self, name) for name in names}
 
     def state(self) -> dict:
-        attributes = {"forward": self.forward, "backward": self.backward, "seconds": self.elapsed}
-        return {"args": {}, "attributes": attributes}
+        return {"args": {}, "attributes": {**self.passes, "seconds": self.elapsed}}
 
     @property
     def elapsed(self) -> float:
@@ -80,7 +90,7 @@ def write_result(trainer: Trainer, meter: CostMeter, arguments: Any, **facts: An
     result = {
         **facts,
         "method": name_of(args),
-        "passes": {"forward": meter.forward, "backward": meter.backward},
+        "passes": meter.passes,
         "seconds": round(meter.elapsed, 2),
         "seed": args.seed,
         "device": str(args.device),
