@@ -278,3 +278,18 @@ class TestReuse:
         found, _ = updates(1, state=state, alpha=1.7, sharpness_every=3, sharpness_between="reuse")
         wanted, _ = updates(1, state=XSAMState(updates=1), alpha=1.7, sharpness_every=3)
         assert equal(found, wanted)
+
+    def test_an_update_that_was_not_finite_leaves_no_turn_behind(self):
+        w, factors = nn.Parameter(torch.tensor([1.0, 0.1], dtype=torch.float64)), [1.0, float("nan"), 1.0]
+
+        def gradient():
+            loss = 0.5 * (w**2 * torch.tensor([1.0, 10.0])).sum() * factors.pop(0)
+            loss.backward()
+            return loss.detach()
+
+        arguments = XSAMArguments(rho=0.3, alpha=1.7, sharpness_every=2, sharpness_between="reuse")
+        state = XSAMState()
+        xsam_gradient([w], gradient, gradient, arguments, state)
+        w.grad = None
+        xsam_gradient([w], gradient, gradient, arguments, state)
+        assert w.grad.tolist() == pytest.approx([1.0, 1.0])

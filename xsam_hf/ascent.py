@@ -13,7 +13,7 @@ from .geometry import local, norm
 ASCENTS = ("sam", "asam", "vasso", "fsam")
 
 
-def sam(gradient: Sequence[Tensor], length: float) -> None:
+def sam(gradient: Sequence[Tensor], size: Tensor, length: float) -> None:
     r"""
     SAM: $\varepsilon = \ell\, g/\|g\|$ (§2.1 of the XSAM paper; Foret et al. 2021, arXiv:2010.01412).
 
@@ -21,9 +21,10 @@ def sam(gradient: Sequence[Tensor], length: float) -> None:
 
     Args:
         gradient (`Sequence[torch.Tensor]`): g, overwritten by ε.
+        size (`torch.Tensor`): ‖g‖, 2-norm over all perturbed weights, 0-dim.
         length (`float`): ℓ, the 2-norm of the step over all perturbed weights (ρ/k).
     """
-    _stretch(gradient, norm(gradient), length)
+    torch._foreach_mul_(local(gradient), torch.where(size > 0, length / size, torch.zeros_like(size)))
 
 
 def asam(
@@ -49,10 +50,10 @@ def asam(
     size = norm(gradient)
     for g, w in pairs:
         g.mul_(w.abs().add_(eta))
-    _stretch(gradient, size, length)
+    sam(gradient, size, length)
 
 
-def vasso(gradient: Sequence[Tensor], average: Sequence[Tensor], length: float, decay: float) -> None:
+def vasso(gradient: Sequence[Tensor], size: Tensor, average: Sequence[Tensor], length: float, decay: float) -> None:
     r"""
     VaSSO: $\varepsilon = \ell\, d/\|d\|$ along $d \leftarrow (1-\varphi)\, d + \varphi\, g_0$ (Li & Giannakis 2023, arXiv:2309.15639).
 
@@ -60,18 +61,21 @@ def vasso(gradient: Sequence[Tensor], average: Sequence[Tensor], length: float, 
 
     Args:
         gradient (`Sequence[torch.Tensor]`): g_0, overwritten by ε.
+        size (`torch.Tensor`): ‖g_0‖, 0-dim.
         average (`Sequence[torch.Tensor]`): d, updated in place; starts as the first g_0, in an update that is SAM's.
         length (`float`): ℓ = ρ, 2-norm over all perturbed weights.
         decay (`float`): φ; 1 is SAM.
     """
-    finite = torch.isfinite(norm(gradient))
+    finite = torch.isfinite(size)
     for g, d in zip(local(gradient), local(average), strict=True):
         d.lerp_(torch.where(finite, g, d), decay)
         g.copy_(torch.where(finite, d, g))
-    _stretch(gradient, norm(gradient), length)
+    sam(gradient, norm(gradient), length)
 
 
-def fsam(gradient: Sequence[Tensor], average: Sequence[Tensor], length: float, sigma: float, decay: float) -> None:
+def fsam(
+    gradient: Sequence[Tensor], size: Tensor, average: Sequence[Tensor], length: float, sigma: float, decay: float
+) -> None:
     r"""
     Friendly SAM: along $g_0 - \sigma m$, then $m \leftarrow \lambda m + (1-\lambda)\, g_0$ (Li et al. 2024, arXiv:2403.12350).
 
@@ -80,18 +84,15 @@ def fsam(gradient: Sequence[Tensor], average: Sequence[Tensor], length: float, s
 
     Args:
         gradient (`Sequence[torch.Tensor]`): g_0, overwritten by ε.
+        size (`torch.Tensor`): ‖g_0‖, 0-dim.
         average (`Sequence[torch.Tensor]`): m, updated in place; starts as the first g_0, in an update that is SAM's.
         length (`float`): ℓ = ρ, 2-norm over all perturbed weights.
         sigma (`float`): σ; 0 is SAM.
         decay (`float`): λ.
     """
-    finite = torch.isfinite(norm(gradient))
+    finite = torch.isfinite(size)
     for g, m in zip(local(gradient), local(average), strict=True):
         new = torch.lerp(m, torch.where(finite, g, m), 1 - decay)
         g.sub_(m, alpha=sigma)
         m.copy_(new)
-    _stretch(gradient, norm(gradient), length)
-
-
-def _stretch(vector: Sequence[Tensor], size: Tensor, length: float) -> None:
-    torch._foreach_mul_(local(vector), torch.where(size > 0, length / size, torch.zeros_like(size)))
+    sam(gradient, norm(gradient), length)

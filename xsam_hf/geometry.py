@@ -32,16 +32,20 @@ def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
     return _total([(a.to(dtype) * b.to(dtype)).sum() for a, b in zip(local(x), local(y), strict=True)], x)
 
 
-def angle(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
+def angle(x: Sequence[Tensor], y: Sequence[Tensor], norm_x: Tensor, norm_y: Tensor) -> Tensor:
     r"""
     ψ = angle(x, y) in radians, in [0, π]; a 0-dim tensor.
 
     Computed as $2\,\mathrm{atan2}(\|\hat x - \hat y\|, \|\hat x + \hat y\|)$, which keeps its digits at every size, where
     arccos of the cosine loses all of them below about 1e-3 rad in float32 (and is NaN once rounding carries it past 1).
+
+    Args:
+        x, y (`Sequence[torch.Tensor]`): the two vectors.
+        norm_x, norm_y (`torch.Tensor`): ‖x‖ and ‖y‖, 0-dim, which the caller has already.
     """
     dtype = _accumulation_dtype([*x, *y])
     tiny = torch.finfo(dtype).tiny
-    norm_x, norm_y = norm(x).clamp_min(tiny), norm(y).clamp_min(tiny)
+    norm_x, norm_y = norm_x.clamp_min(tiny), norm_y.clamp_min(tiny)
     apart, together = [], []
     for a, b in zip(local(x), local(y), strict=True):
         a, b = a.to(dtype) / norm_x.to(a.device), b.to(dtype) / norm_y.to(b.device)

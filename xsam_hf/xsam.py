@@ -106,7 +106,7 @@ def xsam_gradient(
                 _add_to_sums(sums, moved, g, share(arguments.direction, i, norms[i]))
                 if i == arguments.ascent_steps:
                     break
-                _climb(g, list(moved), weights, arguments, state)
+                _climb(g, norms[i], list(moved), weights, arguments, state)
                 torch._foreach_add_(local(list(moved)), local(g))  # θ_{i+1} = θ_i + ε_i; for SAM ε_i = (ρ/k) g_i/‖g_i‖
                 g.clear()
                 drop_gradient([*weights, *excluded])
@@ -116,7 +116,8 @@ def xsam_gradient(
             # From here on the weights' own storage holds the displacement θ_k − θ_0: no further buffer.
             torch._foreach_sub_(local(weights), origin)
             displacement = local(list(moved))
-            displacement_norm, psi = norm(list(moved)), angle(list(moved), g)
+            displacement_norm = norm(list(moved))
+            psi = angle(list(moved), g, displacement_norm, norms[-1])
             radius = 2 * arguments.rho if arguments.rho_max is None else arguments.rho_max
 
             def loss_at(*terms: tuple[Sequence[Tensor], float | Tensor]) -> Tensor:  # L(θ_0 + Σ a x)
@@ -142,7 +143,12 @@ def xsam_gradient(
                 if arguments.sharpness_between == "reuse":
                     kept = dict(zip(moved, turn_of(g, displacement, displacement_norm), strict=True))
                     state.tensors["sideways"] = [kept.get(w, torch.zeros_like(w)) for w in weights]
-                    state.tensors["turn"] = [alpha * psi, norms[-1] / norms[0]]
+                    zero_unless(finite, state.tensors["sideways"])  # no turn is better than one that is not finite
+                    ratio = norms[-1] / norms[0]
+                    state.tensors["turn"] = [
+                        torch.where(finite, alpha * psi, 0.0),
+                        torch.where(finite & (norms[0] > 0), ratio, 1.0),
+                    ]
             else:
                 torch._foreach_copy_(local(g), [sums[weight] for weight in moved])
                 size = norm(g)
@@ -205,27 +211,31 @@ def perturbed_and_excluded(
 
 
 def _climb(
-    g: list[Tensor], moved: list[Tensor], weights: list[Tensor], arguments: XSAMArguments, state: XSAMState
+    g: list[Tensor],
+    size: Tensor,
+    moved: list[Tensor],
+    weights: list[Tensor],
+    arguments: XSAMArguments,
+    state: XSAMState,
 ) -> None:
     """Turns the gradients of the weights in `moved` into the ascent step ε, in place."""
     length = arguments.rho / arguments.ascent_steps
     if arguments.perturbation == "sam":
-        sam(g, length)
+        sam(g, size, length)
     elif arguments.perturbation == "asam":
         asam(g, moved, length, arguments.asam_eta, arguments.asam_scope)
     elif "average" not in state.tensors:  # the average starts as the first gradient
         first = dict(zip(moved, g, strict=True))
-        finite = torch.isfinite(norm(g))
         state.tensors["average"] = average = [first[w].clone() if w in first else torch.zeros_like(w) for w in weights]
-        zero_unless(finite, average)
-        sam(g, length)
+        zero_unless(torch.isfinite(size), average)
+        sam(g, size, length)
     else:
         all_averages = dict(zip(weights, state.tensors["average"], strict=True))
         average = [all_averages[weight] for weight in moved]
         if arguments.perturbation == "vasso":
-            vasso(g, average, length, arguments.vasso_decay)
+            vasso(g, size, average, length, arguments.vasso_decay)
         else:
-            fsam(g, average, length, arguments.fsam_sigma, arguments.fsam_lambda)
+            fsam(g, size, average, length, arguments.fsam_sigma, arguments.fsam_lambda)
 
 
 def _add_to_sums(
