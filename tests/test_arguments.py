@@ -60,6 +60,12 @@ BAD = [
     ("vasso_decay", 0.0),
     ("fsam_sigma", -1.0),
     ("fsam_lambda", 1.0),
+    ("rho", None),
+    ("rho", "0.05"),
+    ("alpha", "auto"),
+    ("ascent_steps", None),
+    ("alpha_max", None),
+    ("ascent_fraction", None),
 ]
 CONTRADICTIONS = [
     ({"direction": "lsam", "alpha": 1.0}, "`alpha` is 1.0, but `direction` 'lsam' has no arc: leave"),
@@ -85,6 +91,13 @@ def test_fields_that_contradict_each_other_say_so(tmp_path, fields, sentence):
     for name, value in fields.items():  # each alone is fine
         if (name, value) != ("alpha", 1.0) and name != "sharpness_start":
             XSAMArguments(**{name: value})
+
+
+def test_whole_numbers_and_single_patterns_may_come_in_other_types():
+    arguments = XSAMArguments(ascent_steps=2.0, alpha_samples=5.0, sharpness_every=3.0, rho_exclude="bias")
+    values = (arguments.ascent_steps, arguments.alpha_samples, arguments.sharpness_every)
+    assert values == (2, 5, 3) and all(type(value) is int for value in values)
+    assert arguments.rho_exclude == ["bias"] and len(arguments.alphas) == 5
 
 
 def test_excluding_what_is_not_there_says_so(tmp_path):

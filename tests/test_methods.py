@@ -226,6 +226,57 @@ def test_a_later_pass_that_is_not_finite_falls_back_for_every_method(perturbatio
         assert w.grad.tolist() == pytest.approx([1.0, 1.0])
 
 
+@pytest.mark.parametrize("scale", ["last", "first", "mean", "slope", "slope_max"])
+def test_the_fallback_has_the_norm_of_g0_whatever_the_scale(scale):
+    w, factors = nn.Parameter(torch.tensor([1.0, 0.1], dtype=torch.float64)), [1.0, float("nan"), 1.0]
+
+    def gradient():
+        loss = 0.5 * (w**2 * torch.tensor([1.0, 10.0])).sum() * factors.pop(0)
+        loss.backward()
+        return loss.detach()
+
+    arguments = XSAMArguments(rho=0.3, alpha=1.7, gradient_scale=scale)
+    update = xsam_gradient([w], gradient, lambda: (w**2).sum(), arguments, XSAMState())
+    assert update.fell_back
+    assert w.grad.tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_where_the_loss_falls_the_slope_is_zero():
+    w, signs = nn.Parameter(torch.tensor([1.0], dtype=torch.float64)), [1.0, -5.0]
+
+    def gradient():
+        loss = w.sum() * signs.pop(0)  # up the first pass's slope, and the second pass finds −5
+        loss.backward()
+        return loss.detach()
+
+    arguments = XSAMArguments(rho=0.3, alpha=1.0, gradient_scale="slope")
+    xsam_gradient([w], gradient, gradient, arguments, XSAMState())
+    assert w.grad.tolist() == [0.0]
+
+
+def test_an_excluded_gradient_that_is_not_finite_is_a_fallback_too():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.moved = nn.Parameter(torch.tensor([1.0, 0.1], dtype=torch.float64))
+            self.still = nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
+
+    model, passes = Two(), []
+
+    def gradient():
+        passes.append(1)
+        factor = float("nan") if len(passes) == 2 else 1.0
+        loss = 0.5 * (model.moved**2 * torch.tensor([1.0, 10.0])).sum()
+        loss.backward()
+        (model.still * factor).sum().backward()
+        return loss.detach()
+
+    arguments = XSAMArguments(rho=0.3, alpha=1.7, rho_exclude=["still"])
+    update = xsam_gradient(model, gradient, gradient, arguments, XSAMState())
+    assert update.fell_back and model.moved.grad.tolist() == pytest.approx([1.0, 1.0])
+    assert model.still.grad.tolist() == [0.0]
+
+
 def test_a_first_gradient_that_is_not_finite_leaves_the_averages_alone():
     for perturbation in ("vasso", "fsam"):
         state = XSAMState()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from toys import Classifier, Points
 
-from xsam_hf.perturbation import RandomState, batch_norm_kept, take_gradient, weights_kept
+from xsam_hf.perturbation import RandomState, buffers_kept, take_gradient, weights_kept
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -36,7 +36,7 @@ def test_batch_norm_statistics_stay_in_the_block_only():
     model, x = Classifier(batch_norm=True), Points().x
     model.train()
     before = [buffer.clone() for buffer in model.buffers()]
-    with batch_norm_kept(model):
+    with buffers_kept(model):
         model(x)
         assert not any(torch.equal(a, b) for a, b in zip(model.buffers(), before, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), before, strict=True))

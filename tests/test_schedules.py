@@ -99,6 +99,18 @@ def test_the_ascent_takes_a_part_of_the_batch(tmp_path, fraction, rows):
         assert len({tuple(p) for p in places}) > 1  # others in every update
 
 
+@pytest.mark.parametrize("scope", ["update", "micro"])
+def test_every_micro_batch_has_a_part_of_its_own(tmp_path, scope):
+    run = train(tmp_path, Watched(), rho=0.5, alpha=1.0, ascent_fraction=0.5, ascent_scope=scope, max_steps=1,
+                per_device_train_batch_size=8, gradient_accumulation_steps=4)  # fmt: skip
+    parts, wholes = [x for x in run.model.rows if len(x) == 4], [x for x in run.model.rows if len(x) == 8]
+    assert len(parts) == len(wholes) == 4
+    places = [
+        tuple(int((whole == row).all(1).nonzero()) for row in part) for part, whole in zip(parts, wholes, strict=True)
+    ]
+    assert len(set(places)) > 1
+
+
 def test_an_update_with_a_part_agrees_with_the_formula(tmp_path):
     data, model = Points(8, torch.float64), Classifier(dtype=torch.float64)
     theta = torch.cat([p.detach().reshape(-1) for p in model.parameters()]).numpy()

@@ -628,6 +628,38 @@ def test_model_card_holds_the_method(tmp_path):
         assert "points" in card and card.startswith("---\n")
 
 
+@pytest.mark.parametrize("scope", ["update", "micro"])
+def test_a_training_that_was_stopped_between_micro_batches_leaves_nothing_behind(tmp_path, scope):
+    class StopInside(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    settings = {"rho": 0.5, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "ascent_scope": scope}
+    stopped = train(tmp_path / "a", callbacks=[StopInside()], **settings)
+    assert stopped.state.global_step == 2
+    stopped.remove_callback(StopInside)
+    fresh = XSAMTrainer(model=Classifier(), args=arguments(tmp_path / "b", **settings), train_dataset=Points())
+    fresh.model.load_state_dict(stopped.model.state_dict())
+    for run in (stopped, fresh):
+        run.optimizer = run.lr_scheduler = None
+        run.train()
+    assert torch.equal(weights_of(stopped), weights_of(fresh))
+
+
+def test_promise_7_data_parallel(tmp_path, monkeypatch):
+    run = build(tmp_path, rho=0.0)
+    monkeypatch.setattr(type(run.args), "n_gpu", 2)
+    with pytest.raises(NotImplementedError, match="over 2 devices by DataParallel.*torchrun"):
+        check_supported(run, XSAMArguments())
+
+
+def test_rho_zero_leaves_earlier_searches_alone(tmp_path):
+    train(tmp_path, rho=0.5)
+    kept = (tmp_path / "xsam_search.jsonl").read_text()
+    train(tmp_path, rho=0.0)
+    assert (tmp_path / "xsam_search.jsonl").read_text() == kept and kept.count("\n") == 2
+
+
 def test_training_twice_starts_anew(tmp_path):
     run = train(tmp_path / "a", rho=0.5, train_sampling_strategy="sequential")
     once = weights_of(run).clone()

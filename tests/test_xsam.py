@@ -404,3 +404,61 @@ def test_rho_zero_is_one_plain_pass_and_still_reports_the_loss():
     update, _ = toy.run(rho=0.0)
     assert torch.equal(toy.w.grad, plain.w.grad) and update.loss == loss
     assert update.grad_norm_first.item() == pytest.approx(math.sqrt(2))
+
+
+def test_a_weight_that_is_listed_twice_counts_once():
+    found = []
+    for twice in (False, True):
+        model, data = Classifier(), Points(8)
+        weights = [*model.parameters(), *([model.second.weight] if twice else [])]
+        update = xsam_gradient(weights, *closures(model, data.x, data.y), XSAMArguments(rho=2.0), XSAMState())
+        found.append((flat_gradient(model), update.angle, update.search.losses))
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1:] == found[1][1:]
+
+
+def test_an_enclosing_autocast_region_does_not_hide_the_moves():
+    found = []
+    for enclosing in (False, True):
+        model, data = Classifier(), Points(8)
+
+        def loss(model=model, data=data, enclosing=enclosing):
+            if enclosing:
+                return model(data.x, data.y)["loss"]
+            with torch.autocast("cpu", torch.bfloat16):
+                return model(data.x, data.y)["loss"]
+
+        def gradient(loss=loss):
+            value = loss()
+            value.backward()
+            return value.detach()
+
+        with torch.autocast("cpu", torch.bfloat16, enabled=enclosing):
+            seen = xsam_gradient(model, gradient, loss, XSAMArguments(rho=2.0), XSAMState())
+            assert loss() == seen.loss
+        assert seen.last_loss > seen.loss + 0.1
+        found.append((seen.last_loss, seen.search.losses, flat_gradient(model)))
+    assert found[0][:2] == found[1][:2] and torch.equal(found[0][2], found[1][2])
+
+
+@pytest.mark.parametrize("kind", ["instance norm", "spectral norm"])
+def test_other_running_statistics_move_once_too(kind):
+    def build():
+        torch.manual_seed(0)
+        if kind == "instance norm":
+            return nn.Sequential(
+                nn.Conv1d(1, 3, 2), nn.InstanceNorm1d(3, track_running_stats=True), nn.Flatten(), nn.Linear(12, 1)
+            )
+        return nn.Sequential(nn.Flatten(), nn.utils.parametrizations.spectral_norm(nn.Linear(5, 4)), nn.Linear(4, 1))
+
+    x, buffers = Points(8).x[:, None], []
+    for rho in (0.0, 0.5):
+        model = build()
+
+        def gradient(model=model):
+            loss = model(x).square().mean()
+            loss.backward()
+            return loss.detach()
+
+        xsam_gradient(model, gradient, lambda m=model: m(x).square().mean(), XSAMArguments(rho=rho), XSAMState())
+        buffers.append(list(model.buffers()))
+    assert buffers[0] and all(torch.equal(a, b) for a, b in zip(*buffers, strict=True))

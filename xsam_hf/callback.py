@@ -50,7 +50,7 @@ class XSAMCallback(TrainerCallback, ExportableState):
             self.xsam = XSAMState(**saved["attributes"]["xsam"])
             self._resumed_inside_epoch = state.epoch is not None and state.epoch % 1 != 0
         states[name] = self.state()  # the Trainer saves only what is listed here
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and XSAMArguments.of(args).rho > 0:
             _keep_searches_before(Path(str(args.output_dir)) / SEARCH_FILE, state.global_step)
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):

@@ -62,6 +62,11 @@ def check_supported(trainer: Trainer, arguments: XSAMArguments) -> None:
 
 def _check_distribution(trainer: Trainer, ascent_scope: str) -> None:
     kind = trainer.accelerator.distributed_type
+    if trainer.args.n_gpu > 1:
+        raise NotImplementedError(
+            f"The Trainer would spread each batch over {trainer.args.n_gpu} devices by DataParallel, whose dropout masks cannot "
+            "be repeated: start with `torchrun` or `accelerate launch`, make one device visible, or set `rho` to 0."
+        )
     if kind == DistributedType.DEEPSPEED:
         raise NotImplementedError(
             "XSAM needs several backward passes before the optimizer's step, and DeepSpeed steps inside backward: "

@@ -21,6 +21,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "asam_scope": ("weights", "all"),
     "sharpness_between": ("plain", "reuse"),
 }
+_OPTIONAL = ("rho_max", "alpha_search_steps")
 _RANGES: list[tuple[str, Callable[[float], bool], str]] = [
     ("rho", lambda v: v >= 0, "a finite length, 0.05 for instance, or 0 to switch XSAM off"),
     ("ascent_steps", lambda v: v >= 1 and v == int(v), "1 or more; for none at all set `rho` to 0"),
@@ -177,17 +178,23 @@ class XSAMArguments:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}: choose one of {', '.join(known)}.")
         for name, allowed, way_out in _RANGES:
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and allowed(value)):
-                raise ValueError(f"`{name}` is {value}: give {way_out}.")
+            if value is None and name in _OPTIONAL:
+                continue
+            if not isinstance(value, int | float) or not (math.isfinite(value) and allowed(value)):
+                raise ValueError(f"`{name}` is {value!r}: give {way_out}.")
+        for name in ("ascent_steps", "alpha_samples", "sharpness_every"):
+            setattr(self, name, int(getattr(self, name)))  # 2.0, from a sweep for instance
+        if isinstance(self.rho_exclude, str):
+            self.rho_exclude = [self.rho_exclude]
         self.rho_exclude = list(self.rho_exclude or []) or None
         for pattern in self.rho_exclude or []:
             try:
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"`rho_exclude` is {pattern!r}: give a regular expression ({error}).") from error
-        if self.alpha is not None and not 0 <= self.alpha <= self.alpha_max:
+        if self.alpha is not None and not (isinstance(self.alpha, int | float) and 0 <= self.alpha <= self.alpha_max):
             raise ValueError(
-                f"`alpha` is {self.alpha}: give a value from 0 to `alpha_max` ({self.alpha_max}), or leave it out to search."
+                f"`alpha` is {self.alpha!r}: give a value from 0 to `alpha_max` ({self.alpha_max}), or leave it out to search."
             )
         if self.sharpness_start >= self.sharpness_end:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Move weights and put them back bit for bit; keep BatchNorm's statistics; replay random numbers."""
+"""Move weights and put them back bit for bit; keep running statistics; replay random numbers."""
 
 from __future__ import annotations
 
@@ -65,15 +65,16 @@ def weights_kept(weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def batch_norm_kept(module: nn.Module | None) -> Iterator[None]:
+def buffers_kept(module: nn.Module | None) -> Iterator[None]:
     """
-    Restores the running statistics of every BatchNorm layer at the end of the block.
+    Restores what a model's forward passes count and average (BatchNorm, spectral norm, codebooks) at the end of the block.
 
-    They then move in the first pass of an update only, at θ_0, as in plain training. Setting `momentum = 0` instead, as
-    reference implementations do, would still advance `num_batches_tracked` and turn an infinite activation into NaN.
+    These then move in the first pass of an update only, at θ_0, as in plain training: all buffers of floating-point numbers
+    and counters. Others are constants, or the frozen weights of a quantised model, which are too large to copy for nothing.
+    Setting BatchNorm's `momentum = 0` instead, as reference implementations do, would still advance
+    `num_batches_tracked` and turn an infinite activation into NaN.
     """
-    layers = [] if module is None else [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    buffers = [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
+    buffers = [] if module is None else [b for b in module.buffers() if b.is_floating_point() or b.numel() == 1]
     before = [buffer.clone() for buffer in buffers]
     try:
         yield
@@ -85,7 +86,7 @@ def batch_norm_kept(module: nn.Module | None) -> Iterator[None]:
 @dataclass(frozen=True)
 class RandomState:
     """
-    The state of Python's, NumPy's, PyTorch's and the current CUDA device's generators.
+    The state of Python's, NumPy's, PyTorch's and the current accelerator's generators.
 
     Every pass of an update must draw the same dropout masks: with independent masks the search for α follows the noise.
     """
@@ -93,18 +94,27 @@ class RandomState:
     python: tuple
     numpy: dict
     torch: Tensor
-    cuda: Tensor | None
+    device: Tensor | None
 
     @classmethod
     def capture(cls) -> RandomState:
         """Reads the generators without advancing them."""
-        cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-        return cls(random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state(), cuda)
+        device = _device_module()
+        state = None if device is None else device.get_rng_state()
+        return cls(random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state(), state)
 
     def restore(self) -> None:
         """Sets the generators back to this state."""
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.torch)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda)
+        if self.device is not None:
+            _device_module().set_rng_state(self.device)
+
+
+def _device_module():
+    """`torch.cuda`, `torch.mps` ... if that device is in use; asking one that is not would wake it up."""
+    if not torch.accelerator.is_available():
+        return None
+    module = torch.get_device_module(torch.accelerator.current_accelerator())
+    return module if getattr(module, "is_initialized", lambda: True)() else None

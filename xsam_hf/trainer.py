@@ -54,6 +54,7 @@ class XSAMMixin(_Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._window: list[MicroBatch] = []
+        self._micro_batches = 0  # of the current update, so far
         self._meter = UpdateMeter()
         self._tensors_to_load: str | None = None
         self.add_callback(XSAMCallback)
@@ -63,6 +64,11 @@ class XSAMMixin(_Trainer):
     def xsam_arguments(self) -> XSAMArguments:
         """The method's fields of `args`, read anew each time: a hyperparameter search changes them between trials."""
         return XSAMArguments.of(self.args)
+
+    def train(self, *args, **kwargs):
+        # A training that was stopped between two micro-batches leaves something behind.
+        self._window, self._micro_batches, self._meter = [], 0, UpdateMeter()
+        return super().train(*args, **kwargs)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -104,11 +110,12 @@ class XSAMMixin(_Trainer):
         """The Trainer's own pass at θ_0, and what it takes to run it again."""
         part, share = inputs, 1.0
         if arguments.rho > 0 and arguments.ascent_fraction < 1:
-            key = [self.args.seed, self.state.global_step, len(self._window), self.args.process_index]
+            key = [self.args.seed, self.state.global_step, self._micro_batches, self.args.process_index]
             part, share = random_part(inputs, arguments.ascent_fraction, key)
         steps = self.current_gradient_accumulation_steps
         micro_batch = MicroBatch(inputs, num_items_in_batch, steps, RandomState.capture(), part, share, torch.empty(0))
         micro_batch.loss = super().training_step(model, *micro_batch.of_part())
+        self._micro_batches = 0 if self.accelerator.sync_gradients else self._micro_batches + 1
         return micro_batch
 
     def _update(self, model: nn.Module, window: list[MicroBatch], arguments: XSAMArguments) -> None:

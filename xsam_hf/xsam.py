@@ -24,7 +24,7 @@ from .ascent import asam, fsam, sam, vasso
 from .direction import arc, scale, share
 from .geometry import angle, local, norm, zero_unless
 from .hyperparameters import XSAMArguments
-from .perturbation import RandomState, batch_norm_kept, drop_gradient, take_gradient, weights_kept
+from .perturbation import RandomState, buffers_kept, drop_gradient, take_gradient, weights_kept
 from .reuse import turn, turn_of
 from .schedule import search_at, sharp_at
 from .search import search_alpha
@@ -49,7 +49,7 @@ def xsam_gradient(
 
     Args:
         weights (`torch.nn.Module` or iterable of `torch.Tensor`):
-            The model, or the weights to perturb. With a model, its BatchNorm statistics move in the first pass only.
+            The model, or the weights to perturb. With a model, its running statistics move in the first pass only.
             Weights that do not require a gradient are left alone. Those in `rho_exclude` (which needs a model, for the names)
             are not moved, count in no norm, and get g_k as it is.
         gradient (`Callable`):
@@ -87,10 +87,11 @@ def xsam_gradient(
 
     def replay(one_pass: Callable[[], Tensor]) -> Tensor:
         before.restore()
+        torch.clear_autocast_cache()  # an enclosing autocast region keeps casts of weights that have moved since
         return one_pass()
 
     try:
-        with torch.no_grad(), weights_kept(weights) as origin, batch_norm_kept(module):
+        with torch.no_grad(), weights_kept(weights) as origin, buffers_kept(module):
             moved: dict[Tensor, None] = {}  # an ordered set: every weight that had a gradient in some pass
             norms: list[Tensor] = []  # ‖g_0‖ ... ‖g_k‖
             sums: dict[Tensor, Tensor] = {}  # for LSAM and MSAM
@@ -173,6 +174,7 @@ def xsam_gradient(
         raise
     finally:
         after.restore()
+        torch.clear_autocast_cache()
     fell_back = torch.isfinite(norms[0]) & ~finite & (not loss_scaling)
     return XSAMUpdate(losses[0], losses[-1], alpha, psi, norms[0], norms[-1], fell_back, search)
 
@@ -188,7 +190,8 @@ def perturbed_and_excluded(
     """
     if not rho_exclude:
         trained: Iterable[Tensor] = weights.parameters() if isinstance(weights, nn.Module) else weights
-        perturbed, excluded = [weight for weight in trained if weight.requires_grad], list[Tensor]()
+        # A tied weight may be listed twice.
+        perturbed, excluded = list(dict.fromkeys(w for w in trained if w.requires_grad)), list[Tensor]()
     else:
         if not isinstance(weights, nn.Module):
             raise ValueError("`rho_exclude` looks for names, and plain tensors have none: give the model.")
