@@ -5,8 +5,9 @@ batch is replayed at the moved weights. Nothing else changes, so optimizers, sch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,7 +129,8 @@ class XSAMMixin(_Trainer):
         def gradient() -> Tensor:
             nonlocal to_come, end
             to_come -= 1
-            loss = own_passes.pop() if own_passes else self._replay(model, window, whole=to_come == 0)
+            with self._counters_kept():
+                loss = own_passes.pop() if own_passes else self._replay(model, window, whole=to_come == 0)
             end = RandomState.capture() if to_come == 0 else None
             # Norms are of the reduced gradient, and a slope has to be of the same loss.
             sloping = arguments.gradient_scale.startswith("slope")
@@ -169,8 +171,23 @@ class XSAMMixin(_Trainer):
                 loss = loss + super().training_step(model, inputs, n)
         return loss
 
+    @contextmanager
+    def _counters_kept(self) -> Iterator[None]:
+        """Keeps what trl's trainers count in `compute_loss` (tokens, accuracy) to the first pass, at θ_0."""
+        names = [name for name in ("_metrics", "_total_train_tokens") if hasattr(self, name)]
+        kept = {name: copy.deepcopy(getattr(self, name)) for name in names}
+        try:
+            yield
+        finally:
+            for name, value in kept.items():
+                setattr(self, name, value)
+
     def _probe(self, model: nn.Module, window: list[MicroBatch]) -> Tensor:
         """The window's loss at the current weights from forward passes alone, averaged over processes."""
+        with self._counters_kept():
+            return self.accelerator.reduce(self._window_loss(model, window), reduction="mean")
+
+    def _window_loss(self, model: nn.Module, window: list[MicroBatch]) -> Tensor:
         loss = torch.zeros((), device=self.args.device)
         for micro_batch in window:
             micro_batch.random_state.restore()
@@ -187,7 +204,7 @@ class XSAMMixin(_Trainer):
             for module in model.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()
-        return self.accelerator.reduce(loss, reduction="mean")
+        return loss
 
     def _micro_step(
         self,
