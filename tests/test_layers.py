@@ -14,6 +14,7 @@ LAYERS = [
     {"schedule"},
     {"xsam"},
     {"arguments", "callback", "checkpoint", "compatibility", "meter", "micro_batch", "model_card"},
+    {"replay"},
     {"trainer"},
     {"__init__"},
 ]

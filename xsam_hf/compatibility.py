@@ -11,7 +11,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from .hyperparameters import XSAMArguments
-from .xsam import perturbed_and_excluded
+from .perturbation import perturbed_and_excluded
 
 
 logger = logging.get_logger(__name__)

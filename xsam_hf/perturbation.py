@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,6 +13,40 @@ import torch
 from torch import Tensor, nn
 
 from .geometry import local
+
+
+def perturbed_and_excluded(
+    weights: nn.Module | Iterable[Tensor], rho_exclude: Sequence[str] | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """
+    The trainable weights: those that are perturbed, and those that `rho_exclude` keeps where they are.
+
+    Raises:
+        `ValueError`: none is left to perturb, a pattern is in no name, or there are no names.
+    """
+    if not rho_exclude:
+        trained: Iterable[Tensor] = weights.parameters() if isinstance(weights, nn.Module) else weights
+        # A tied weight may be listed twice.
+        perturbed, excluded = list(dict.fromkeys(w for w in trained if w.requires_grad)), list[Tensor]()
+    else:
+        if not isinstance(weights, nn.Module):
+            raise ValueError("`rho_exclude` looks for names, and plain tensors have none: give the model.")
+        named: dict[str, Tensor] = {
+            name: weight for name, weight in weights.named_parameters() if weight.requires_grad
+        }
+        for pattern in rho_exclude:
+            if not any(re.search(pattern, name) for name in named):
+                raise ValueError(
+                    f"`rho_exclude` is {pattern!r}, which no name of a trainable weight contains: give part of a name such as "
+                    f"{next(iter(named), 'classifier.bias')!r}."
+                )
+        excluded = [w for name, w in named.items() if any(re.search(pattern, name) for pattern in rho_exclude)]
+        perturbed = [w for name, w in named.items() if not any(re.search(pattern, name) for pattern in rho_exclude)]
+    if not perturbed:
+        raise ValueError(
+            "No weight requires a gradient and is not excluded: there is nothing to perturb. Unfreeze some of the model."
+        )
+    return perturbed, excluded
 
 
 def take_gradient(weights: Sequence[Tensor], moved: dict[Tensor, None]) -> list[Tensor]:

@@ -5,17 +5,14 @@ batch is replayed at the moved weights. Nothing else changes, so optimizers, sch
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.utils import logging
 
@@ -24,22 +21,18 @@ from .checkpoint import load_tensors, save_tensors
 from .compatibility import check_supported
 from .hyperparameters import XSAMArguments
 from .meter import UpdateMeter
-from .micro_batch import MicroBatch, random_part
+from .micro_batch import MicroBatch
 from .model_card import add_section
-from .perturbation import RandomState, drop_gradient
+from .perturbation import RandomState, drop_gradient, perturbed_and_excluded
+from .replay import ReplayMixin
 from .schedule import sharp_at
-from .xsam import perturbed_and_excluded, xsam_gradient
+from .xsam import xsam_gradient
 
 
 logger = logging.get_logger(__name__)
-# What the mixin is mixed into; a plain object at run time, so that it comes before any Trainer in the resolution order.
-if TYPE_CHECKING:
-    _Trainer = Trainer
-else:
-    _Trainer = object
 
 
-class XSAMMixin(_Trainer):
+class XSAMMixin(ReplayMixin):
     """
     Gives any [`~transformers.Trainer`] XSAM's gradient: `class MyTrainer(XSAMMixin, SFTTrainer)`.
 
@@ -55,7 +48,6 @@ class XSAMMixin(_Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._window: list[MicroBatch] = []
-        self._micro_batches = 0  # of the current update, so far
         self._meter = UpdateMeter()
         self._tensors_to_load: str | None = None
         self.add_callback(XSAMCallback)
@@ -101,24 +93,6 @@ class XSAMMixin(_Trainer):
             raise
         return micro_batch.loss
 
-    def _first_pass(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        num_items_in_batch: Tensor | int | None,
-        arguments: XSAMArguments,
-    ) -> MicroBatch:
-        """The Trainer's own pass at θ_0, and what it takes to run it again."""
-        part, share = inputs, 1.0
-        if arguments.rho > 0 and arguments.ascent_fraction < 1:
-            key = [self.args.seed, self.state.global_step, self._micro_batches, self.args.process_index]
-            part, share = random_part(inputs, arguments.ascent_fraction, key)
-        steps = self.current_gradient_accumulation_steps
-        micro_batch = MicroBatch(inputs, num_items_in_batch, steps, RandomState.capture(), part, share, torch.empty(0))
-        micro_batch.loss = super().training_step(model, *micro_batch.of_part())
-        self._micro_batches = 0 if self.accelerator.sync_gradients else self._micro_batches + 1
-        return micro_batch
-
     def _update(self, model: nn.Module, window: list[MicroBatch], arguments: XSAMArguments) -> None:
         """One XSAM update from the window's micro-batches, whose gradients at θ_0 are in `p.grad` already."""
         callback = self._xsam_callback
@@ -155,56 +129,6 @@ class XSAMMixin(_Trainer):
             self._meter.add(1 + share * arguments.ascent_steps, update)
         else:
             self._meter.add(passes=1)
-
-    def _replay(self, model: nn.Module, window: list[MicroBatch], whole: bool) -> Tensor:
-        """The Trainer's own passes over the window again, with the same random numbers; returns the loss."""
-        gradient_state = self.accelerator.gradient_state
-        loss = torch.zeros((), device=self.args.device)
-        for micro_batch in window:
-            synchronise = micro_batch is window[-1]
-            self.current_gradient_accumulation_steps = micro_batch.accumulation_steps
-            gradient_state._set_sync_gradients(synchronise)
-            micro_batch.random_state.restore()
-            inputs, n = (micro_batch.inputs, micro_batch.num_items_in_batch) if whole else micro_batch.of_part()
-            synchronise = synchronise or gradient_state.plugin_kwargs.get("sync_each_batch", False)
-            with nullcontext() if synchronise else self.accelerator.no_sync(model):
-                loss = loss + super().training_step(model, inputs, n)
-        return loss
-
-    @contextmanager
-    def _counters_kept(self) -> Iterator[None]:
-        """Keeps what trl's trainers count in `compute_loss` (tokens, accuracy) to the first pass, at θ_0."""
-        names = [name for name in ("_metrics", "_total_train_tokens") if hasattr(self, name)]
-        kept = {name: copy.deepcopy(getattr(self, name)) for name in names}
-        try:
-            yield
-        finally:
-            for name, value in kept.items():
-                setattr(self, name, value)
-
-    def _probe(self, model: nn.Module, window: list[MicroBatch]) -> Tensor:
-        """The window's loss at the current weights from forward passes alone, averaged over processes."""
-        with self._counters_kept():
-            return self.accelerator.reduce(self._window_loss(model, window), reduction="mean")
-
-    def _window_loss(self, model: nn.Module, window: list[MicroBatch]) -> Tensor:
-        loss = torch.zeros((), device=self.args.device)
-        for micro_batch in window:
-            micro_batch.random_state.restore()
-            n = micro_batch.num_items_in_batch
-            with torch.no_grad(), self.compute_loss_context_manager():
-                # `_prepare_inputs` makes a new dict each time: label smoothing takes the labels out of it.
-                part: Any = self.compute_loss(model, self._prepare_inputs(micro_batch.inputs), num_items_in_batch=n)
-            # As in `Trainer.training_step`: a mean over one micro-batch is an equal share of the update batch's.
-            scaled = self.loss_is_scaled_for_ga
-            if scaled is None:
-                scaled = (self.model_accepts_loss_kwargs and n is not None) or self.compute_loss_func is not None
-            loss = loss + part.mean() / (1 if scaled else micro_batch.accumulation_steps)
-            # FSDP2 leaves its root unsharded after a forward without a backward; the next pass would see stale weights.
-            for module in model.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
-        return loss
 
     def _micro_step(
         self,

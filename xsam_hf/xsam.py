@@ -14,7 +14,6 @@ callables `gradient` and `probe` are all that this file knows of a training fram
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -24,7 +23,14 @@ from .ascent import asam, fsam, sam, vasso
 from .direction import arc, scale, share
 from .geometry import angle, local, norm, zero_unless
 from .hyperparameters import XSAMArguments
-from .perturbation import RandomState, buffers_kept, drop_gradient, take_gradient, weights_kept
+from .perturbation import (
+    RandomState,
+    buffers_kept,
+    drop_gradient,
+    perturbed_and_excluded,
+    take_gradient,
+    weights_kept,
+)
 from .reuse import turn, turn_of
 from .schedule import search_at, sharp_at
 from .search import search_alpha
@@ -177,40 +183,6 @@ def xsam_gradient(
         torch.clear_autocast_cache()
     fell_back = torch.isfinite(norms[0]) & ~finite & (not loss_scaling)
     return XSAMUpdate(losses[0], losses[-1], alpha, psi, norms[0], norms[-1], fell_back, search)
-
-
-def perturbed_and_excluded(
-    weights: nn.Module | Iterable[Tensor], rho_exclude: Sequence[str] | None
-) -> tuple[list[Tensor], list[Tensor]]:
-    """
-    The trainable weights: those that are perturbed, and those that `rho_exclude` keeps where they are.
-
-    Raises:
-        `ValueError`: none is left to perturb, a pattern is in no name, or there are no names.
-    """
-    if not rho_exclude:
-        trained: Iterable[Tensor] = weights.parameters() if isinstance(weights, nn.Module) else weights
-        # A tied weight may be listed twice.
-        perturbed, excluded = list(dict.fromkeys(w for w in trained if w.requires_grad)), list[Tensor]()
-    else:
-        if not isinstance(weights, nn.Module):
-            raise ValueError("`rho_exclude` looks for names, and plain tensors have none: give the model.")
-        named: dict[str, Tensor] = {
-            name: weight for name, weight in weights.named_parameters() if weight.requires_grad
-        }
-        for pattern in rho_exclude:
-            if not any(re.search(pattern, name) for name in named):
-                raise ValueError(
-                    f"`rho_exclude` is {pattern!r}, which no name of a trainable weight contains: give part of a name such as "
-                    f"{next(iter(named), 'classifier.bias')!r}."
-                )
-        excluded = [w for name, w in named.items() if any(re.search(pattern, name) for pattern in rho_exclude)]
-        perturbed = [w for name, w in named.items() if not any(re.search(pattern, name) for pattern in rho_exclude)]
-    if not perturbed:
-        raise ValueError(
-            "No weight requires a gradient and is not excluded: there is nothing to perturb. Unfreeze some of the model."
-        )
-    return perturbed, excluded
 
 
 def _climb(
