@@ -9,7 +9,7 @@ import pandas
 import pytest
 from datasets import Dataset
 
-from tasks.translation import sources
+from tasks.translation import fairseq, sources
 from tasks.translation.data import DataArguments, load
 from tasks.translation.text import Subwords, Tokenizer, join_subwords
 from tasks.translation.vocabulary import Vocabulary
@@ -163,6 +163,39 @@ def test_a_data_bin_folder_is_read_without_fairseq(tmp_path):
         load(DataArguments(dataset=str(tmp_path)))
 
 
+def test_merges_and_vocabularies_come_from_the_training_pairs_alone(tmp_path):
+    rows = pairs()
+    write(tmp_path, "train", rows)
+    # "qq" is frequent in the held-out sets, and training has neither the letter nor the sign.
+    write(tmp_path, "valid", [("qq qq qq ξ", "qq qq ξ")] * 30)
+    write(tmp_path, "test", [("qq ξ", "qq qq")] * 30)
+    corpus = load(DataArguments(dataset=str(tmp_path), bpe_merges=20))
+    assert len(corpus.subwords.codes.splitlines()) == 21 and "q" not in corpus.subwords.codes
+    for vocabulary, side in ((corpus.source_vocabulary, "source"), (corpus.target_vocabulary, "target")):
+        trained = {
+            token for line in corpus.splits["train"][f"{side}_tokens"] for token in corpus.subwords(line).split()
+        }
+        assert {token for token, count in vocabulary.counts.items() if count} == trained
+    assert corpus.splits["validation"]["input_ids"][0] == [3] * 7 + [2]  # q@@ q q@@ q q@@ q ξ
+
+
+def test_an_id_that_is_not_in_the_dictionary_is_refused(tmp_path):
+    for file in FIXTURES.glob("test.de-en.*"):
+        for split in ("train", "valid", "test"):
+            (tmp_path / file.name.replace("test", split)).write_bytes(file.read_bytes())
+    ids = [i for line in fairseq.read_binary(FIXTURES / "test.de-en.en") for i in line]
+    for language in ("de", "en"):
+        (tmp_path / f"dict.{language}.txt").write_bytes((FIXTURES / f"dict.{language}.txt").read_bytes())
+    lines = (tmp_path / "dict.en.txt").read_text().splitlines(keepends=True)
+    (tmp_path / "dict.en.txt").write_text("".join(lines[: max(ids) - 3]))  # the largest one is the last
+    load(DataArguments(dataset=str(tmp_path)))
+    (tmp_path / "dict.en.txt").write_text("".join(lines[: max(ids) - 4]))
+    with pytest.raises(
+        ValueError, match=rf"train.de-en.en.bin has the token id {max(ids)}, dict.en.txt {max(ids)} tokens"
+    ):
+        load(DataArguments(dataset=str(tmp_path)))
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -188,13 +221,67 @@ def test_only_the_line_feed_ends_a_line(tmp_path):
     "columns, words",
     [
         ({"text": ["a"]}, r"has the columns \['text'\]: expected `translation`, or `de` and `en`"),
-        ({"translation": [{"de": "a", "fr": "b"}]}, "row 0 has no text in en"),
-        ({"de": ["a", None], "en": ["b", "c"]}, "row 1 has no text in de"),
+        ({"translation": [{"de": "a", "fr": "b"}]}, "no text in en; are `source_language` .de."),
+        ({"de": [None, None], "en": ["b", "c"]}, "no text in de; are `source_language` .de."),
+        ({"translation": [None, None]}, "no text in de; are `source_language` .de."),
+        ({"translation": ['{"de": "a", "en": "b"}', "a - b"]}, "row 1 has the `translation` 'a - b': expected JSON"),
+        ({"translation": ["5"]}, "row 0 has the `translation` '5': expected JSON"),
     ],
 )
 def test_columns_that_do_not_fit_are_refused(columns, words):
     with pytest.raises(ValueError, match=words):
         sources.column_pairs(Dataset.from_dict(columns), "de", "en")
+
+
+EMPTY = {
+    "csv": "de,en\na,b\n,c\nd,N/A\ne,f\n",
+    "csv of translations": 'translation\n"{""de"": ""a"", ""en"": ""b""}"\n""\n"{""de"": ""d""}"\n"{""de"": ""e"", ""en"": ""f""}"\n',
+    "jsonl": '{"translation": {"de": "a", "en": "b"}}\n{"translation": null}\n{"translation": {"de": "d", "en": null}}\n'
+    '{"translation": {"de": "e", "en": "f"}}\n',
+}
+
+
+@pytest.mark.parametrize("kind", EMPTY)
+def test_rows_without_text_are_left_out_of_training_and_refused_elsewhere(tmp_path, kind, monkeypatch):
+    ending = kind.split()[0]
+    (tmp_path / f"train.{ending}").write_text(EMPTY[kind])
+    warnings = []
+    monkeypatch.setattr(sources.logger, "warning", warnings.append)
+    found = sources.from_datasets(str(tmp_path / f"train.{ending}"), None, "de", "en")
+    # Two pairs are left, of which the first is for validation.
+    assert (found["validation"], found["train"]) == ([("a", "b")], [("e", "f")])
+    assert warnings == ["2 of 4 training pairs have no text in one language and are left out."]
+
+    for name in ("validation", "test"):
+        (tmp_path / f"{name}.{ending}").write_text(EMPTY[kind])
+    with pytest.raises(ValueError, match="row 1 of a split for validation or test has no text in one language"):
+        sources.from_datasets(str(tmp_path), None, "de", "en")
+
+
+def test_a_prepared_folder_without_its_source_dictionary_is_not_prepared_again(tmp_path):
+    write(tmp_path, "train", pairs())
+    arguments = DataArguments(dataset=str(tmp_path), bpe_merges=20)
+    assert len(load(arguments).splits["train"]) > 0  # raw text
+    for sign in ("code", "checksums.json", "dict.en.txt"):
+        (tmp_path / sign).write_text("")
+        with pytest.raises(ValueError, match=f"holds {sign}, as a prepared folder does, but dict.de.txt is missing"):
+            load(arguments)
+        (tmp_path / sign).unlink()
+    (tmp_path / "tmp").mkdir()
+    with pytest.raises(ValueError, match="holds tmp, as a prepared folder does, but dict.de.txt is missing"):
+        load(arguments)
+
+
+@pytest.mark.parametrize("there", [["train.de", "train.en"], ["train.de-en.de.idx", "train.de-en.en.idx"]])
+def test_another_source_language_names_the_file_that_is_missing(tmp_path, there):
+    for name in there:
+        (tmp_path / name).write_text("")
+    for languages in (("fr", "en"), ("fr", "it")):
+        with pytest.raises(ValueError, match=f"holds {', '.join(there)}, but train.fr is missing"):
+            load(DataArguments(str(tmp_path), None, *languages))
+    (tmp_path / "dict.en.txt").write_text("")
+    with pytest.raises(ValueError, match="dict.fr.txt is missing.*is `source_language` fr right"):
+        load(DataArguments(str(tmp_path), source_language="fr"))
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,52 @@ def test_there_and_back_is_bit_for_bit(tmp_path):
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_back_to_fairseq_keeps_dimensions_dropout_activation_and_logits(tmp_path, golden):
+    """Of a model whose two sides differ, and whose arguments are none of the defaults."""
+    with torch.serialization.safe_globals([Namespace]):
+        original = torch.load(CHECKPOINT, weights_only=True)
+    options = original["cfg"]["model"]
+    options.dropout, options.attention_dropout, options.activation_dropout = 0.3, 0.15, 0.2
+    options.activation_fn, options.encoder_attention_heads, options.encoder_layers = "gelu", 2, 1
+    original["model"] = {name: t for name, t in original["model"].items() if not name.startswith("encoder.layers.1.")}
+    torch.save(original, tmp_path / "original.pt")
+    fairseq.to_hugging_face(tmp_path / "original.pt", FIXTURES, tmp_path / "model", ("de", "en"))
+    fairseq.to_fairseq(tmp_path / "model", tmp_path / "back", ("de", "en"))
+    with torch.serialization.safe_globals([Namespace]):
+        back = torch.load(tmp_path / "back" / "checkpoint.pt", weights_only=True)
+    written, expected = vars(back["args"]), vars(options)
+    needed = {
+        f"{side}_{name}"
+        for side in ("encoder", "decoder")
+        for name in ("embed_dim", "ffn_embed_dim", "layers", "attention_heads")
+    }
+    needed |= {"dropout", "attention_dropout", "activation_dropout", "activation_fn", "arch", "task", "criterion"}
+    needed |= {"max_source_positions", "max_target_positions", "left_pad_source", *fairseq.ARCHITECTURE}
+    assert written.keys() == needed | {"source_lang", "target_lang", "data"}
+    assert {name: written[name] for name in needed} == {name: expected[name] for name in needed}
+    assert (written["source_lang"], written["target_lang"]) == ("de", "en")
+
+    models = [fairseq.read_checkpoint(tmp_path / name) for name in ("original.pt", "back/checkpoint.pt")]
+    first, second = (forward(made.eval(), golden).logits for made in models)
+    assert torch.equal(first, second)
+    for name, value in (("activation_fn", "relu"), ("encoder_attention_heads", 4)):
+        other = Namespace(**{**written, name: value})
+        torch.save({**back, "args": other}, tmp_path / "other.pt")
+        assert not torch.equal(forward(fairseq.read_checkpoint(tmp_path / "other.pt").eval(), golden).logits, first)
+
+
+def test_what_old_arguments_lack_is_fairseqs_default(tmp_path, golden, model):
+    fairseq.write_checkpoint(model, tmp_path / "old.pt", "de", "en")
+    with torch.serialization.safe_globals([Namespace]):
+        checkpoint = torch.load(tmp_path / "old.pt", weights_only=True)
+    for name in ("activation_fn", "attention_dropout", "activation_dropout", "max_target_positions"):
+        delattr(checkpoint["args"], name)
+    torch.save(checkpoint, tmp_path / "old.pt")
+    old = fairseq.read_checkpoint(tmp_path / "old.pt").eval()
+    assert (old.config.activation_function, old.config.activation_dropout) == ("relu", 0.0)
+    assert torch.equal(forward(old, golden).logits, forward(model, golden).logits)
+
+
 class Hostile:
     def __init__(self, file):
         self.file = file
@@ -153,6 +199,12 @@ def test_a_hostile_pickle_is_refused(tmp_path):
         (lambda d: d["cfg"]["model"].__setattr__("share_all_embeddings", True), "`share_all_embeddings` = True"),
         (lambda d: d["model"].pop("encoder.layers.1.fc1.weight"), "model.encoder.layers.1.fc1.weight"),
         (lambda d: d["model"].update(extra=torch.zeros(1)), "model.extra"),
+        (lambda d: d["model"].pop("decoder.embed_tokens.weight"), "has no decoder.embed_tokens.weight"),
+        (
+            lambda d: d["model"].update({"decoder.embed_tokens.weight": torch.zeros(32, 16)}),
+            r"model.decoder.embed_tokens.weight is \(32, 16\), and its arguments ask for \(32, 32\)",
+        ),
+        (lambda d: d["cfg"]["model"].__delattr__("encoder_layers"), "has no encoder_layers"),
         (lambda d: d.pop("model"), "no `model` entry"),
         (lambda d: d.pop("cfg"), "neither `cfg` nor `args`"),
     ],
@@ -190,6 +242,18 @@ def test_binary_data_and_dictionaries_read_back_to_the_text():
         assert [vocabulary.decode(sentences[i]) for i in known] == [text[i] for i in known]
 
 
+@pytest.mark.parametrize(
+    "code, form, largest", [(8, "H", 65535), (4, "i", 2**31 - 1), (5, "q", 2**40), (3, "h", 2**15 - 1)]
+)
+def test_every_width_of_numbers_is_read(tmp_path, code, form, largest):
+    sentences = [[5, 4, 2], [2], [largest, 7, 256, 2]]
+    flat, width = sum(sentences, []), struct.calcsize(f"<{form}")
+    index = b"MMIDIDX\0\0" + struct.pack("<QBQ", 1, code, 3) + struct.pack("<3i", 3, 1, 4)
+    (tmp_path / "x.idx").write_bytes(index + struct.pack("<3q", 0, 3 * width, 4 * width))
+    (tmp_path / "x.bin").write_bytes(struct.pack(f"<{len(flat)}{form}", *flat))
+    assert fairseq.read_binary(tmp_path / "x") == sentences
+
+
 def test_damaged_binary_data_is_refused(tmp_path):
     index, data = (FIXTURES / f"test.de-en.de.{kind}" for kind in ("idx", "bin"))
     file = tmp_path / "test.de-en.de"
@@ -205,6 +269,8 @@ def test_damaged_binary_data_is_refused(tmp_path):
         (b"TNTIDX\0\0" + index[8:], data, "--dataset-impl mmap"),
         (index[:9] + struct.pack("<Q", 2) + index[17:], data, "--dataset-impl mmap"),
         (index[:-8], data, "cut off"),
+        (index[:17], data, "has 17 bytes, less than its header: it is cut off"),
+        (index[:25], data, "has 25 bytes, less than its header: it is cut off"),
         (index, data[:-2], "do not belong together"),
     ]:
         with pytest.raises(ValueError, match=words):
