@@ -1,47 +1,21 @@
-"""All the inputs that the translation task takes, and what it says about the ones it does not."""
+"""All the inputs that the translation task takes."""
 
 import json
 import lzma
-import random
 from pathlib import Path
 
 import pandas
 import pytest
 from datasets import Dataset
+from translation_toys import pairs, texts, write
 
-from tasks.translation import fairseq, sources
+from tasks.translation import sources
 from tasks.translation.data import DataArguments, load
 from tasks.translation.text import Subwords, Tokenizer, join_subwords
 from tasks.translation.vocabulary import Vocabulary
 
 
 FIXTURES = Path(__file__).parent / "fixtures" / "fairseq"
-
-
-def pairs(count=60):
-    """German-looking and English-looking lines, all different."""
-    chance = random.Random(0)
-    german, english = ("Haus", "Baum", "grün", "Straße", "ist"), ("house", "tree", "green", "street", "is")
-    made = []
-    for i in range(count):
-        chosen = [chance.randrange(5) for _ in range(chance.randint(2, 9))]
-        number = " ".join(str(i))  # digit by digit: no token that only a held-out line has
-        made.append(tuple(f"{number} {' '.join(words[c] for c in chosen)}." for words in (german, english)))
-    return made
-
-
-def write(folder, name, rows, languages=("de", "en")):
-    folder.mkdir(exist_ok=True)
-    for language, lines in zip(languages, zip(*rows, strict=True), strict=True):
-        (folder / f"{name}.{language}").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-def texts(split):
-    rows = sorted(zip(split["line"], split["source_text"], split["target_text"], strict=True))
-    return [(source, target) for _, source, target in rows]
-
-
-# --- inputs ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_handbook_is_real_and_split_by_position():
@@ -138,31 +112,6 @@ def test_files_of_datasets_with_a_translation_column(tmp_path, kind):
     assert texts(corpus.splits["test"]) == expected
 
 
-def test_a_data_bin_folder_is_read_without_fairseq(tmp_path):
-    for split in ("train", "valid", "test"):
-        for language in ("de", "en"):
-            for kind in ("idx", "bin"):
-                data = (FIXTURES / f"test.de-en.{language}.{kind}").read_bytes()
-                (tmp_path / f"{split}.de-en.{language}.{kind}").write_bytes(data)
-    for language in ("de", "en"):
-        (tmp_path / f"dict.{language}.txt").write_bytes((FIXTURES / f"dict.{language}.txt").read_bytes())
-    corpus = load(DataArguments(dataset=str(tmp_path)))
-    text = (FIXTURES / "test.en").read_text().splitlines()
-    rows = sorted(zip(corpus.splits["test"]["line"], corpus.splits["test"]["target_tokens"], strict=True))
-    known = set(corpus.target_vocabulary.tokens)
-    # Unknown words are marked so that no hypothesis can match them.
-    expected = [" ".join(word if word in known else "<<unk>>" for word in line.split()) for line in text]
-    assert [tokens for _, tokens in rows] == expected and any("<<unk>>" in line for line in expected)
-
-    (tmp_path / "valid.de-en.en.idx").unlink()
-    with pytest.raises(ValueError, match="valid.de-en.en.idx is missing"):
-        load(DataArguments(dataset=str(tmp_path)))
-    for file in tmp_path.glob("valid.*"):
-        file.unlink()
-    with pytest.raises(ValueError, match="has no valid.de-en data"):
-        load(DataArguments(dataset=str(tmp_path)))
-
-
 def test_merges_and_vocabularies_come_from_the_training_pairs_alone(tmp_path):
     rows = pairs()
     write(tmp_path, "train", rows)
@@ -177,130 +126,3 @@ def test_merges_and_vocabularies_come_from_the_training_pairs_alone(tmp_path):
         }
         assert {token for token, count in vocabulary.counts.items() if count} == trained
     assert corpus.splits["validation"]["input_ids"][0] == [3] * 7 + [2]  # q@@ q q@@ q q@@ q ξ
-
-
-def test_an_id_that_is_not_in_the_dictionary_is_refused(tmp_path):
-    for file in FIXTURES.glob("test.de-en.*"):
-        for split in ("train", "valid", "test"):
-            (tmp_path / file.name.replace("test", split)).write_bytes(file.read_bytes())
-    ids = [i for line in fairseq.read_binary(FIXTURES / "test.de-en.en") for i in line]
-    for language in ("de", "en"):
-        (tmp_path / f"dict.{language}.txt").write_bytes((FIXTURES / f"dict.{language}.txt").read_bytes())
-    lines = (tmp_path / "dict.en.txt").read_text().splitlines(keepends=True)
-    (tmp_path / "dict.en.txt").write_text("".join(lines[: max(ids) - 3]))  # the largest one is the last
-    load(DataArguments(dataset=str(tmp_path)))
-    (tmp_path / "dict.en.txt").write_text("".join(lines[: max(ids) - 4]))
-    with pytest.raises(
-        ValueError, match=rf"train.de-en.en.bin has the token id {max(ids)}, dict.en.txt {max(ids)} tokens"
-    ):
-        load(DataArguments(dataset=str(tmp_path)))
-
-
-# --- what is refused -------------------------------------------------------------------------------------------------
-
-
-def test_lines_that_are_not_parallel_are_refused(tmp_path):
-    write(tmp_path, "train", pairs(5))
-    (tmp_path / "train.en").write_text("one\ntwo\n")
-    with pytest.raises(ValueError, match=r"train.de has 5 lines and .en has 2: they are not parallel"):
-        load(DataArguments(dataset=str(tmp_path)))
-    (tmp_path / "train.en").write_bytes(b"gr\xfcn\n" * 5)
-    with pytest.raises(ValueError, match="train.en is not UTF-8"):
-        load(DataArguments(dataset=str(tmp_path)))
-    (tmp_path / "train.en").unlink()
-    with pytest.raises(ValueError, match="train.en is missing"):
-        load(DataArguments(dataset=str(tmp_path)))
-
-
-def test_only_the_line_feed_ends_a_line(tmp_path):
-    (tmp_path / "text").write_bytes("a\u2028b\x0bc\r\nlast".encode())
-    assert sources.read_lines(tmp_path / "text") == ["a\u2028b\x0bc\r", "last"]
-
-
-@pytest.mark.parametrize(
-    "columns, words",
-    [
-        ({"text": ["a"]}, r"has the columns \['text'\]: expected `translation`, or `de` and `en`"),
-        ({"translation": [{"de": "a", "fr": "b"}]}, "no text in en; are `source_language` .de."),
-        ({"de": [None, None], "en": ["b", "c"]}, "no text in de; are `source_language` .de."),
-        ({"translation": [None, None]}, "no text in de; are `source_language` .de."),
-        ({"translation": ['{"de": "a", "en": "b"}', "a - b"]}, "row 1 has the `translation` 'a - b': expected JSON"),
-        ({"translation": ["5"]}, "row 0 has the `translation` '5': expected JSON"),
-    ],
-)
-def test_columns_that_do_not_fit_are_refused(columns, words):
-    with pytest.raises(ValueError, match=words):
-        sources.column_pairs(Dataset.from_dict(columns), "de", "en")
-
-
-EMPTY = {
-    "csv": "de,en\na,b\n,c\nd,N/A\ne,f\n",
-    "csv of translations": 'translation\n"{""de"": ""a"", ""en"": ""b""}"\n""\n"{""de"": ""d""}"\n"{""de"": ""e"", ""en"": ""f""}"\n',
-    "jsonl": '{"translation": {"de": "a", "en": "b"}}\n{"translation": null}\n{"translation": {"de": "d", "en": null}}\n'
-    '{"translation": {"de": "e", "en": "f"}}\n',
-}
-
-
-@pytest.mark.parametrize("kind", EMPTY)
-def test_rows_without_text_are_left_out_of_training_and_refused_elsewhere(tmp_path, kind, monkeypatch):
-    ending = kind.split()[0]
-    (tmp_path / f"train.{ending}").write_text(EMPTY[kind])
-    warnings = []
-    monkeypatch.setattr(sources.logger, "warning", warnings.append)
-    found = sources.from_datasets(str(tmp_path / f"train.{ending}"), None, "de", "en")
-    # Two pairs are left, of which the first is for validation.
-    assert (found["validation"], found["train"]) == ([("a", "b")], [("e", "f")])
-    assert warnings == ["2 of 4 training pairs have no text in one language and are left out."]
-
-    for name in ("validation", "test"):
-        (tmp_path / f"{name}.{ending}").write_text(EMPTY[kind])
-    with pytest.raises(ValueError, match="row 1 of a split for validation or test has no text in one language"):
-        sources.from_datasets(str(tmp_path), None, "de", "en")
-
-
-def test_a_prepared_folder_without_its_source_dictionary_is_not_prepared_again(tmp_path):
-    write(tmp_path, "train", pairs())
-    arguments = DataArguments(dataset=str(tmp_path), bpe_merges=20)
-    assert len(load(arguments).splits["train"]) > 0  # raw text
-    for sign in ("code", "checksums.json", "dict.en.txt"):
-        (tmp_path / sign).write_text("")
-        with pytest.raises(ValueError, match=f"holds {sign}, as a prepared folder does, but dict.de.txt is missing"):
-            load(arguments)
-        (tmp_path / sign).unlink()
-    (tmp_path / "tmp").mkdir()
-    with pytest.raises(ValueError, match="holds tmp, as a prepared folder does, but dict.de.txt is missing"):
-        load(arguments)
-
-
-@pytest.mark.parametrize("there", [["train.de", "train.en"], ["train.de-en.de.idx", "train.de-en.en.idx"]])
-def test_another_source_language_names_the_file_that_is_missing(tmp_path, there):
-    for name in there:
-        (tmp_path / name).write_text("")
-    for languages in (("fr", "en"), ("fr", "it")):
-        with pytest.raises(ValueError, match=f"holds {', '.join(there)}, but train.fr is missing"):
-            load(DataArguments(str(tmp_path), None, *languages))
-    (tmp_path / "dict.en.txt").write_text("")
-    with pytest.raises(ValueError, match="dict.fr.txt is missing.*is `source_language` fr right"):
-        load(DataArguments(str(tmp_path), source_language="fr"))
-
-
-@pytest.mark.parametrize(
-    "fields, words",
-    [
-        ({"dataset": "no/such/thing"}, "'no/such/thing', which is neither handbook nor ding"),
-        ({"max_tokens": 0}, "`max_tokens` is 0"),
-        ({"bpe_merges": 0}, "`bpe_merges` is 0"),
-        ({"source_language": "en"}, "are both 'en'"),
-    ],
-)
-def test_arguments_that_do_not_fit_are_refused(fields, words):
-    with pytest.raises(ValueError, match=words):
-        load(DataArguments(**fields))
-
-
-def test_a_sentence_that_is_too_long_for_the_model_is_refused(tmp_path):
-    write(tmp_path, "train", [*pairs(30), ("lang " * 1100, "long")])
-    with pytest.raises(
-        ValueError, match=r"Pair \d of a split of `dataset` has 4401 and \d tokens, and the model has 1024 positions"
-    ):
-        load(DataArguments(dataset=str(tmp_path), bpe_merges=60))
