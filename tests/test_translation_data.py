@@ -2,7 +2,6 @@
 
 import json
 import lzma
-from pathlib import Path
 
 import pandas
 import pytest
@@ -13,9 +12,6 @@ from tasks.translation import sources
 from tasks.translation.data import DataArguments, load
 from tasks.translation.text import Subwords, Tokenizer, join_subwords
 from tasks.translation.vocabulary import Vocabulary
-
-
-FIXTURES = Path(__file__).parent / "fixtures" / "fairseq"
 
 
 def test_the_handbook_is_real_and_split_by_position():
@@ -104,7 +100,7 @@ def test_files_of_datasets_with_a_translation_column(tmp_path, kind):
         data.to_parquet(name)
     else:
         name = str(tmp_path / "folder")
-        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder" / "tmp").mkdir(parents=True)  # no sign of a prepared folder where there is no train.de
         for split, part in (("train", range(40)), ("validation", range(40, 50)), ("test", range(50, 60))):
             data.select(part).to_json(f"{name}/{split}.json")
     corpus = load(DataArguments(dataset=name, bpe_merges=20))

@@ -122,7 +122,7 @@ def test_back_to_fairseq_keeps_dimensions_dropout_activation_and_logits(tmp_path
     with torch.serialization.safe_globals([Namespace]):
         original = torch.load(CHECKPOINT, weights_only=True)
     options = original["cfg"]["model"]
-    options.dropout, options.attention_dropout, options.activation_dropout = 0.3, 0.15, 0.2
+    options.dropout, options.attention_dropout, options.activation_dropout = 0.25, 0.15, 0.2
     options.activation_fn, options.encoder_attention_heads, options.encoder_layers = "gelu", 2, 1
     original["model"] = {name: t for name, t in original["model"].items() if not name.startswith("encoder.layers.1.")}
     torch.save(original, tmp_path / "original.pt")

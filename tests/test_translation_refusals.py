@@ -125,7 +125,7 @@ def test_a_sentence_that_is_too_long_for_the_model_is_refused(tmp_path):
         load(DataArguments(dataset=str(tmp_path), bpe_merges=60))
 
 
-# --- checkpoints of fairseq's ----
+# --- checkpoints of fairseq's ----------------------------------------------------------------------------------------
 
 
 class Hostile:

@@ -125,7 +125,10 @@ def refuse_incomplete(folder: Path, source: str, target: str) -> None:
         `ValueError`: it looks prepared, and its text must not be tokenised and cut again, but has no source dictionary; or
             it has a training text, but not in the source language.
     """
-    prepared = [name for name in ("code", "checksums.json", "tmp", f"dict.{target}.txt") if (folder / name).exists()]
+    signs = [f"dict.{target}.txt"]
+    if (folder / f"train.{source}").is_file():  # and not a folder of json files, where these mean nothing
+        signs += ["code", "checksums.json", "tmp"]
+    prepared = [name for name in signs if (folder / name).exists()]
     if prepared:
         raise ValueError(
             f"`dataset` {folder} holds {', '.join(prepared)}, as a prepared folder does, but dict.{source}.txt is missing: "
@@ -134,7 +137,7 @@ def refuse_incomplete(folder: Path, source: str, target: str) -> None:
     texts = sorted(
         file.name for pattern in ("train.??", "train.*.idx", f"train.{target}") for file in folder.glob(pattern)
     )
-    if texts and f"train.{source}" not in texts and not (folder / f"train.{source}").is_file():
+    if texts and not (folder / f"train.{source}").is_file():
         raise ValueError(
             f"`dataset` {folder} holds {', '.join(dict.fromkeys(texts))}, but train.{source} is missing; is "
             f"`source_language` {source} right?"
