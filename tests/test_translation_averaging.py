@@ -43,7 +43,7 @@ def averaged(text, output, count=2, **changes):
 
     def mean(*steps):
         states = [weights(output / f"checkpoint-{step}") for step in steps]
-        return {name: sum(state[name].double() for state in states).float() / len(steps) for name in states[0]}
+        return {name: (sum(state[name].double() for state in states) / len(steps)).float() for name in states[0]}
 
     return weights(output), mean
 

@@ -117,6 +117,18 @@ def test_there_and_back_is_bit_for_bit(tmp_path):
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_half_precision_becomes_float32(tmp_path):
+    with torch.serialization.safe_globals([Namespace]):
+        checkpoint = torch.load(CHECKPOINT, weights_only=True)
+    checkpoint["model"] = {name: tensor.half() for name, tensor in checkpoint["model"].items()}
+    torch.save(checkpoint, tmp_path / "half.pt")
+    fairseq.to_hugging_face(tmp_path / "half.pt", FIXTURES, tmp_path / "model", ("de", "en"))
+    model = fairseq.TranslationTransformer.from_pretrained(tmp_path / "model")
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, checkpoint["model"][name.removeprefix("model.")].float())
+
+
 def test_back_to_fairseq_keeps_dimensions_dropout_activation_and_logits(tmp_path, golden):
     """Of a model whose two sides differ, and whose arguments are none of the defaults."""
     with torch.serialization.safe_globals([Namespace]):
