@@ -31,12 +31,50 @@ def test_every_sentence_once_an_epoch_and_no_batch_over_the_limit(processes):
 
 
 def test_the_union_does_not_depend_on_the_number_of_processes():
-    alone = list(sampler())
-    shares = [sampler(num_processes=2, process_index=i) for i in range(2)]
-    together = [batch for pair in zip(*shares, strict=True) for batch in pair]
-    if len(alone) % 2 == 0:
-        assert together == alone
-    assert sorted(sum(together, [])) == sorted(sum(alone, []))
+    numbers = set()
+    for limit in (256, 264):
+        alone = list(sampler(max_tokens=limit))
+        shares = [sampler(max_tokens=limit, num_processes=2, process_index=i) for i in range(2)]
+        together = [batch for pair in zip(*shares, strict=True) for batch in pair]
+        if len(alone) % 2 == 0:
+            assert together == alone  # in turn: what one process accumulates, two take at the same time
+        else:
+            assert len(together) == len(alone) + 1
+        assert sorted(sum(together, [])) == sorted(sum(alone, []))
+        numbers.add(len(alone) % 2)
+    assert numbers == {0, 1}
+
+
+def test_the_largest_batch_is_halved_until_every_process_has_as_many():
+    lengths = [1] * 8 + [8] * 2
+
+    def sizes(processes):
+        made = TokenBatchSampler(lengths, lengths, 8, 0, processes)
+        assert sorted(sum(made.batches, [])) == list(range(10))
+        return [len(batch) for batch in made.batches]
+
+    assert sizes(1) == sizes(3) == [8, 1, 1]
+    assert sizes(2) == [4, 4, 1, 1]
+    assert sizes(5) == [2, 2, 4, 1, 1]
+    assert sizes(6) == [2, 2, 2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sentences_are_sorted_by_source_and_then_by_target(seed):
+    def sets(source, target, limit):
+        return [sorted(batch) for batch in TokenBatchSampler(source, target, limit, seed).batches]
+
+    assert sets([3, 3, 3, 3], [9, 2, 9, 2], 18) == [[1, 3], [0, 2]]
+    assert sets([9, 2, 9, 2], [3, 3, 3, 3], 18) == [[1, 3], [0, 2]]
+    assert sets([2, 2, 5, 5], [5, 2, 2, 5], 10) == [[0, 1], [2, 3]]  # by target first: 1 and 2, 0 and 3
+
+
+def test_chance_decides_between_equal_lengths_and_depends_on_the_seed():
+    def batches(seed):
+        return {frozenset(batch) for batch in TokenBatchSampler([5] * 32, [5] * 32, 40, seed).batches}
+
+    assert len(batches(0)) == 4 and batches(0) == batches(0) and batches(0) != batches(1)
+    assert frozenset(range(8)) not in batches(0)  # not by position
 
 
 def test_an_epoch_and_a_seed_choose_the_order_and_nothing_else():

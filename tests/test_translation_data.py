@@ -1,47 +1,17 @@
-"""All the inputs that the translation task takes, and what it says about the ones it does not."""
+"""All the inputs that the translation task takes."""
 
 import json
 import lzma
-import random
-from pathlib import Path
 
 import pandas
 import pytest
 from datasets import Dataset
+from translation_toys import pairs, texts, write
 
 from tasks.translation import sources
 from tasks.translation.data import DataArguments, load
 from tasks.translation.text import Subwords, Tokenizer, join_subwords
 from tasks.translation.vocabulary import Vocabulary
-
-
-FIXTURES = Path(__file__).parent / "fixtures" / "fairseq"
-
-
-def pairs(count=60):
-    """German-looking and English-looking lines, all different."""
-    chance = random.Random(0)
-    german, english = ("Haus", "Baum", "grün", "Straße", "ist"), ("house", "tree", "green", "street", "is")
-    made = []
-    for i in range(count):
-        chosen = [chance.randrange(5) for _ in range(chance.randint(2, 9))]
-        number = " ".join(str(i))  # digit by digit: no token that only a held-out line has
-        made.append(tuple(f"{number} {' '.join(words[c] for c in chosen)}." for words in (german, english)))
-    return made
-
-
-def write(folder, name, rows, languages=("de", "en")):
-    folder.mkdir(exist_ok=True)
-    for language, lines in zip(languages, zip(*rows, strict=True), strict=True):
-        (folder / f"{name}.{language}").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-def texts(split):
-    rows = sorted(zip(split["line"], split["source_text"], split["target_text"], strict=True))
-    return [(source, target) for _, source, target in rows]
-
-
-# --- inputs ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_handbook_is_real_and_split_by_position():
@@ -130,7 +100,7 @@ def test_files_of_datasets_with_a_translation_column(tmp_path, kind):
         data.to_parquet(name)
     else:
         name = str(tmp_path / "folder")
-        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder" / "tmp").mkdir(parents=True)  # no sign of a prepared folder where there is no train.de
         for split, part in (("train", range(40)), ("validation", range(40, 50)), ("test", range(50, 60))):
             data.select(part).to_json(f"{name}/{split}.json")
     corpus = load(DataArguments(dataset=name, bpe_merges=20))
@@ -138,82 +108,17 @@ def test_files_of_datasets_with_a_translation_column(tmp_path, kind):
     assert texts(corpus.splits["test"]) == expected
 
 
-def test_a_data_bin_folder_is_read_without_fairseq(tmp_path):
-    for split in ("train", "valid", "test"):
-        for language in ("de", "en"):
-            for kind in ("idx", "bin"):
-                data = (FIXTURES / f"test.de-en.{language}.{kind}").read_bytes()
-                (tmp_path / f"{split}.de-en.{language}.{kind}").write_bytes(data)
-    for language in ("de", "en"):
-        (tmp_path / f"dict.{language}.txt").write_bytes((FIXTURES / f"dict.{language}.txt").read_bytes())
-    corpus = load(DataArguments(dataset=str(tmp_path)))
-    text = (FIXTURES / "test.en").read_text().splitlines()
-    rows = sorted(zip(corpus.splits["test"]["line"], corpus.splits["test"]["target_tokens"], strict=True))
-    known = set(corpus.target_vocabulary.tokens)
-    # Unknown words are marked so that no hypothesis can match them.
-    expected = [" ".join(word if word in known else "<<unk>>" for word in line.split()) for line in text]
-    assert [tokens for _, tokens in rows] == expected and any("<<unk>>" in line for line in expected)
-
-    (tmp_path / "valid.de-en.en.idx").unlink()
-    with pytest.raises(ValueError, match="valid.de-en.en.idx is missing"):
-        load(DataArguments(dataset=str(tmp_path)))
-    for file in tmp_path.glob("valid.*"):
-        file.unlink()
-    with pytest.raises(ValueError, match="has no valid.de-en data"):
-        load(DataArguments(dataset=str(tmp_path)))
-
-
-# --- what is refused -------------------------------------------------------------------------------------------------
-
-
-def test_lines_that_are_not_parallel_are_refused(tmp_path):
-    write(tmp_path, "train", pairs(5))
-    (tmp_path / "train.en").write_text("one\ntwo\n")
-    with pytest.raises(ValueError, match=r"train.de has 5 lines and .en has 2: they are not parallel"):
-        load(DataArguments(dataset=str(tmp_path)))
-    (tmp_path / "train.en").write_bytes(b"gr\xfcn\n" * 5)
-    with pytest.raises(ValueError, match="train.en is not UTF-8"):
-        load(DataArguments(dataset=str(tmp_path)))
-    (tmp_path / "train.en").unlink()
-    with pytest.raises(ValueError, match="train.en is missing"):
-        load(DataArguments(dataset=str(tmp_path)))
-
-
-def test_only_the_line_feed_ends_a_line(tmp_path):
-    (tmp_path / "text").write_bytes("a\u2028b\x0bc\r\nlast".encode())
-    assert sources.read_lines(tmp_path / "text") == ["a\u2028b\x0bc\r", "last"]
-
-
-@pytest.mark.parametrize(
-    "columns, words",
-    [
-        ({"text": ["a"]}, r"has the columns \['text'\]: expected `translation`, or `de` and `en`"),
-        ({"translation": [{"de": "a", "fr": "b"}]}, "row 0 has no text in en"),
-        ({"de": ["a", None], "en": ["b", "c"]}, "row 1 has no text in de"),
-    ],
-)
-def test_columns_that_do_not_fit_are_refused(columns, words):
-    with pytest.raises(ValueError, match=words):
-        sources.column_pairs(Dataset.from_dict(columns), "de", "en")
-
-
-@pytest.mark.parametrize(
-    "fields, words",
-    [
-        ({"dataset": "no/such/thing"}, "'no/such/thing', which is neither handbook nor ding"),
-        ({"max_tokens": 0}, "`max_tokens` is 0"),
-        ({"bpe_merges": 0}, "`bpe_merges` is 0"),
-        ({"source_language": "en"}, "are both 'en'"),
-    ],
-)
-def test_arguments_that_do_not_fit_are_refused(fields, words):
-    with pytest.raises(ValueError, match=words):
-        load(DataArguments(**fields))
-
-
-def test_a_sentence_that_is_too_long_for_the_model_is_refused(tmp_path):
-    write(tmp_path, "train", [*pairs(30), ("lang " * 1100, "long")])
-    with pytest.raises(
-        ValueError, match=r"Pair \d of a split of `dataset` has 4401 and \d tokens, and the model has 1024 positions"
-    ):
-        load(DataArguments(dataset=str(tmp_path), bpe_merges=60))
+def test_merges_and_vocabularies_come_from_the_training_pairs_alone(tmp_path):
+    rows = pairs()
+    write(tmp_path, "train", rows)
+    # "qq" is frequent in the held-out sets, and training has neither the letter nor the sign.
+    write(tmp_path, "valid", [("qq qq qq ξ", "qq qq ξ")] * 30)
+    write(tmp_path, "test", [("qq ξ", "qq qq")] * 30)
+    corpus = load(DataArguments(dataset=str(tmp_path), bpe_merges=20))
+    assert len(corpus.subwords.codes.splitlines()) == 21 and "q" not in corpus.subwords.codes
+    for vocabulary, side in ((corpus.source_vocabulary, "source"), (corpus.target_vocabulary, "target")):
+        trained = {
+            token for line in corpus.splits["train"][f"{side}_tokens"] for token in corpus.subwords(line).split()
+        }
+        assert {token for token, count in vocabulary.counts.items() if count} == trained
+    assert corpus.splits["validation"]["input_ids"][0] == [3] * 7 + [2]  # q@@ q q@@ q q@@ q ξ

@@ -79,6 +79,45 @@ def test_merges_are_joint_and_dictionaries_are_separate(archive, tmp_path):
         assert (len(lines) + 4) % 8 == 0 and all(line.startswith("madeupword") for line in lines[len(counted) :])
 
 
+def test_bpe_is_learnt_from_train_alone_with_ten_thousand_merges(tmp_path, monkeypatch):
+    files = contents()
+    for language in ("de", "en"):
+        # The fillers of lines 23 and 46 of the cleaned text, which go to the validation set.
+        lines = files[f"train.tags.de-en.{language}"].split("\n")
+        first = lines.index(FILLERS[0][0 if language == "de" else 1])
+        for line in (23, 46):
+            lines[first + line - 1 - len(EXPECTED_HEAD)] = "quux " * 170
+        files[f"train.tags.de-en.{language}"] = "\n".join(lines)
+    asked, real = [], iwslt14.Subwords.learn
+    monkeypatch.setattr(iwslt14.Subwords, "learn", lambda lines, merges: asked.append(merges) or real(lines, merges))
+    iwslt14.prepare(pack(tmp_path / "de-en.tgz", files), tmp_path / "out")
+    assert asked == [10000]
+    assert read(tmp_path / "out", "tmp/valid.de") == [" ".join(["quux"] * 170)] * 2
+    # More often than "wort" in train, were the validation set counted.
+    assert "q u" not in read(tmp_path / "out", "code") and "o r" in read(tmp_path / "out", "code")
+    assert "quux" not in (tmp_path / "out" / "dict.de.txt").read_text()
+    assert read(tmp_path / "out", "valid.de")[0].startswith("q@@ u@@ u@@ x ")
+
+
+def test_the_typographic_apostrophe_is_replaced_in_the_test_sets_alone(tmp_path):
+    files = contents()
+    files["train.tags.de-en.en"] = files["train.tags.de-en.en"].replace("This is the house.", "This isn’t it.")
+    iwslt14.prepare(pack(tmp_path / "de-en.tgz", files), tmp_path / "out")
+    texts = {name: (tmp_path / "out" / "tmp" / f"{name}.en").read_text() for name in ("train", "test")}
+    assert texts["train"].count("this isn ’ t it .") == 1 and "&apos;" not in texts["train"]
+    assert texts["test"].count("this isn &apos;t") == 5 and "’" not in texts["test"]
+
+
+@pytest.mark.parametrize("damage", [b'{"archive": "12', b"[]", b"\xff\xfe"])
+def test_a_damaged_record_is_made_again(archive, tmp_path, damage, capsys):
+    iwslt14.prepare(archive, tmp_path / "out")
+    first = {name: path.read_bytes() for name, path in files_of(tmp_path / "out").items()}
+    (tmp_path / "out" / "checksums.json").write_bytes(damage)
+    iwslt14.prepare(archive, tmp_path / "out")
+    assert "checksums.json is damaged: everything is made again." in capsys.readouterr().out
+    assert {name: path.read_bytes() for name, path in files_of(tmp_path / "out").items()} == first
+
+
 def test_the_task_takes_what_was_prepared(archive, tmp_path):
     iwslt14.prepare(archive, tmp_path / "out")
     corpus = load(DataArguments(dataset=str(tmp_path / "out")))

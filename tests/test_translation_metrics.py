@@ -2,6 +2,7 @@
 
 import json
 import math
+import struct
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from transformers import EvalPrediction
 
-from tasks.translation.data import DataArguments, load
+from tasks.translation.data import DataArguments, from_text, load
 from tasks.translation.metrics import NAMES, Scorer, score, table
 
 
@@ -71,6 +72,43 @@ def test_the_reference_itself_scores_100_in_the_datas_own_order(corpus, tmp_path
     different = [line for line, other in zip(written, expected, strict=True) if line != other]
     assert len(different) < 5 and all("<unk>" in line for line in different)
     assert written != corpus.splits["validation"]["target_tokens"]  # the batches came by length
+
+
+def test_hypotheses_are_detokenised_as_moses_does(tmp_path):
+    english = ['"Yes," he said (twice).', "It's 5% of $10, isn't it?", "Well; that is all!"]
+    rows = [(f"Zeile {i}", line) for i, line in enumerate(english)]
+    made = from_text({"train": rows, "validation": rows, "test": rows}, "de", "en", 50)
+    found = Scorer(made, "test", tmp_path)(prediction(made, "test"))
+    assert (tmp_path / "test.hypotheses.tok.txt").read_text().splitlines() == [
+        "&quot; yes , &quot; he said ( twice ) .",
+        "it &apos;s 5 % of $ 10 , isn &apos;t it ?",
+        "well ; that is all !",
+    ]
+    assert (tmp_path / "test.hypotheses.txt").read_text().splitlines() == [line.lower() for line in english]
+    assert (tmp_path / "test.references.txt").read_text().splitlines() == english
+    assert found["bleu_tokenised"] == pytest.approx(100) == found["bleu_detokenised"]
+
+
+@pytest.mark.parametrize("kind", ["data-bin", "prepared"])
+def test_an_unknown_word_never_matches_an_unknown_word(tmp_path, kind):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for language in ("de", "en"):
+        (folder / f"dict.{language}.txt").write_text("a 1\nb 1\nc 1\nd 1\n")
+        for name in ("train", "valid", "test"):
+            if kind == "prepared":
+                (folder / f"{name}.{language}").write_text("a b c d <unk>\n")
+                continue
+            index = b"MMIDIDX\0\0" + struct.pack("<QBQiq", 1, 8, 1, 6, 0)
+            (folder / f"{name}.de-en.{language}.idx").write_bytes(index)
+            (folder / f"{name}.de-en.{language}.bin").write_bytes(struct.pack("<6H", 4, 5, 6, 7, 3, 2))
+    made = load(DataArguments(dataset=str(folder)))
+    assert made.splits["test"]["labels"][0] == [4, 5, 6, 7, 3, 2]
+    scorer = Scorer(made, "test", tmp_path)
+    found = scorer(prediction(made, "test"))
+    assert (scorer.hypotheses[0][0], scorer.references[0][0]) == ("a b c d <unk>", "a b c d <<unk>>")
+    # 4 of 5 words, 3 of 4 pairs, 2 of 3 triples and 1 of 2 quadruples match.
+    assert found["bleu_tokenised"] == pytest.approx(100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
 
 
 def test_rows_that_processes_repeat_at_the_end_do_not_count(corpus):

@@ -1,4 +1,4 @@
-"""The task as a command: a small recipe from end to end, in one process and in two, saved, resumed and averaged."""
+"""The task as a command: a small recipe from end to end, in one process and in two, saved and resumed."""
 
 import json
 import os
@@ -7,15 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from translation_toys import difference, flags, parse, weights, write_word_for_word
 
-from tasks import recipes
 from tasks.translation import train as task
+from tasks.translation.batches import TokenBatchSampler
 from tasks.translation.data import load
-from tasks.translation.model import TranslationTransformer
-from tasks.translation.trainer import average_checkpoints
 
 
 ROOT = Path(__file__).parents[1]
@@ -23,37 +20,15 @@ RECIPES = sorted((ROOT / "tasks" / "translation" / "recipes").glob("*.yaml"))
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def parse(*argv):
-    return recipes.parse((task.TranslationArguments, task.TrainingArguments), [str(a) for a in argv], "")
-
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """Sixty short pairs of a toy language, word for word, raw text."""
-    folder = tmp_path_factory.mktemp("text")
-    words = [("rot", "red"), ("grün", "green"), ("Haus", "house"), ("Baum", "tree"), ("alt", "old")]
-    rows = [[words[(i * k) % 5] for k in range(1, 3 + i % 4)] for i in range(60)]
-    for side, language in enumerate(("de", "en")):
-        lines = [" ".join(pair[side] for pair in row) + " ." for row in rows]
-        for name, part in (("train", slice(40)), ("valid", slice(40, 50)), ("test", slice(50, 60))):
-            (folder / f"{name}.{language}").write_text("".join(f"{line}\n" for line in lines[part]))
-    return folder
-
-
-def flags(text, output, **changes):
-    values = {
-        "dataset": text, "output_dir": output, "bpe_merges": 30, "max_tokens": 100, "dropout": 0.0, "num_train_epochs": 2,
-        "rho": 0.05, "optim": "adamw_torch", "lr_scheduler_type": "constant", "learning_rate": 1e-3, "use_cpu": True, "report_to": "none",
-        "save_strategy": "epoch", "generation_num_beams": 2, "per_device_eval_batch_size": 4, "label_smoothing_factor": 0.1,
-        "disable_tqdm": True, **changes,
-    }  # fmt: skip
-    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+    return write_word_for_word(tmp_path_factory.mktemp("text"))
 
 
 def run(*arguments, processes=1):
     launcher = [sys.executable]
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29561"]
+        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
     command = [*launcher, ROOT / "tasks/translation/train.py", *arguments]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -96,36 +71,44 @@ def test_the_saved_model_scores_the_same_when_it_is_given_as_model(finished, tex
         task.build_model(arguments, load(arguments))
 
 
-def test_two_processes_train_to_the_same_weights_as_they_do_when_resumed(text, tmp_path):
-    options = {"num_train_epochs": 2, "max_tokens": 24, "save_strategy": "steps", "save_steps": 3}
-    run(*flags(text, tmp_path / "whole", **options), processes=2)
-    checkpoints = sorted((tmp_path / "whole").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    steps = json.loads((checkpoints[0] / "trainer_state.json").read_text())
-    assert 0 < steps["epoch"] < 1  # in the middle of the first epoch
-    run(*flags(text, tmp_path / "resumed", **options, resume_from_checkpoint=checkpoints[0]), processes=2)
-    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    files = [(tmp_path / name / "test.hypotheses.txt").read_text() for name in ("whole", "resumed")]
+PARALLEL = {"num_train_epochs": 2, "max_tokens": 50, "save_strategy": "steps", "save_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def two_processes(text, tmp_path_factory):
+    output = tmp_path_factory.mktemp("parallel") / "out"
+    run(*flags(text, output, **PARALLEL), processes=2)
+    return output
+
+
+def test_two_processes_equal_one_that_accumulates_their_batches(text, two_processes, tmp_path):
+    def alone(name, **changes):
+        options = {**PARALLEL, "gradient_accumulation_steps": 2, "save_strategy": "no", "threads": 1, **changes}
+        return weights(task.train(*parse(*flags(text, tmp_path / name, **options))).parent)
+
+    corpus = load(parse(*flags(text, tmp_path, **PARALLEL))[0])
+    train = corpus.splits["train"]
+    sides = [[len(ids) for ids in train[name]] for name in ("input_ids", "labels")]
+    batches = len(TokenBatchSampler(*sides, max_tokens=PARALLEL["max_tokens"], seed=42))
+    assert batches % 2 == 0 and batches >= 6  # an odd number would be cut otherwise for two
+    states = [json.loads((two_processes / "trainer_state.json").read_text())]
+    one = alone("one")
+    states.append(json.loads((tmp_path / "one" / "trainer_state.json").read_text()))
+    assert [state["global_step"] for state in states] == [batches, batches]  # two epochs of half as many updates
+    found = weights(two_processes)
+    assert difference(found, one) <= 1e-6
+    # The same sentences in another order, and half of them at a time, are other trainings.
+    assert difference(found, alone("another order", data_seed=7)) > 1e-3
+    assert difference(found, alone("half the batch", gradient_accumulation_steps=1, max_steps=batches)) > 1e-3
+
+
+def test_two_processes_train_to_the_same_weights_as_they_do_when_resumed(text, two_processes, tmp_path):
+    checkpoint = two_processes / "checkpoint-2"
+    assert 0 < json.loads((checkpoint / "trainer_state.json").read_text())["epoch"] < 1  # in the middle of the first
+    run(*flags(text, tmp_path, **PARALLEL, resume_from_checkpoint=checkpoint), processes=2)
+    assert difference(weights(two_processes), weights(tmp_path)) == 0
+    files = [(folder / "test.hypotheses.txt").read_text() for folder in (two_processes, tmp_path)]
     assert files[0] == files[1] and len(files[0].splitlines()) == 10
-
-
-def test_the_average_is_the_mean_of_the_last_checkpoints(finished, tmp_path):
-    output, _ = finished
-    model = TranslationTransformer.from_pretrained(output)
-    state = {name: tensor.clone() for name, tensor in load_file(output / "model.safetensors").items()}
-    for step, shift in ((9, 100.0), (10, 1.0), (110, 4.0)):  # by number, not by name
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        save_file(
-            {name: tensor + shift for name, tensor in state.items()},
-            tmp_path / f"checkpoint-{step}" / "model.safetensors",
-        )
-    average_checkpoints(model, tmp_path, 2)
-    for name, tensor in model.state_dict().items():
-        if name in state:
-            torch.testing.assert_close(tensor, state[name] + 2.5, rtol=0, atol=1e-5)
-    assert model.model.decoder.output_projection.weight is model.model.decoder.embed_tokens.weight
-    with pytest.raises(ValueError, match="`average_checkpoints` is 4, but .* holds 3 checkpoints"):
-        average_checkpoints(model, tmp_path, 4)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

@@ -98,10 +98,12 @@ def load(arguments: DataArguments) -> Corpus:
         pairs = sources.handbook(*languages)
     elif arguments.dataset == "ding":
         pairs = sources.ding(*languages)
-    elif (folder / f"train.{languages[0]}").is_file():
-        pairs = sources.parallel_folder(folder, *languages)
     else:
-        pairs = sources.from_datasets(arguments.dataset, arguments.dataset_config, *languages)
+        sources.refuse_incomplete(folder, *languages)
+        if (folder / f"train.{languages[0]}").is_file():
+            pairs = sources.parallel_folder(folder, *languages)
+        else:
+            pairs = sources.from_datasets(arguments.dataset, arguments.dataset_config, *languages)
     return from_text(pairs, *languages, arguments.bpe_merges)
 
 
@@ -141,7 +143,8 @@ def from_prepared(folder: Path, source: str, target: str) -> Corpus:
     for name, prefix in SPLITS.items():
         pairs = sources.parallel(folder, prefix, source, target)
         ids = [tuple(v.encode(line) for v, line in zip(vocabularies, pair, strict=True)) for pair in pairs]
-        tokens = [tuple(map(join_subwords, pair)) for pair in pairs]
+        # As in fairseq's references: a hypothesis' own `<unk>` must not match one of the text.
+        tokens = [tuple(join_subwords(line).replace("<unk>", "<<unk>>") for line in pair) for pair in pairs]
         datasets[name] = build(ids, tokens, running_text(tokens, source, target), held_out=name != "train")
     code = folder / "code"
     return Corpus(datasets, *vocabularies, Tokenizer(target), Subwords.read(code) if code.is_file() else None)
@@ -152,7 +155,7 @@ def from_data_bin(folder: Path, source: str, target: str) -> Corpus:
     A folder that `fairseq-preprocess` wrote. Unknown tokens are `<<unk>>` in references, as in `fairseq-generate`.
 
     Raises:
-        `ValueError`: a split is missing, or its sides differ in length.
+        `ValueError`: a split is missing, its sides differ in length, or an id is not in the dictionary.
     """
     vocabularies = read_dictionaries(folder, source, target)
     datasets = {}
@@ -163,6 +166,13 @@ def from_data_bin(folder: Path, source: str, target: str) -> Corpus:
                 f"{folder} has no {split}.{source}-{target} data: give fairseq-preprocess a --{split}pref."
             )
         sides = [read_binary(Path(f"{prefix}.{language}")) for language in (source, target)]
+        for language, vocabulary, side in zip((source, target), vocabularies, sides, strict=True):
+            largest = max((i for ids in side for i in ids), default=0)
+            if largest >= len(vocabulary):
+                raise ValueError(
+                    f"{prefix}.{language}.bin has the token id {largest}, dict.{language}.txt {len(vocabulary)} tokens with "
+                    "the special ones: the two do not belong together."
+                )
         if len(sides[0]) != len(sides[1]):
             raise ValueError(f"{prefix} has {len(sides[0])} {source} and {len(sides[1])} {target} sentences.")
         ids = list(zip(*sides, strict=True))

@@ -35,6 +35,11 @@ ARCHITECTURE = {
     "adaptive_softmax_cutoff": None,
 }
 SIDES = ("encoder", "decoder")
+DIMENSIONS = ["encoder_embed_dim"]
+DIMENSIONS += [f"{side}_{name}" for side in SIDES for name in ("ffn_embed_dim", "layers", "attention_heads")]
+# What fairseq fills in where an older version stored nothing.
+DEFAULTS = {"dropout": 0.1, "attention_dropout": 0.0, "activation_dropout": 0.0, "activation_fn": "relu"}
+DEFAULTS |= {"max_target_positions": 1024}
 ELEMENT_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2", 9: "<u4", 10: "<u8"}
 
 
@@ -61,6 +66,13 @@ def read_checkpoint(file: Path) -> TranslationTransformer:
     if options is None:
         raise ValueError(f"{file} has neither `cfg` nor `args`, where fairseq keeps the dimensions of the model.")
 
+    tables = [f"{side}.embed_tokens.weight" for side in SIDES]
+    missing = [name for name in DIMENSIONS if not hasattr(options, name)]
+    missing += [name for name in tables if name not in checkpoint["model"]]
+    if missing:
+        raise ValueError(f"{file} has no {', '.join(missing)}: is it a transformer_iwslt_de_en?")
+    for name, default in DEFAULTS.items():
+        setattr(options, name, getattr(options, name, default))
     for name, needed in ARCHITECTURE.items():
         value = getattr(options, name, needed)
         if value != needed:
@@ -78,8 +90,8 @@ def read_checkpoint(file: Path) -> TranslationTransformer:
     }
     model = TranslationTransformer(
         FSMTConfig(
-            src_vocab_size=len(weights["model.encoder.embed_tokens.weight"]),
-            tgt_vocab_size=len(weights["model.decoder.embed_tokens.weight"]),
+            src_vocab_size=len(weights[f"model.{tables[0]}"]),
+            tgt_vocab_size=len(weights[f"model.{tables[1]}"]),
             d_model=options.encoder_embed_dim,
             dropout=options.dropout,
             attention_dropout=options.attention_dropout,
@@ -90,11 +102,18 @@ def read_checkpoint(file: Path) -> TranslationTransformer:
             **sizes,
         )
     )
-    different = weights.keys() ^ model.state_dict().keys()
+    expected = model.state_dict()
+    different = weights.keys() ^ expected.keys()
     if different:
         raise ValueError(
             f"{file} is not a transformer_iwslt_de_en: these weights have no counterpart: {sorted(different)}."
         )
+    for name, tensor in weights.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(
+                f"{file} is not a transformer_iwslt_de_en: {name} is {tuple(tensor.shape)}, and its arguments ask for "
+                f"{tuple(expected[name].shape)}; encoder and decoder must be of one width."
+            )
     model.load_state_dict(weights)
     return model
 
@@ -186,6 +205,8 @@ def read_binary(prefix: Path) -> list[list[int]]:
                 f"{file} is missing: fairseq-preprocess writes an .idx and a .bin file for every language."
             )
     index = Path(f"{prefix}.idx").read_bytes()
+    if index[:9] == b"MMIDIDX\x00\x00" and len(index) < 26:
+        raise ValueError(f"{prefix}.idx has {len(index)} bytes, less than its header: it is cut off.")
     if index[:17] != b"MMIDIDX\x00\x00" + (1).to_bytes(8, "little") or index[17] not in ELEMENT_TYPES:
         raise ValueError(
             f"{prefix}.idx is not of fairseq's mmap form; run fairseq-preprocess with --dataset-impl mmap."

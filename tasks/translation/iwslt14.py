@@ -147,7 +147,7 @@ def prepare(archive: Path, folder: Path) -> None:
     contents = read_archive(archive)
     record = folder / "checksums.json"
     source = checksum(archive.read_bytes())
-    known = json.loads(record.read_text()) if record.is_file() else {}
+    known = read_record(record)
     done = known if known.get("archive") == source else {"archive": source}
 
     def intact(name: str) -> bool:
@@ -187,6 +187,20 @@ def prepare(archive: Path, folder: Path) -> None:
     sizes = ", ".join(f"{name} {len(text[name])}" for name in names)
     print(f"{folder}: {sizes} lines; {len(Vocabulary.read(folder / dictionaries[0]))} German and ", end="")
     print(f"{len(Vocabulary.read(folder / dictionaries[1]))} English tokens.")
+
+
+def read_record(file: Path) -> dict[str, str]:
+    """The checksums of finished files; a damaged record is as good as none, and everything is made again."""
+    if not file.is_file():
+        return {}
+    try:
+        known = json.loads(file.read_bytes())
+    except ValueError:  # not JSON, or not UTF-8
+        known = None
+    if not isinstance(known, dict):
+        print(f"{file} is damaged: everything is made again.")
+        return {}
+    return known
 
 
 def checksum(data: bytes) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import lzma
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset
+from transformers.utils import logging
 
 
+logger = logging.get_logger(__name__)
 Pairs = list[tuple[str, str]]  # (source, target), one sentence or paragraph each
 
 HANDBOOK = Path(__file__).parent / "handbook" / "handbook.de-en.tsv.xz"
@@ -116,32 +117,90 @@ def parallel_folder(folder: Path, source: str, target: str) -> dict[str, Pairs]:
     return {split: parallel(folder, name, source, target) for split, name in names.items()}
 
 
-def column_pairs(rows: Dataset, source: str, target: str) -> Pairs:
+def refuse_incomplete(folder: Path, source: str, target: str) -> None:
+    """
+    Names what a folder lacks that is neither raw text in this source language nor for `datasets`.
+
+    Raises:
+        `ValueError`: it looks prepared, and its text must not be tokenised and cut again, but has no source dictionary; or
+            it has a training text, but not in the source language.
+    """
+    signs = [f"dict.{target}.txt"]
+    if (folder / f"train.{source}").is_file():  # and not a folder of json files, where these mean nothing
+        signs += ["code", "checksums.json", "tmp"]
+    prepared = [name for name in signs if (folder / name).exists()]
+    if prepared:
+        raise ValueError(
+            f"`dataset` {folder} holds {', '.join(prepared)}, as a prepared folder does, but dict.{source}.txt is missing: "
+            f"prepare it again (or move raw text into a folder of its own); is `source_language` {source} right?"
+        )
+    texts = sorted(
+        file.name for pattern in ("train.??", "train.*.idx", f"train.{target}") for file in folder.glob(pattern)
+    )
+    if texts and not (folder / f"train.{source}").is_file():
+        raise ValueError(
+            f"`dataset` {folder} holds {', '.join(dict.fromkeys(texts))}, but train.{source} is missing; is "
+            f"`source_language` {source} right?"
+        )
+
+
+def column_pairs(rows: Dataset, source: str, target: str, held_out: bool = False) -> Pairs:
     """
     Pairs of a data set with a `translation` column of `{"de": ..., "en": ...}`, or with columns `de` and `en`.
 
+    Training pairs without text in one language (an empty cell of a csv file, for instance) are left out with a warning.
+
     Raises:
-        `ValueError`: neither is there, or a language is missing in a row.
+        `ValueError`: neither is there, a cell cannot be read, a language is missing everywhere, or in a held-out row.
     """
     if {source, target} <= set(rows.column_names):
-        pairs: Iterable = zip(rows[source], rows[target], strict=True)
+        pairs = list(zip(rows[source], rows[target], strict=True))
     elif "translation" in rows.column_names:
-        # A csv file can hold it as text only.
-        parsed = (json.loads(row) if isinstance(row, str) else row for row in rows["translation"])
-        pairs = ((row.get(source), row.get(target)) for row in parsed)
+        cells = [translation(number, cell) for number, cell in enumerate(rows["translation"])]
+        pairs = [(cell.get(source), cell.get(target)) for cell in cells]
     else:
         raise ValueError(
             f"`dataset` has the columns {rows.column_names}: expected `translation`, or `{source}` and `{target}`; "
             "are `source_language` and `target_language` right?"
         )
-    pairs = list(pairs)
-    for number, pair in enumerate(pairs):
-        if None in pair:
+    for language, side in zip((source, target), zip(*pairs, strict=True), strict=False):
+        if all(text is None for text in side):
             raise ValueError(
-                f"`dataset` row {number} has no text in {target if pair[1] is None else source}; are `source_language` "
-                f"({source}) and `target_language` ({target}) right?"
+                f"`dataset` has no text in {language}; are `source_language` ({source}) and `target_language` ({target}) "
+                "right?"
             )
-    return pairs
+    empty = [number for number, pair in enumerate(pairs) if None in pair]
+    if empty and held_out:
+        raise ValueError(
+            f"`dataset` row {empty[0]} of a split for validation or test has no text in one language: fill it in, or take "
+            "it out (csv reads an empty cell, N/A and null as no text)."
+        )
+    if empty:
+        logger.warning(f"{len(empty)} of {len(pairs)} training pairs have no text in one language and are left out.")
+    return [pair for pair in pairs if None not in pair]
+
+
+def translation(number: int, cell: dict | str | None) -> dict:
+    """
+    One cell of a `translation` column; a csv file can hold it as JSON text only, and an empty one has no languages.
+
+    Raises:
+        `ValueError`: text that is no JSON object.
+    """
+    if cell is None:
+        return {}
+    if isinstance(cell, dict):
+        return cell
+    try:
+        parsed = json.loads(cell)
+    except (TypeError, ValueError):
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise ValueError(
+            f'`dataset` row {number} has the `translation` {cell!r}: expected JSON like {{"de": "ja", "en": "yes"}}, or '
+            "one column for each language."
+        )
+    return parsed
 
 
 def from_datasets(name: str, config: str | None, source: str, target: str) -> dict[str, Pairs]:
@@ -165,7 +224,10 @@ def from_datasets(name: str, config: str | None, source: str, target: str) -> di
             f"could not load it: {error}"
         ) from error
     assert isinstance(loaded, DatasetDict)
-    splits = {split: column_pairs(rows, source, target) for split, rows in loaded.items()}
+    splits = {
+        name: column_pairs(rows, source, target, held_out=name != "train" and len(loaded) > 1)
+        for name, rows in loaded.items()
+    }
     if len(splits) == 1:
         return split(*splits.values())
     missing = {"train", "validation", "test"} - splits.keys()

@@ -24,7 +24,8 @@ from tasks import recipes  # noqa: E402
 from tasks.results import CostMeter, write_result  # noqa: E402
 from tasks.translation import data, metrics  # noqa: E402
 from tasks.translation import model as models  # noqa: E402
-from tasks.translation.trainer import TranslationTrainer, average_checkpoints  # noqa: E402
+from tasks.translation.averaging import SavedSteps, average_checkpoints, check_averaging  # noqa: E402
+from tasks.translation.trainer import TranslationTrainer  # noqa: E402
 from xsam_hf import XSAMSeq2SeqTrainingArguments  # noqa: E402
 
 
@@ -80,6 +81,7 @@ def build_model(task: TranslationArguments, corpus: data.Corpus) -> models.Trans
 
 def train(task: TranslationArguments, args: TrainingArguments) -> Path:
     """Trains, translates the validation and the test split, prints the scores, and returns the path of `result.json`."""
+    check_averaging(task.average_checkpoints, args)
     if task.threads is not None:
         torch.set_num_threads(task.threads)
     corpus = data.load(task)
@@ -88,7 +90,7 @@ def train(task: TranslationArguments, args: TrainingArguments) -> Path:
     output = Path(args.output_dir)
     writing = args.process_index == 0
     scorers = {name: metrics.Scorer(corpus, name, output if writing else None) for name in ("validation", "test")}
-    meter = CostMeter(model)
+    meter, saved = CostMeter(model), SavedSteps()
     trainer = TranslationTrainer(
         model=model,
         args=args,
@@ -96,17 +98,20 @@ def train(task: TranslationArguments, args: TrainingArguments) -> Path:
         eval_dataset=corpus.splits["validation"],
         compute_metrics=scorers["validation"],
         max_tokens=task.max_tokens,
-        callbacks=[meter],
+        callbacks=[meter, saved],
     )
     # A flag's text, where the Trainer distinguishes a path from "the last checkpoint, wherever it is".
     resume = {"true": True, "false": None}.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint)
     trainer.train(resume_from_checkpoint=resume)
-    if task.average_checkpoints:
-        average_checkpoints(model, output, task.average_checkpoints)
     trainer.save_model()
     trainer.save_state()
     if writing:
         corpus.save(output, task.source_language, task.target_language)
+    if task.average_checkpoints:
+        # The first process may still be writing the last one.
+        trainer.accelerator.wait_for_everyone()
+        average_checkpoints(model, output, saved.steps, task.average_checkpoints)
+        trainer.save_model()
 
     scores = {}
     for split, scorer in scorers.items():

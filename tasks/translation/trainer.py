@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from tasks.translation.batches import TokenBatchLoader, TokenBatchSampler
@@ -81,28 +78,3 @@ class TranslationTrainer(XSAMSeq2SeqTrainer):
         beams = self.args.generation_num_beams or 5
         tokens = self.model.translate(inputs["input_ids"], inputs["attention_mask"], num_beams=beams)
         return loss, tokens, inputs["labels"]
-
-
-def average_checkpoints(model: torch.nn.Module, folder: Path, count: int) -> None:
-    """
-    Loads the mean of the last checkpoints' weights into a model.
-
-    Args:
-        model (`torch.nn.Module`): changed in place.
-        folder (`Path`): the Trainer's output folder.
-        count (`int`): how many of its checkpoints, the newest ones.
-
-    Raises:
-        `ValueError`: fewer were kept.
-    """
-    kept = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
-    if len(kept) < count:
-        raise ValueError(
-            f"`average_checkpoints` is {count}, but {folder} holds {len(kept)} checkpoints: save more often, raise "
-            "`save_total_limit`, or average fewer."
-        )
-    states = [load_file(path / "model.safetensors") for path in kept[-count:]]
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            # In double precision: the mean of equal numbers is that number.
-            weight.copy_(sum(state[name].double() for state in states) / count)

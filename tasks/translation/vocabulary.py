@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from tasks.translation.sources import read_lines
+
 
 BOS, PAD, EOS, UNK = range(4)
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
@@ -33,10 +35,11 @@ class Vocabulary:
     def learn(cls, lines: Iterable[str]) -> Vocabulary:
         """
         Every token of some tokenised text, most frequent first, equals in alphabetical order; filled up to a multiple of 8.
+        A special symbol in the text keeps the id that it has.
 
         Source: `fairseq-preprocess` without a threshold.
         """
-        found = Counter(token for line in lines for token in line.split())
+        found = Counter(token for line in lines for token in line.split() if token not in SPECIAL)
         counts = dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
         for i in range(-(len(SPECIAL) + len(counts)) % 8):
             counts[f"madeupword{i:04d}"] = 0
@@ -48,16 +51,21 @@ class Vocabulary:
         Reads a `dict.xx.txt`: one token and its frequency a line.
 
         Raises:
-            `ValueError`: no such file, a line of another form, or a token twice.
+            `ValueError`: no such file, not UTF-8, a line of another form, or a token twice, the special ones included.
         """
         if not file.is_file():
             raise ValueError(
                 f"There is no dictionary {file}: fairseq-preprocess and scripts/prepare_iwslt14 write one."
             )
         counts = {}
-        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+        for number, line in enumerate(read_lines(file), start=1):
             token, _, count = line.rstrip().rpartition(" ")
-            if not token or not count.isdigit() or token in counts:
+            if token in SPECIAL:
+                raise ValueError(
+                    f"{file}, line {number} is {line!r}: {token} has an id of its own and must not come again, as in "
+                    "fairseq; take the line out if the model was trained without it."
+                )
+            if not token or not count.isdecimal() or token in counts:
                 raise ValueError(
                     f"{file}, line {number} is {line!r}: expected a token that was not there before, a space and its "
                     "frequency; is this a fairseq dictionary?"

@@ -1,0 +1,187 @@
+"""What the translation task says about inputs that it does not take."""
+
+import pickle
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from translation_toys import pairs, write
+
+from tasks.translation import fairseq, sources
+from tasks.translation.data import DataArguments, load
+from tasks.translation.vocabulary import Vocabulary
+
+
+FIXTURES = Path(__file__).parent / "fixtures" / "fairseq"
+CHECKPOINT = FIXTURES / "checkpoint.pt"
+
+
+def test_lines_that_are_not_parallel_are_refused(tmp_path):
+    write(tmp_path, "train", pairs(5))
+    (tmp_path / "train.en").write_text("one\ntwo\n")
+    with pytest.raises(ValueError, match=r"train.de has 5 lines and .en has 2: they are not parallel"):
+        load(DataArguments(dataset=str(tmp_path)))
+    (tmp_path / "train.en").write_bytes(b"gr\xfcn\n" * 5)
+    with pytest.raises(ValueError, match="train.en is not UTF-8"):
+        load(DataArguments(dataset=str(tmp_path)))
+    (tmp_path / "train.en").unlink()
+    with pytest.raises(ValueError, match="train.en is missing"):
+        load(DataArguments(dataset=str(tmp_path)))
+
+
+def test_only_the_line_feed_ends_a_line(tmp_path):
+    (tmp_path / "text").write_bytes("a\u2028b\x0bc\r\nlast".encode())
+    assert sources.read_lines(tmp_path / "text") == ["a\u2028b\x0bc\r", "last"]
+
+
+@pytest.mark.parametrize(
+    "columns, words",
+    [
+        ({"text": ["a"]}, r"has the columns \['text'\]: expected `translation`, or `de` and `en`"),
+        ({"translation": [{"de": "a", "fr": "b"}]}, "no text in en; are `source_language` .de."),
+        ({"de": [None, None], "en": ["b", "c"]}, "no text in de; are `source_language` .de."),
+        ({"translation": [None, None]}, "no text in de; are `source_language` .de."),
+        ({"translation": ['{"de": "a", "en": "b"}', "a - b"]}, "row 1 has the `translation` 'a - b': expected JSON"),
+        ({"translation": ["5"]}, "row 0 has the `translation` '5': expected JSON"),
+    ],
+)
+def test_columns_that_do_not_fit_are_refused(columns, words):
+    with pytest.raises(ValueError, match=words):
+        sources.column_pairs(Dataset.from_dict(columns), "de", "en")
+
+
+EMPTY = {
+    "csv": "de,en\na,b\n,c\nd,N/A\ne,f\n",
+    "csv of translations": 'translation\n"{""de"": ""a"", ""en"": ""b""}"\n""\n"{""de"": ""d""}"\n"{""de"": ""e"", ""en"": ""f""}"\n',
+    "jsonl": '{"translation": {"de": "a", "en": "b"}}\n{"translation": null}\n{"translation": {"de": "d", "en": null}}\n'
+    '{"translation": {"de": "e", "en": "f"}}\n',
+}
+
+
+@pytest.mark.parametrize("kind", EMPTY)
+def test_rows_without_text_are_left_out_of_training_and_refused_elsewhere(tmp_path, kind, monkeypatch):
+    ending = kind.split()[0]
+    (tmp_path / f"train.{ending}").write_text(EMPTY[kind])
+    warnings = []
+    monkeypatch.setattr(sources.logger, "warning", warnings.append)
+    found = sources.from_datasets(str(tmp_path / f"train.{ending}"), None, "de", "en")
+    # Two pairs are left, of which the first is for validation.
+    assert (found["validation"], found["train"]) == ([("a", "b")], [("e", "f")])
+    assert warnings == ["2 of 4 training pairs have no text in one language and are left out."]
+
+    for name in ("validation", "test"):
+        (tmp_path / f"{name}.{ending}").write_text(EMPTY[kind])
+    with pytest.raises(ValueError, match="row 1 of a split for validation or test has no text in one language"):
+        sources.from_datasets(str(tmp_path), None, "de", "en")
+
+
+def test_a_prepared_folder_without_its_source_dictionary_is_not_prepared_again(tmp_path):
+    write(tmp_path, "train", pairs())
+    arguments = DataArguments(dataset=str(tmp_path), bpe_merges=20)
+    assert len(load(arguments).splits["train"]) > 0  # raw text
+    for sign in ("code", "checksums.json", "dict.en.txt"):
+        (tmp_path / sign).write_text("")
+        with pytest.raises(ValueError, match=f"holds {sign}, as a prepared folder does, but dict.de.txt is missing"):
+            load(arguments)
+        (tmp_path / sign).unlink()
+    (tmp_path / "tmp").mkdir()
+    with pytest.raises(ValueError, match="holds tmp, as a prepared folder does, but dict.de.txt is missing"):
+        load(arguments)
+
+
+@pytest.mark.parametrize("there", [["train.de", "train.en"], ["train.de-en.de.idx", "train.de-en.en.idx"]])
+def test_another_source_language_names_the_file_that_is_missing(tmp_path, there):
+    for name in there:
+        (tmp_path / name).write_text("")
+    for languages in (("fr", "en"), ("fr", "it")):
+        with pytest.raises(ValueError, match=f"holds {', '.join(there)}, but train.fr is missing"):
+            load(DataArguments(str(tmp_path), None, *languages))
+    (tmp_path / "dict.en.txt").write_text("")
+    with pytest.raises(ValueError, match="dict.fr.txt is missing.*is `source_language` fr right"):
+        load(DataArguments(str(tmp_path), source_language="fr"))
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"dataset": "no/such/thing"}, "'no/such/thing', which is neither handbook nor ding"),
+        ({"max_tokens": 0}, "`max_tokens` is 0"),
+        ({"bpe_merges": 0}, "`bpe_merges` is 0"),
+        ({"source_language": "en"}, "are both 'en'"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(fields, words):
+    with pytest.raises(ValueError, match=words):
+        load(DataArguments(**fields))
+
+
+def test_a_sentence_that_is_too_long_for_the_model_is_refused(tmp_path):
+    write(tmp_path, "train", [*pairs(30), ("lang " * 1100, "long")])
+    with pytest.raises(
+        ValueError, match=r"Pair \d of a split of `dataset` has 4401 and \d tokens, and the model has 1024 positions"
+    ):
+        load(DataArguments(dataset=str(tmp_path), bpe_merges=60))
+
+
+# --- checkpoints of fairseq's ----------------------------------------------------------------------------------------
+
+
+class Hostile:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return (Path.touch, (self.file,))
+
+
+def test_a_hostile_pickle_is_refused(tmp_path):
+    trap, file = tmp_path / "trap", tmp_path / "checkpoint.pt"
+    state = {"args": None, "cfg": {"model": Namespace()}, "model": {}, "extra_state": Hostile(trap)}
+    torch.save(state, file)
+    with pytest.raises(ValueError, match="run code"):
+        fairseq.read_checkpoint(file)
+    assert not trap.exists()
+    torch.load(file, weights_only=False)  # the same file does its harm where it is trusted
+    assert trap.exists()
+
+    file.write_bytes(pickle.dumps(state))
+    with pytest.raises(ValueError, match="was not loaded"):
+        fairseq.read_checkpoint(file)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            lambda d: d["cfg"]["model"].__setattr__("encoder_normalize_before", True),
+            "`encoder_normalize_before` = True",
+        ),
+        (lambda d: d["cfg"]["model"].__setattr__("share_all_embeddings", True), "`share_all_embeddings` = True"),
+        (lambda d: d["model"].pop("encoder.layers.1.fc1.weight"), "model.encoder.layers.1.fc1.weight"),
+        (lambda d: d["model"].update(extra=torch.zeros(1)), "model.extra"),
+        (lambda d: d["model"].pop("decoder.embed_tokens.weight"), "has no decoder.embed_tokens.weight"),
+        (
+            lambda d: d["model"].update({"decoder.embed_tokens.weight": torch.zeros(32, 16)}),
+            r"model.decoder.embed_tokens.weight is \(32, 16\), and its arguments ask for \(32, 32\)",
+        ),
+        (lambda d: d["cfg"]["model"].__delattr__("encoder_layers"), "has no encoder_layers"),
+        (lambda d: d.pop("model"), "no `model` entry"),
+        (lambda d: d.pop("cfg"), "neither `cfg` nor `args`"),
+    ],
+)
+def test_another_model_is_refused(tmp_path, change, words):
+    with torch.serialization.safe_globals([Namespace]):
+        checkpoint = torch.load(CHECKPOINT, weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=words):
+        fairseq.read_checkpoint(tmp_path / "other.pt")
+
+
+def test_dictionaries_of_another_model_are_refused(tmp_path):
+    for name in ("de", "en"):
+        Vocabulary.learn(["a b"]).write(tmp_path / f"dict.{name}.txt")
+    with pytest.raises(ValueError, match="8 tokens with the special ones, the model of .* 56"):
+        fairseq.to_hugging_face(CHECKPOINT, tmp_path, tmp_path / "out", ("de", "en"))
