@@ -9,9 +9,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
-from torch.utils.data import Dataset
-from toys import arguments
-from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
+from toys import Tokens, arguments, tiny_gpt2
 
 from xsam_hf import XSAMTrainer
 
@@ -30,24 +28,7 @@ SCENARIOS = {
 }
 
 
-class Tokens(Dataset):
-    def __len__(self):
-        return 64
-
-    def __getitem__(self, i):
-        ids = torch.randint(40, (9,), generator=torch.Generator().manual_seed(i))
-        return {"input_ids": ids, "labels": ids.clone()}
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
-
-
-def run(directory, name, batch, resume=None, callbacks=(), **changes):
+def run(directory, name, batch, resume=None, **changes):
     """One training of a tiny GPT-2; sharded if this process was started by torchrun."""
     if "RANK" in os.environ:
         config = {
@@ -57,13 +38,10 @@ def run(directory, name, batch, resume=None, callbacks=(), **changes):
             "state_dict_type": "FULL_STATE_DICT",
         }
         changes |= {"fsdp": True, "fsdp_config": config}
-    torch.manual_seed(0)
-    dropouts = dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], 0.0)
-    size = GPT2Config(vocab_size=40, n_positions=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0, **dropouts)  # fmt: skip
     settings = {"rho": 0.3, "train_sampling_strategy": "sequential", **SCENARIOS[name], **changes}
     accumulation = settings.get("gradient_accumulation_steps", 1)
     args = arguments(directory / name, per_device_train_batch_size=batch // accumulation, **settings)
-    trainer = XSAMTrainer(model=GPT2LMHeadModel(size), args=args, train_dataset=Tokens(), callbacks=list(callbacks))
+    trainer = XSAMTrainer(model=tiny_gpt2(), args=args, train_dataset=Tokens())
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 

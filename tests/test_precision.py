@@ -5,9 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import Dataset
-from toys import Classifier, Points, arguments
-from transformers import GPT2Config, GPT2LMHeadModel
+from toys import Classifier, Points, Tokens, arguments, tiny_gpt2
 
 from xsam_hf import XSAMArguments, XSAMState, XSAMTrainer, xsam_gradient
 
@@ -71,21 +69,8 @@ def test_a_probe_that_is_not_finite_does_not_stop_the_step():
     assert scale == 2.0**14 and state.alpha == 0.7
 
 
-class Tokens(Dataset):
-    def __len__(self):
-        return 32
-
-    def __getitem__(self, i):
-        ids = torch.randint(40, (9,), generator=torch.Generator().manual_seed(i))
-        return {"input_ids": ids, "labels": ids.clone()}
-
-
 def train(directory, dropout=0.0, **changes):
-    torch.manual_seed(0)
-    dropouts = dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], dropout)
-    size = {"vocab_size": 40, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 2}
-    model = GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0, **size, **dropouts))
-    run = XSAMTrainer(model=model, args=arguments(directory, **changes), train_dataset=Tokens())
+    run = XSAMTrainer(model=tiny_gpt2(dropout), args=arguments(directory, **changes), train_dataset=Tokens(32))
     run.train()
     return run
 
@@ -123,12 +108,8 @@ def test_embedding_noise_is_the_same_in_every_pass(tmp_path):
                 self.seen.append(float(loss))
             return loss
 
-    torch.manual_seed(0)
-    size = {"vocab_size": 40, "n_positions": 16, "n_embd": 32, "n_layer": 1, "n_head": 2}
-    dropouts = dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], 0.0)
-    model = GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0, **size, **dropouts))
     args = arguments(tmp_path, rho=1e-6, rho_max=1e-6, max_steps=1, neftune_noise_alpha=5.0)
-    Noted(model=model, args=args, train_dataset=Tokens()).train()
+    Noted(model=tiny_gpt2(layers=1), args=args, train_dataset=Tokens(32)).train()
     # 21 probes at next to the same weights: what differs is the noise, if anything.
     assert len(Noted.seen) == 21 and max(Noted.seen) - min(Noted.seen) < 1e-5
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from xsam_hf import XSAMTrainer, XSAMTrainingArguments
 
@@ -52,6 +52,27 @@ class Classifier(nn.Module):
 
     def _count_backward(self, gradient):
         self.backwards += 1
+
+
+class Tokens(Dataset):
+    """`n` random sentences for a language model."""
+
+    def __init__(self, n=64):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        ids = torch.randint(40, (9,), generator=torch.Generator().manual_seed(i))
+        return {"input_ids": ids, "labels": ids.clone()}
+
+
+def tiny_gpt2(dropout=0.0, layers=2):
+    torch.manual_seed(0)
+    dropouts = dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], dropout)
+    size = {"vocab_size": 40, "n_positions": 16, "n_embd": 32, "n_layer": layers, "n_head": 2}
+    return GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0, **size, **dropouts))
 
 
 DEFAULTS = {
