@@ -87,7 +87,7 @@ class ReplayMixin(_Trainer):
                 # `_prepare_inputs` makes a new dict each time: label smoothing takes the labels out of it.
                 part: Any = self.compute_loss(model, self._prepare_inputs(micro_batch.inputs), num_items_in_batch=n)
             # As in `Trainer.training_step`: a mean over one micro-batch is an equal share of the update batch's.
-            scaled = self.loss_is_scaled_for_ga
+            scaled = getattr(self, "loss_is_scaled_for_ga", None)  # not before transformers 5.20
             if scaled is None:
                 scaled = (self.model_accepts_loss_kwargs and n is not None) or self.compute_loss_func is not None
             loss = loss + part.mean() / (1 if scaled else micro_batch.accumulation_steps)
