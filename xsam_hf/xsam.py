@@ -60,8 +60,8 @@ def xsam_gradient(
             are not moved, count in no norm, and get g_k as it is.
         gradient (`Callable`):
             Adds the update batch's gradient at the current weights to `p.grad` and returns the loss, a 0-dim tensor. Called
-            `ascent_steps + 1` times with the same random numbers; once if XSAM is off in this update. With several processes every one calls it equally often
-            and sees the same, reduced, gradient.
+            `ascent_steps + 1` times with the same random numbers; once if XSAM is off in this update. With several
+            processes every one calls it equally often and sees the same, reduced, gradient.
         probe (`Callable`):
             Returns the same loss, in train mode, without a gradient, and averaged over processes.
         arguments ([`XSAMArguments`]): the method's hyperparameters.
