@@ -7,12 +7,18 @@ makes a temporary larger than one tensor. Sums are taken in float32 or better; f
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+
+# Elements of a temporary. The kernel hands out a larger one as fresh pages each time, which took twenty times as long as the
+# arithmetic (measured, CPU); a GPU's allocator keeps its memory, and there it is launches that should be few.
+_CHUNK = {"cpu": 2**16}
+_LARGE_CHUNK = 2**26
 
 
 def local(vector: Sequence[Tensor]) -> list[Tensor]:
@@ -29,7 +35,8 @@ def norm(vector: Sequence[Tensor]) -> Tensor:
 def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
     """x·y over all elements of all tensors; a 0-dim tensor, equal on every process that holds a shard. x says what is sharded."""
     dtype = _accumulation_dtype([*x, *y])
-    return _total([(a.to(dtype) * b.to(dtype)).sum() for a, b in zip(local(x), local(y), strict=True)], x)
+    sums = [torch.stack([(a.to(dtype) * b.to(dtype)).sum() for a, b in pairs]).sum() for pairs in _chunks(x, y)]
+    return _total(sums, x)
 
 
 def angle(x: Sequence[Tensor], y: Sequence[Tensor], norm_x: Tensor, norm_y: Tensor) -> Tensor:
@@ -47,10 +54,14 @@ def angle(x: Sequence[Tensor], y: Sequence[Tensor], norm_x: Tensor, norm_y: Tens
     tiny = torch.finfo(dtype).tiny
     norm_x, norm_y = norm_x.clamp_min(tiny), norm_y.clamp_min(tiny)
     apart, together = [], []
-    for a, b in zip(local(x), local(y), strict=True):
-        a, b = a.to(dtype) / norm_x.to(a.device), b.to(dtype) / norm_y.to(b.device)
-        apart.append((a - b).square().sum())
-        together.append((a + b).square().sum())
+    for pairs in _chunks(x, y):
+        minus, plus = [], []
+        for a, b in pairs:
+            a, b = a.to(dtype) / norm_x.to(a.device), b.to(dtype) / norm_y.to(b.device)
+            minus.append(torch.linalg.vector_norm(a - b))
+            plus.append(torch.linalg.vector_norm(a + b))
+        apart.append(torch.stack(minus).square().sum())
+        together.append(torch.stack(plus).square().sum())
     return 2 * torch.atan2(_total(apart, x).sqrt(), _total(together, x).sqrt())
 
 
@@ -85,6 +96,13 @@ def zero_unless(condition: Tensor, vector: Sequence[Tensor]) -> None:
     """
     for part in local(vector):
         part.masked_fill_(~condition.to(part.device), 0)
+
+
+def _chunks(x: Sequence[Tensor], y: Sequence[Tensor]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """For each tensor of x, pieces of it beside those of y."""
+    for a, b in zip(local(x), local(y), strict=True):
+        size = _CHUNK.get(a.device.type, _LARGE_CHUNK)
+        yield list(zip(a.reshape(-1).split(size), b.reshape(-1).split(size), strict=True))
 
 
 def _accumulation_dtype(vector: Sequence[Tensor]) -> torch.dtype:
