@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "xsam_hf"
 LAYERS = [
     {"geometry"},
-    {"perturbation", "ascent", "direction", "search", "reuse"},
+    {"perturbation", "ascent", "direction", "search", "reuse", "rounding"},
     {"hyperparameters", "state"},
     {"schedule"},
     {"xsam"},

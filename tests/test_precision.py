@@ -8,6 +8,7 @@ from torch import nn
 from toys import Classifier, Points, Tokens, arguments, tiny_gpt2
 
 from xsam_hf import XSAMArguments, XSAMState, XSAMTrainer, xsam_gradient
+from xsam_hf.rounding import add_rounded
 
 
 def scaled_update(fail=None, probe_fails=False, **changes):
@@ -69,8 +70,10 @@ def test_a_probe_that_is_not_finite_does_not_stop_the_step():
     assert scale == 2.0**14 and state.alpha == 0.7
 
 
-def train(directory, dropout=0.0, **changes):
-    run = XSAMTrainer(model=tiny_gpt2(dropout), args=arguments(directory, **changes), train_dataset=Tokens(32))
+def train(directory, dropout=0.0, dtype=torch.float32, **changes):
+    run = XSAMTrainer(
+        model=tiny_gpt2(dropout).to(dtype), args=arguments(directory, **changes), train_dataset=Tokens(32)
+    )
     run.train()
     return run
 
@@ -119,3 +122,131 @@ def test_tied_weights_are_one_weight(tmp_path):
     assert run.model.lm_head.weight is run.model.transformer.wte.weight
     weights = [p for p in run.model.parameters() if isinstance(p, nn.Parameter)]
     assert len(weights) == len({id(p) for p in weights})
+
+
+# --- weights in half precision ---------------------------------------------------------------------------------------
+
+
+RHO = 0.01
+
+
+class Wide(nn.Module):
+    """Weights of the size that layers are initialised with, many enough for shares of them to be exact to a per cent."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(32, 256, dtype=dtype)
+        self.second = nn.Linear(256, 8, dtype=dtype)
+        self.x = torch.randn(64, 32, dtype=dtype)
+        self.y = torch.randint(8, (64,))
+
+    def forward(self):
+        return nn.functional.cross_entropy(self.second(torch.tanh(self.first(self.x))).float(), self.y)
+
+
+def flat(tensors):
+    return torch.cat([tensor.detach().double().reshape(-1) for tensor in tensors])
+
+
+def ascent(dtype=torch.bfloat16, k=1, model=None, **changes):
+    """One update; returns the positions θ_0 ... θ_k, the gradients there, and the state."""
+    model, state, places, gradients = model or Wide(dtype), XSAMState(), [], []
+
+    def gradient():
+        places.append(flat(model.parameters()))
+        loss = model()
+        loss.backward()
+        gradients.append(flat(p.grad for p in model.parameters()))
+        return loss.detach()
+
+    xsam_gradient(model, gradient, lambda: model().detach(), XSAMArguments(rho=RHO, ascent_steps=k, **changes), state)
+    return places, gradients, state, flat(p.grad for p in model.parameters())
+
+
+def share_along(displacement, wanted):
+    return float(displacement @ wanted / wanted.square().sum())
+
+
+@pytest.mark.parametrize("dtype", ["weights", "stochastic", "float32"])
+def test_what_rounding_leaves_of_the_first_step_is_measured(dtype):
+    (start, moved), (g, _), state, _ = ascent(perturbation_dtype=dtype, alpha=1.0)
+    left = share_along(moved - start, RHO * g / g.norm())
+    assert state.perturbation_kept == pytest.approx(left, abs=0.01)
+    assert abs(left - 1) < 0.03 if dtype == "stochastic" else left < 0.9
+    assert (moved != start).double().mean() < 0.6  # most weights have no number near enough to go to
+
+
+def test_steps_that_are_added_up_in_float32_are_not_lost_one_by_one():
+    left = {}
+    for dtype in ("weights", "stochastic", "float32"):
+        (start, *_, last), gradients, _, _ = ascent(k=8, perturbation_dtype=dtype, alpha=1.0)
+        left[dtype] = share_along(last - start, sum(RHO / 8 * g / g.norm() for g in gradients[:8]))
+    assert left["weights"] < 0.6 and left["float32"] > left["weights"] + 0.2
+    assert left["stochastic"] == pytest.approx(1, abs=0.05)
+
+
+def test_the_arc_starts_at_the_displacement_that_is_kept_in_float32():
+    # At α = 0 the update is ‖g_k‖ v_0.
+    for dtype, equal in (("float32", True), ("weights", False)):
+        (start, moved), (g, last), _, update = ascent(perturbation_dtype=dtype, alpha=0.0)
+        cosine = float(update @ g / update.norm() / g.norm())
+        assert (cosine > 0.9999) == equal
+        cosine = float(update @ (moved - start) / update.norm() / (moved - start).norm())
+        assert (cosine > 0.9999) != equal
+
+
+@pytest.mark.parametrize("alpha", [1.7, None])
+def test_in_full_precision_the_weights_dtype_makes_no_difference(alpha):
+    whole, *_, state, update = ascent(torch.float64, k=3, alpha=alpha)
+    for dtype in ("stochastic", "float32"):
+        places, *_, same, other = ascent(torch.float64, k=3, alpha=alpha, perturbation_dtype=dtype)
+        assert max((a - b).abs().max() for a, b in zip(places, whole, strict=True)) <= 1e-15
+        assert (other - update).abs().max() <= 1e-12 and other.abs().max() > 1e-3
+        assert same.alpha == state.alpha and same.perturbation_kept is None
+
+
+def test_rounding_at_random_is_a_function_of_the_update_and_moves_no_random_stream():
+    torch.manual_seed(3)
+    first = ascent(perturbation_dtype="stochastic")
+    stream = torch.rand(3)
+    torch.manual_seed(3)
+    ascent(perturbation_dtype="weights")
+    assert torch.equal(torch.rand(3), stream)
+    second = ascent(perturbation_dtype="stochastic")
+    assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
+    assert first[2].alpha == second[2].alpha and torch.equal(first[3], second[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [1.001, -1.001, 3.1415, -2.0, 0.0, 255.3, 1e-3])
+def test_rounding_at_random_is_exact_on_average(dtype, value):
+    n = 100_000
+    weights = [torch.zeros(n, dtype=dtype)]
+    weights[0].fill_(value)
+    nearest = weights[0][0].item()
+    step = (0.3 * torch.finfo(dtype).eps * abs(value)) / 2
+    add_rounded(weights, [([torch.full((n,), step)], 1.0)], torch.Generator().manual_seed(0))
+    spacing = torch.finfo(dtype).eps * abs(value)
+    assert weights[0].double().mean().item() == pytest.approx(nearest + step, abs=4 * spacing / n**0.5 + 1e-12)
+    assert len(weights[0].unique()) == (1 if value == 0 else 2)
+    weights[0].fill_(value)
+    add_rounded(weights, [([torch.full((n,), step)], 1.0)])
+    assert (weights[0] == nearest).all()  # to the nearest number all of it is lost
+
+
+def test_little_that_is_left_is_logged_and_warned_about(tmp_path, monkeypatch):
+    from xsam_hf import trainer
+
+    said = []
+    monkeypatch.setattr(trainer.logger, "warning_once", said.append)
+    run = train(tmp_path, dtype=torch.bfloat16, rho=0.002, num_train_epochs=1)
+    kept = [entry["xsam/perturbation_kept"] for entry in run.state.log_history if "xsam/angle" in entry]
+    assert len(kept) == 4 and set(kept) == {run._xsam_callback.xsam.perturbation_kept} and kept[0] < 0.9
+    assert said and all("`perturbation_dtype='stochastic'`" in line and f"{kept[0]:.0%}" in line for line in said)
+    said.clear()
+    run = train(tmp_path, dtype=torch.bfloat16, rho=0.002, perturbation_dtype="stochastic")
+    assert abs(run._xsam_callback.xsam.perturbation_kept - 1) < 0.1 and not said
+    run = train(tmp_path, rho=0.002)
+    assert run._xsam_callback.xsam.perturbation_kept is None
+    assert not any("xsam/perturbation_kept" in entry for entry in run.state.log_history)

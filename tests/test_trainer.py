@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset
 from toys import CLASSES, HIDDEN, INPUTS, Classifier, Points, arguments, train, weights_of
 from transformers import PretrainedConfig, Trainer, TrainerCallback
 
-from xsam_hf import XSAMArguments, XSAMMixin, XSAMTrainer
+from xsam_hf import XSAMArguments, XSAMMixin, XSAMTrainer, perturbation, xsam
 from xsam_hf.compatibility import check_supported
 
 
@@ -255,6 +255,61 @@ def test_promise_6_peak_of_parameter_sized_buffers(tmp_path, method, buffers):
     train(tmp_path, OneMatrix(), trainer=Watched, num_train_epochs=1, max_steps=2, learning_rate=1e-6, **method)
     # Two of them are the weights and the gradient; a few blocks (1/40 each) are temporaries of single tensors.
     assert 2 + buffers <= max(peaks) < 2 + buffers + 0.2
+
+
+def test_promise_6_the_second_buffer_is_there_after_the_last_backward_pass_only(tmp_path):
+    alive = {"forward": [], "probe": []}
+
+    class Watched(XSAMTrainer):
+        def training_step(self, *args, **kwargs):
+            with _LiveBytes() as self.live:
+                return super().training_step(*args, **kwargs)
+
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            now = sum(size for ref, size in self.live.alive.values() if not ref.expired())
+            alive["forward" if torch.is_grad_enabled() else "probe"].append(now / self.model.size)
+            return loss
+
+    train(tmp_path, OneMatrix(), trainer=Watched, max_steps=1, learning_rate=1e-6, ascent_steps=2)
+    # Weights and copy, no gradient; then weights, copy, displacement and gradient.
+    assert len(alive["forward"]) == 3 and max(alive["forward"]) < 2.2
+    assert len(alive["probe"]) == 21 and 4 <= min(alive["probe"]) <= max(alive["probe"]) < 4.2
+
+
+def test_search_offload_takes_one_buffer_off_the_device_and_changes_nothing(tmp_path, monkeypatch):
+    """There is no device here but the CPU: what is parked counts as gone."""
+    parked, peaks = [], {}
+
+    def park(origin):
+        perturbation.park(origin)
+        parked.extend(part.untyped_storage()._cdata for part in origin)
+
+    monkeypatch.setattr(xsam, "park", park)
+
+    class Watched(XSAMTrainer):
+        def training_step(self, *args, **kwargs):
+            with _LiveBytes() as self.live:
+                return super().training_step(*args, **kwargs)
+
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            if not torch.is_grad_enabled():
+                alive = {
+                    k: size for k, (ref, size) in self.live.alive.items() if not ref.expired() and k not in parked
+                }
+                peaks.setdefault(self.args.search_offload, []).append(sum(alive.values()) / self.model.size)
+            return loss
+
+    runs = [
+        train(
+            tmp_path / str(offload), OneMatrix(), trainer=Watched, rho=0.3, search_offload=offload, learning_rate=1e-4
+        )
+        for offload in (False, True)
+    ]
+    assert min(peaks[False]) >= 4 and max(peaks[True]) < 3.2
+    assert torch.equal(weights_of(runs[0]), weights_of(runs[1]))
+    assert runs[0]._xsam_callback.xsam == runs[1]._xsam_callback.xsam
 
 
 class _Reads(TorchDispatchMode):

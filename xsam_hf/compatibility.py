@@ -129,5 +129,5 @@ def _check_model(model: Any, arguments: XSAMArguments) -> None:
     if any(weight.dtype in (torch.float16, torch.bfloat16) for weight in weights):
         logger.warning(
             "Some trainable weights are in half precision: most of a small perturbation is lost in rounding. Load the model "
-            "with `dtype=torch.float32` and set `bf16=True` (autocast) instead."
+            "with `dtype=torch.float32` and set `bf16=True` (autocast) instead, or set `perturbation_dtype='stochastic'`."
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 from .ascent import ASCENTS
 from .direction import DIRECTIONS, SCALES
+from .rounding import DTYPES
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -19,6 +20,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "alpha_search": ("grid", "golden"),
     "ascent_scope": ("update", "micro"),
     "asam_scope": ("weights", "all"),
+    "perturbation_dtype": DTYPES,
     "sharpness_between": ("plain", "reuse"),
 }
 _OPTIONAL = ("rho_max", "alpha_search_steps")
@@ -77,6 +79,9 @@ class XSAMArguments:
             it shows several, the whole grid.
         alpha_smoothing (`bool`, *optional*, defaults to `False`):
             Take the maximum of parabolas fitted around each point, for losses that are noisy in bfloat16.
+        search_offload (`bool`, *optional*, defaults to `False`):
+            Keep the weights' copy on the CPU during a search, which every probe then reads again: one extra
+            parameter-sized buffer on the device instead of two.
         gradient_scale (`str`, *optional*, defaults to `"last"`):
             Norm of the update's gradient: `"last"` ‖g_k‖, `"first"` ‖g_0‖, `"mean"` or `"max"` of ‖g_0‖ ... ‖g_k‖, `"slope"`
             from θ_0 to θ_k, or `"slope_max"` from θ_0 to θ_0 + ρ_max v (one more forward pass each update).
@@ -86,6 +91,10 @@ class XSAMArguments:
         ascent_fraction (`float`, *optional*, defaults to 1.0):
             Share of the update batch, drawn at random, that the ascent's gradients are made from: an update then costs
             1 + `ascent_fraction` passes for `ascent_steps=1`.
+        perturbation_dtype (`str`, *optional*, defaults to `"weights"`):
+            For weights in half precision, in which most of a small step is lost in rounding. `"weights"`: rounded to the
+            nearest. `"stochastic"`: at random, so that on average nothing is lost. `"float32"`: the ascent steps are added
+            up in float32 beside the weights (one more buffer, of 4 bytes a weight) and their sum is rounded.
         rho_exclude (`list[str]`, *optional*):
             Regular expressions; weights in whose name one of them is found are never perturbed, but still trained.
         sharpness_start, sharpness_end (`float`, *optional*, default to 0 and 1):
@@ -136,6 +145,9 @@ class XSAMArguments:
     alpha_smoothing: bool = field(
         default=False, metadata={"help": "Search on parabolas fitted around each point, for losses noisy in bfloat16."}
     )
+    search_offload: bool = field(
+        default=False, metadata={"help": "Keep the copy of the weights on the CPU during a search: one buffer less."}
+    )
     gradient_scale: str = field(
         default="last", metadata={"help": f"Norm of the update's gradient: {', '.join(SCALES)}."}
     )
@@ -145,6 +157,12 @@ class XSAMArguments:
     )
     ascent_fraction: float = field(
         default=1.0, metadata={"help": "Random share of the update batch that the ascent's gradients are made from."}
+    )
+    perturbation_dtype: str = field(
+        default="weights",
+        metadata={
+            "help": "Weights in half precision: weights (round to nearest), stochastic (at random), float32 (add steps up)."
+        },
     )
     rho_exclude: list[str] | None = field(
         default=None,

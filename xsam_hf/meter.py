@@ -51,7 +51,7 @@ class UpdateMeter:
                 logs["xsam/alpha"] = state.alpha if arguments.alpha is None else arguments.alpha
             sums, counts = average(self._sums).tolist()
             logs |= {name: total / count for name, total, count in zip(_NAMES, sums, counts, strict=False) if count}
-            for name in ("search_gain", "alpha_at_edge", "search_noise"):
+            for name in ("search_gain", "alpha_at_edge", "search_noise", "perturbation_kept"):
                 if (value := getattr(state, name)) is not None:
                     logs[f"xsam/{name}"] = float(value)
             if sums[-1]:

@@ -99,6 +99,12 @@ def weights_kept(weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         torch._foreach_copy_(shards, origin)
 
 
+def park(origin: list[Tensor]) -> None:
+    """Moves a copy of the weights to the CPU, one tensor after the other, in place of the list's own."""
+    for i, part in enumerate(origin):
+        origin[i] = part.to("cpu", copy=True)
+
+
 @contextmanager
 def buffers_kept(module: nn.Module | None) -> Iterator[None]:
     """

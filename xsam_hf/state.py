@@ -21,6 +21,8 @@ class XSAMState:
         search_gain (`float`, *optional*): L(θ_0 + ρ_max v(α*)) − L(θ_0 + ρ_max v(1)) of the last search.
         alpha_at_edge (`bool`, *optional*): whether the last search ended at an end of its grid.
         search_noise (`float`, *optional*): noise of the last search's curve as a share of its range; above 1, α was kept.
+        perturbation_kept (`float`, *optional*):
+            For weights in half precision: the share of the first ascent step that rounding left, in the first update.
         tensors (`dict[str, list[torch.Tensor]]`):
             `average`: the running average of `vasso` and `fsam`, one tensor for each perturbed weight. For
             `sharpness_between="reuse"`, `sideways`, likewise, and `turn`, an angle and a ratio. Empty for all others.
@@ -32,6 +34,7 @@ class XSAMState:
     search_gain: float | None = None
     alpha_at_edge: bool | None = None
     search_noise: float | None = None
+    perturbation_kept: float | None = None
     tensors: dict[str, list[Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     def remember(self, search: AlphaSearch) -> None:

@@ -185,6 +185,11 @@ class XSAMMixin(ReplayMixin):
                     "A gradient at the perturbed weights was not finite: the update used the unperturbed one instead. "
                     "`xsam/fallbacks` counts such updates between two logs. If there are many, lower `rho`."
                 )
+            if seen.get("xsam/perturbation_kept", 1.0) < 0.9:
+                logger.warning_once(
+                    f"Rounding to the weights' precision left {seen['xsam/perturbation_kept']:.0%} of the first ascent step. Load "
+                    "the model with `dtype=torch.float32`, or set `perturbation_dtype='stochastic'`."
+                )
         super().log(logs, start_time)
 
     def create_model_card(self, *args, **kwargs) -> None:

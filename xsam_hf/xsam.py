@@ -27,11 +27,13 @@ from .perturbation import (
     RandomState,
     buffers_kept,
     drop_gradient,
+    park,
     perturbed_and_excluded,
     take_gradient,
     weights_kept,
 )
 from .reuse import turn, turn_of
+from .rounding import add_rounded, climb, half_precision, kept_share
 from .schedule import search_at, sharp_at
 from .search import search_alpha
 from .state import XSAMState, XSAMUpdate
@@ -102,6 +104,10 @@ def xsam_gradient(
             norms: list[Tensor] = []  # ‖g_0‖ ... ‖g_k‖
             sums: dict[Tensor, Tensor] = {}  # for LSAM and MSAM
             finite = torch.ones((), dtype=torch.bool, device=weights[0].device)  # every later pass so far
+            start = dict(zip(weights, origin, strict=True))
+            exact: dict[Tensor, Tensor] = {}  # for `perturbation_dtype="float32"`: θ_i − θ_0
+            # Seeded by the update, for rounding at random: the same on all processes, and no random stream moves.
+            generator = torch.Generator(weights[0].device).manual_seed(state.updates)
             for i in range(arguments.ascent_steps + 1):
                 g = take_gradient(weights, moved)
                 norms.append(norm(g))
@@ -109,34 +115,40 @@ def xsam_gradient(
                     others = [weight.grad for weight in excluded if weight.grad is not None]
                     finite = finite & torch.isfinite(norms[i] + norm(others) if others else norms[i])
                     if not loss_scaling:
-                        zero_unless(finite, [*g, *others])
+                        zero_unless(finite, others if i == arguments.ascent_steps else [*g, *others])
                 _add_to_sums(sums, moved, g, share(arguments.direction, i, norms[i]))
                 if i == arguments.ascent_steps:
                     break
-                _climb(g, norms[i], list(moved), weights, arguments, state)
-                torch._foreach_add_(local(list(moved)), local(g))  # θ_{i+1} = θ_i + ε_i; for SAM ε_i = (ρ/k) g_i/‖g_i‖
+                _step(g, norms[i], list(moved), weights, arguments, state)  # ε_i; for SAM (ρ/k) g_i/‖g_i‖
+                climb(list(moved), g, arguments.perturbation_dtype, exact, start, generator)  # θ_{i+1} = θ_i + ε_i
+                if state.perturbation_kept is None and half_precision(weights):
+                    state.perturbation_kept = float(kept_share(g, list(moved), start))
                 g.clear()
                 drop_gradient([*weights, *excluded])
                 with torch.enable_grad():
                     losses.append(replay(gradient))  # g_{i+1} = ∇L(θ_{i+1})
 
+            del start  # so that `park` can free the tensors in it
             # From here on the weights' own storage holds the displacement θ_k − θ_0: no further buffer.
             torch._foreach_sub_(local(weights), origin)
-            displacement = local(list(moved))
-            displacement_norm = norm(list(moved))
-            psi = angle(list(moved), g, displacement_norm, norms[-1])
+            displacement = [exact.get(weight, weight) for weight in moved]
+            displacement_norm = norm(displacement)
+            psi = angle(displacement, g, displacement_norm, norms[-1])
+            displacement = local(displacement)
             radius = 2 * arguments.rho if arguments.rho_max is None else arguments.rho_max
 
             def loss_at(*terms: tuple[Sequence[Tensor], float | Tensor]) -> Tensor:  # L(θ_0 + Σ a x)
                 torch._foreach_copy_(local(weights), origin)
-                for x, a in terms:
-                    for weight, part in zip(local(list(moved)), x, strict=True):
-                        weight.add_(part * a)
+                generator.manual_seed(state.updates)  # equal rounding at every α: see `RandomState`
+                add_rounded(list(moved), terms, generator if arguments.perturbation_dtype == "stochastic" else None)
                 return replay(probe)
 
             search = None
             if searching and state.search_due:
-                displacement = [part.clone() for part in displacement]
+                if arguments.search_offload:
+                    park(origin)
+                if not exact:
+                    displacement = [part.clone() for part in displacement]
                 along, across = float(radius / displacement_norm), float(radius / norms[-1])
                 search = search_alpha(  # of L(θ_0 + ρ_max (a v_0 + b v_1))
                     lambda a, b: loss_at((displacement, along * a), (local(g), across * b)),
@@ -185,7 +197,7 @@ def xsam_gradient(
     return XSAMUpdate(losses[0], losses[-1], alpha, psi, norms[0], norms[-1], fell_back, search)
 
 
-def _climb(
+def _step(
     g: list[Tensor],
     size: Tensor,
     moved: list[Tensor],
