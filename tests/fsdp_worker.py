@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 from toys import Tokens, arguments, tiny_gpt2
 
-from xsam_hf import XSAMTrainer
+from xsam_hf import XSAMTrainer, geometry
 
 
 SCENARIOS = {
@@ -24,6 +25,7 @@ SCENARIOS = {
     "asam": {"perturbation": "asam", "gradient_scale": "slope_max"},
     "vasso": {"perturbation": "vasso", "alpha": 1.7},
     "msam+": {"direction": "msam+", "ascent_steps": 2, "gradient_scale": "mean"},
+    "float32": {"perturbation_dtype": "float32", "search_offload": True},
     "reuse": {"sharpness_every": 2, "sharpness_between": "reuse", "rho_exclude": ["wpe"]},
 }
 
@@ -70,10 +72,24 @@ def pretend_that_accelerate_shards_on_cpu():
     AcceleratorState.__init__ = init
 
 
+def count_reductions():
+    """The reductions that norms and angles make, as a list that grows by one with each."""
+    reductions = []
+
+    def all_reduce(tensor, **kwargs):
+        reductions.append(tensor.numel())
+        dist.all_reduce(tensor, **kwargs)
+
+    geometry.dist = SimpleNamespace(all_reduce=all_reduce)
+    return reductions
+
+
 def main(directory):
     pretend_that_accelerate_shards_on_cpu()
-    batch = 16 // int(os.environ["WORLD_SIZE"])
-    results = {name: result(run(directory, name, batch)) for name in SCENARIOS}
+    batch, reductions, results = 16 // int(os.environ["WORLD_SIZE"]), count_reductions(), {}
+    for name in SCENARIOS:
+        reductions.clear()
+        results[name] = {**result(run(directory, name, batch)), "reductions": list(reductions)}
     for name in ("xsam", "vasso"):
         settings = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "learning_rate": 0.01}
         whole = run(directory / "whole", name, batch, **settings)

@@ -64,3 +64,11 @@ def test_resume_is_bitwise(ranks, name):
     for rank in ranks:
         uninterrupted, resumed = rank[f"resume {name}"]
         assert torch.equal(uninterrupted, resumed)
+
+
+@pytest.mark.parametrize("name, reductions", [("sam", 4), ("three steps", 6), ("vasso", 5), ("msam+", 6)])
+def test_reductions_are_counted(ranks, name, reductions):
+    """What docs/scaling.md says: k + 3 an update, and one more for an average or a sum."""
+    seen = ranks[0][name]["reductions"]
+    assert len(seen) == 8 * reductions - (name == "vasso")  # the average begins as the first gradient, without a norm
+    assert sum(seen) == len(seen) + 8  # the angle's are two numbers

@@ -7,7 +7,7 @@ makes a temporary larger than one tensor. Sums are taken in float32 or better; f
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
-# Elements of a temporary. The kernel hands out a larger one as fresh pages each time, which took twenty times as long as the
-# arithmetic (measured, CPU); a GPU's allocator keeps its memory, and there it is launches that should be few.
-_CHUNK = {"cpu": 2**16}
-_LARGE_CHUNK = 2**26
+# Elements of a temporary. On a CPU a larger one is fresh pages each time, which take twenty times as long as the arithmetic
+# (measured); a GPU's allocator keeps its memory, and there it is launches that should be few.
+_BATCH = {"cpu": 2**16}
+_LARGE_BATCH = 2**24
 
 
 def local(vector: Sequence[Tensor]) -> list[Tensor]:
@@ -28,15 +28,18 @@ def local(vector: Sequence[Tensor]) -> list[Tensor]:
 
 def norm(vector: Sequence[Tensor]) -> Tensor:
     """‖x‖, the 2-norm over all elements of all tensors; a 0-dim tensor, equal on every process that holds a shard."""
-    norms = torch._foreach_norm(local(vector), 2, dtype=_accumulation_dtype(vector))
-    return _total([n.square() for n in norms], vector).sqrt()
+    dtype = _accumulation_dtype(vector)
+    return _total(vector, lambda x: torch.stack(torch._foreach_norm(x, 2, dtype=dtype)).square().sum()).sqrt()
 
 
 def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
     """x·y over all elements of all tensors; a 0-dim tensor, equal on every process that holds a shard. x says what is sharded."""
     dtype = _accumulation_dtype([*x, *y])
-    sums = [torch.stack([(a.to(dtype) * b.to(dtype)).sum() for a, b in pairs]).sum() for pairs in _chunks(x, y)]
-    return _total(sums, x)
+
+    def sums(x: list[Tensor], y: list[Tensor]) -> Tensor:
+        return torch.stack([part.sum() for a, b in _batches(x, y, dtype) for part in torch._foreach_mul(a, b)]).sum()
+
+    return _total(x, sums, y)
 
 
 def angle(x: Sequence[Tensor], y: Sequence[Tensor], norm_x: Tensor, norm_y: Tensor) -> Tensor:
@@ -47,22 +50,25 @@ def angle(x: Sequence[Tensor], y: Sequence[Tensor], norm_x: Tensor, norm_y: Tens
     arccos of the cosine loses all of them below about 1e-3 rad in float32 (and is NaN once rounding carries it past 1).
 
     Args:
-        x, y (`Sequence[torch.Tensor]`): the two vectors.
+        x, y (`Sequence[torch.Tensor]`): the two vectors. x says what is sharded.
         norm_x, norm_y (`torch.Tensor`): ‖x‖ and ‖y‖, 0-dim, which the caller has already.
     """
     dtype = _accumulation_dtype([*x, *y])
     tiny = torch.finfo(dtype).tiny
     norm_x, norm_y = norm_x.clamp_min(tiny), norm_y.clamp_min(tiny)
-    apart, together = [], []
-    for pairs in _chunks(x, y):
-        minus, plus = [], []
-        for a, b in pairs:
-            a, b = a.to(dtype) / norm_x.to(a.device), b.to(dtype) / norm_y.to(b.device)
-            minus.append(torch.linalg.vector_norm(a - b))
-            plus.append(torch.linalg.vector_norm(a + b))
-        apart.append(torch.stack(minus).square().sum())
-        together.append(torch.stack(plus).square().sum())
-    return 2 * torch.atan2(_total(apart, x).sqrt(), _total(together, x).sqrt())
+
+    def sums(x: list[Tensor], y: list[Tensor]) -> Tensor:
+        device = x[0].device
+        apart: list[Tensor] = []
+        together: list[Tensor] = []
+        for part_x, part_y in _batches(x, y, dtype):
+            a, b = torch._foreach_div(part_x, norm_x.to(device)), torch._foreach_div(part_y, norm_y.to(device))
+            apart += torch._foreach_norm(torch._foreach_sub(a, b))
+            together += torch._foreach_norm(torch._foreach_add(a, b))
+        return torch.stack([torch.stack(apart), torch.stack(together)]).square().sum(dim=1)
+
+    apart, together = _total(x, sums, y).sqrt()
+    return 2 * torch.atan2(apart, together)
 
 
 def slerp(alpha: float | Tensor, psi: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,30 +104,52 @@ def zero_unless(condition: Tensor, vector: Sequence[Tensor]) -> None:
         part.masked_fill_(~condition.to(part.device), 0)
 
 
-def _chunks(x: Sequence[Tensor], y: Sequence[Tensor]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """For each tensor of x, pieces of it beside those of y."""
-    for a, b in zip(local(x), local(y), strict=True):
-        size = _CHUNK.get(a.device.type, _LARGE_CHUNK)
-        yield list(zip(a.reshape(-1).split(size), b.reshape(-1).split(size), strict=True))
+def _batches(
+    x: Sequence[Tensor], y: Sequence[Tensor], dtype: torch.dtype
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Pieces of x and the same ones of y, as many at a time as are fit for a temporary."""
+    size = _BATCH.get(x[0].device.type, _LARGE_BATCH)
+    a: list[Tensor] = []
+    b: list[Tensor] = []
+    room = size
+    for whole in zip(x, y, strict=True):
+        pieces = (
+            [whole]
+            if whole[0].numel() <= size
+            else zip(*(part.reshape(-1).split(size) for part in whole), strict=True)
+        )
+        for piece_a, piece_b in pieces:
+            if piece_a.numel() > room:
+                yield a, b
+                a, b, room = [], [], size
+            a.append(piece_a.to(dtype))
+            b.append(piece_b.to(dtype))
+            room -= piece_a.numel()
+    yield a, b
 
 
 def _accumulation_dtype(vector: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in vector) else torch.float32
 
 
-def _total(parts: Sequence[Tensor], vector: Sequence[Tensor]) -> Tensor:
-    """Sums one number a tensor into one; shards add up over the mesh dimensions that split them, replicas count once."""
+def _total(vector: Sequence[Tensor], sums: Callable[..., Tensor], *others: Sequence[Tensor]) -> Tensor:
+    """
+    `sums` of the local parts of a vector (and of others beside it), added up over devices and processes.
+
+    Shards add up over the mesh dimensions that split them, replicas count once. One reduction for each kind of sharding.
+    """
     groups = defaultdict(list)
-    for part, tensor in zip(parts, vector, strict=True):
-        groups[_split(tensor)].append(part)
-    device, total = parts[0].device, torch.zeros((), dtype=parts[0].dtype, device=parts[0].device)
-    for split, members in groups.items():
-        subtotal = torch.stack([member.to(device) for member in members]).sum()
+    for tensor, *parts in zip(vector, local(vector), *map(local, others), strict=True):
+        groups[_split(tensor), parts[0].device].append(parts)
+    total: Tensor | None = None
+    for (split, _), members in groups.items():
+        subtotal = sums(*map(list, zip(*members, strict=True)))
         if split is not None:
             mesh, dimensions = split
             for dimension in dimensions:
                 dist.all_reduce(subtotal, group=mesh.get_group(dimension))
-        total = total + subtotal
+        total = subtotal if total is None else total + subtotal.to(total.device)
+    assert total is not None
     return total
 
 

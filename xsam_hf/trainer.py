@@ -113,7 +113,8 @@ class XSAMMixin(ReplayMixin):
         # The callback and `sharp_at` keep the schedules, which may be shares of all updates.
         now = replace(arguments, alpha_search_steps=None, sharpness_start=0.0, sharpness_end=1.0, sharpness_every=1)
         update = xsam_gradient(
-            self.accelerator.unwrap_model(model, keep_torch_compile=False),  # for the names of its weights
+            # The names of its weights are those of the unwrapped model.
+            self.accelerator.unwrap_model(model, keep_torch_compile=False) if arguments.rho_exclude else model,
             gradient,
             lambda: self._probe(model, window),
             now,
