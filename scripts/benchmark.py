@@ -6,16 +6,22 @@ Times one update of the plain Trainer, of XSAMTrainer, and of another library's 
 
 Every round makes one update with each of them, on the same batch, so that whatever slows the machine down slows all of them;
 what is reported is the median over the rounds, and the median of each round's ratio to the plain Trainer. The first rounds are
-left out. Writes results/benchmark-CONFIGURATION.json. `pytorch_optimizer` is timed where it is installed.
+left out. "own" is what XSAM takes outside of the passes: arithmetic on the weights, random-number states, bookkeeping. Writes
+results/benchmark-CONFIGURATION.json. `pytorch_optimizer` is timed where it is installed.
+
+Under `torchrun` every process trains with DDP, and the first one reports.
 """
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -48,8 +54,8 @@ def vit(name: str, dataset: str, batch: int):
     return model, {"pixel_values": torch.randn(batch, channels, size, size), "labels": labels}
 
 
-def gpt2(batch: int, length: int):
-    model = GPT2LMHeadModel(GPT2Config(use_cache=False))
+def gpt2(batch: int, length: int, **size):
+    model = GPT2LMHeadModel(GPT2Config(use_cache=False, bos_token_id=0, eos_token_id=0, **size))
     ids = torch.randint(model.config.vocab_size, (batch, length))
     return model, {"input_ids": ids, "labels": ids.clone()}
 
@@ -60,11 +66,14 @@ def translation(batch: int, length: int):
     return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids, "labels": ids}
 
 
-# The last one has so few tokens for its 124 million weights that arithmetic on the weights is what takes the time.
+# GPT-2's have few tokens for their weights, so that arithmetic on the weights is what takes the time.
 CONFIGURATIONS = {
     "vit-ti": lambda: vit("vit-ti", "cifar100", 32),
     "vit-small": lambda: vit("vit-small", "digits", 64),
     "translation-small": lambda: translation(32, 24),
+    "gpt2-1m": lambda: gpt2(2, 16, n_embd=128, n_layer=4, n_head=4, vocab_size=2000),
+    "gpt2-10m": lambda: gpt2(2, 16, n_embd=384, n_layer=5, n_head=6, vocab_size=2000),
+    "gpt2-40m": lambda: gpt2(2, 16, n_embd=640, n_layer=8, n_head=10, vocab_size=2000),
     "gpt2-124m": lambda: gpt2(2, 16),
 }
 
@@ -72,7 +81,7 @@ CONFIGURATIONS = {
 class TrainerStep:
     """The Trainer's own loop without its data loading: one update a call."""
 
-    def __init__(self, name: str, model: nn.Module, batch: dict, folder: str):
+    def __init__(self, name: str, model: nn.Module, batch: dict, folder: str, accumulation: int):
         settings = dict(
             output_dir=f"{folder}/{name}", use_cpu=True, report_to="none", max_grad_norm=0, learning_rate=1e-4,
             optim="adamw_torch", disable_tqdm=True, max_steps=10**6,
@@ -84,12 +93,34 @@ class TrainerStep:
             self.trainer = Trainer(model=model, args=TrainingArguments(**settings))
         self.trainer.create_optimizer_and_scheduler(10**6)
         self.trainer.state.max_steps = 10**6
-        self.trainer.current_gradient_accumulation_steps = 1
-        self.trainer.accelerator.gradient_state._set_sync_gradients(True)
-        self.model, self.batch = model, batch
+        self.trainer.current_gradient_accumulation_steps = accumulation
+        self.model = self.trainer.accelerator.prepare_model(model)
+        self.batch = batch
+        self.in_passes = 0.0
+        self.own: list[float] = []
+        for part in ("_first_pass", "_replay", "_probe"):
+            if hasattr(self.trainer, part):
+                setattr(self.trainer, part, self._timed(getattr(self.trainer, part)))
+
+    def _timed(self, one_pass):
+        def timed(*args, **kwargs):
+            start = time.perf_counter()
+            try:
+                return one_pass(*args, **kwargs)
+            finally:
+                self.in_passes += time.perf_counter() - start
+
+        return timed
 
     def __call__(self) -> None:
-        self.trainer.training_step(self.model, dict(self.batch), None)
+        accelerator, accumulation = self.trainer.accelerator, self.trainer.current_gradient_accumulation_steps
+        self.in_passes, start = 0.0, time.perf_counter()
+        for i in range(accumulation):
+            last = i == accumulation - 1
+            accelerator.gradient_state._set_sync_gradients(last)
+            with nullcontext() if last else accelerator.no_sync(self.model):
+                self.trainer.training_step(self.model, dict(self.batch), None)
+        self.own.append(time.perf_counter() - start - self.in_passes)
         self.trainer.optimizer.step()
         self.model.zero_grad()
         self.trainer.state.global_step += 1
@@ -128,21 +159,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="rounds that count")
     parser.add_argument("--warm_up", type=int, default=3, help="rounds before them")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of an update; the peer has one")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--output", type=Path, help="default: results/benchmark-CONFIGURATION.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
 
     def fresh():
         torch.manual_seed(0)
         return CONFIGURATIONS[args.configuration]()
 
     with tempfile.TemporaryDirectory() as folder:
-        steps = {name: TrainerStep(name, *fresh(), folder) for name in args.methods}
-        steps["AdamW's step alone"] = AdamWStep(*fresh())
-        try:
-            steps["pytorch_optimizer SAM"] = PeerStep(*fresh())
-        except ImportError:
-            print("pytorch_optimizer is not installed, and so not timed.")
+        trainers = {name: TrainerStep(name, *fresh(), folder, args.accumulation) for name in args.methods}
+        steps: dict[str, Callable[[], None]] = {**trainers, "AdamW's step alone": AdamWStep(*fresh())}
+        if args.accumulation == processes == 1:
+            try:
+                steps["pytorch_optimizer SAM"] = PeerStep(*fresh())
+            except ImportError:
+                print("pytorch_optimizer is not installed, and so not timed.")
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         for round_ in range(args.warm_up + args.steps):
             for name, step in steps.items():
@@ -151,7 +186,8 @@ def main() -> None:
                 if round_ >= args.warm_up:
                     seconds[name].append(time.perf_counter() - start)
 
-    model, _ = fresh()
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
     plain = seconds[args.methods[0]]
     rows = {
         name: {
@@ -161,23 +197,41 @@ def main() -> None:
         }
         for name, times in seconds.items()
     }
+    for name in set(args.methods) - {"plain", "rho=0"}:  # whose passes are the Trainer's own
+        rows[name]["median_own_seconds"] = statistics.median(trainers[name].own[args.warm_up :])
     packages = ["torch", "transformers", "accelerate"]
     if "pytorch_optimizer SAM" in rows:
         packages.append("pytorch_optimizer")
     result = {
         "configuration": args.configuration,
-        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "parameters": sum(p.numel() for p in fresh()[0].parameters() if p.requires_grad),
         "threads": args.threads,
-        "machine": platform.machine(),
+        "processes": processes,
+        "accumulation": args.accumulation,
+        "copied_bytes_per_second": copy_bandwidth(),
+        "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "rows": rows,
     }
-    path = ROOT / "results" / f"benchmark-{args.configuration}.json"
+    path = args.output or ROOT / "results" / f"benchmark-{args.configuration}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"| {args.configuration} | ms | to {args.methods[0]} |\n|---|---|---|")
+    print(f"| {args.configuration} | ms | to {args.methods[0]} | own ms |\n|---|---|---|---|")
     for name, row in rows.items():
-        print(f"| {name} | {1000 * row['median_seconds']:.1f} | {row['median_ratio']:.2f} |")
+        own = f"{1000 * row['median_own_seconds']:.1f}" if "median_own_seconds" in row else ""
+        print(f"| {name} | {1000 * row['median_seconds']:.1f} | {row['median_ratio']:.3f} | {own} |")
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a copy too large for any cache: the floor of arithmetic on the weights."""
+    source = torch.randn(30_000_000)
+    target, times = torch.empty_like(source), []
+    for _ in range(5):
+        start = time.perf_counter()
+        target.copy_(source)
+        times.append(time.perf_counter() - start)
+    return 2 * source.numel() * source.element_size() / statistics.median(times)
 
 
 if __name__ == "__main__":

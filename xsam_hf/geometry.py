@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
-# Elements of a temporary. On a CPU a larger one is fresh pages each time, which take twenty times as long as the arithmetic
-# (measured); a GPU's allocator keeps its memory, and there it is launches that should be few.
+# Elements of a temporary. On a CPU it should stay in the cache, and a GPU's kernels should be few.
 _BATCH = {"cpu": 2**16}
 _LARGE_BATCH = 2**24
 
@@ -37,7 +36,7 @@ def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
     dtype = _accumulation_dtype([*x, *y])
 
     def sums(x: list[Tensor], y: list[Tensor]) -> Tensor:
-        return torch.stack([part.sum() for a, b in _batches(x, y, dtype) for part in torch._foreach_mul(a, b)]).sum()
+        return torch.stack([torch.mul(a, b, out=free).sum() for a, b, free in _batches(x, y, dtype)]).sum()
 
     return _total(x, sums, y)
 
@@ -58,13 +57,12 @@ def angle(x: Sequence[Tensor], y: Sequence[Tensor], norm_x: Tensor, norm_y: Tens
     norm_x, norm_y = norm_x.clamp_min(tiny), norm_y.clamp_min(tiny)
 
     def sums(x: list[Tensor], y: list[Tensor]) -> Tensor:
-        device = x[0].device
-        apart: list[Tensor] = []
-        together: list[Tensor] = []
-        for part_x, part_y in _batches(x, y, dtype):
-            a, b = torch._foreach_div(part_x, norm_x.to(device)), torch._foreach_div(part_y, norm_y.to(device))
-            apart += torch._foreach_norm(torch._foreach_sub(a, b))
-            together += torch._foreach_norm(torch._foreach_add(a, b))
+        apart, together = [], []
+        for a, b, free in _batches(x, y, dtype):
+            a.div_(norm_x.to(a.device))
+            b.div_(norm_y.to(b.device))
+            apart.append(torch.linalg.vector_norm(torch.sub(a, b, out=free)))
+            together.append(torch.linalg.vector_norm(a.add_(b)))
         return torch.stack([torch.stack(apart), torch.stack(together)]).square().sum(dim=1)
 
     apart, together = _total(x, sums, y).sqrt()
@@ -104,28 +102,31 @@ def zero_unless(condition: Tensor, vector: Sequence[Tensor]) -> None:
         part.masked_fill_(~condition.to(part.device), 0)
 
 
-def _batches(
-    x: Sequence[Tensor], y: Sequence[Tensor], dtype: torch.dtype
-) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Pieces of x and the same ones of y, as many at a time as are fit for a temporary."""
-    size = _BATCH.get(x[0].device.type, _LARGE_BATCH)
-    a: list[Tensor] = []
-    b: list[Tensor] = []
-    room = size
-    for whole in zip(x, y, strict=True):
-        pieces = (
-            [whole]
-            if whole[0].numel() <= size
-            else zip(*(part.reshape(-1).split(size) for part in whole), strict=True)
-        )
-        for piece_a, piece_b in pieces:
-            if piece_a.numel() > room:
-                yield a, b
-                a, b, room = [], [], size
-            a.append(piece_a.to(dtype))
-            b.append(piece_b.to(dtype))
-            room -= piece_a.numel()
-    yield a, b
+def _batches(x: Sequence[Tensor], y: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """
+    Elements of x and the same ones of y, copied, as many at a time as are fit for a temporary, and room for as many more.
+
+    All in one piece of memory, written again for every batch: a temporary of each operation's own would be fresh pages from the
+    kernel, which take up to twenty times as long as the arithmetic (measured, CPU).
+    """
+    size = min(_BATCH.get(x[0].device.type, _LARGE_BATCH), sum(part.numel() for part in x))
+    memory = torch.empty(3, size, dtype=dtype, device=x[0].device)
+    pieces: list[tuple[Tensor, Tensor]] = []
+    filled = 0
+    for pair in zip(x, y, strict=True):
+        for piece in zip(*(part.reshape(-1).split(max(size, 1)) for part in pair), strict=True):
+            if filled + piece[0].numel() > size:
+                yield _filled(memory[:, :filled], pieces)
+                pieces, filled = [], 0
+            pieces.append(piece)
+            filled += piece[0].numel()
+    yield _filled(memory[:, :filled], pieces)
+
+
+def _filled(memory: Tensor, pieces: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    a, b, free = memory
+    first, second = zip(*pieces, strict=True)
+    return torch.cat(first, out=a), torch.cat(second, out=b), free
 
 
 def _accumulation_dtype(vector: Sequence[Tensor]) -> torch.dtype:
