@@ -16,6 +16,7 @@ import pytest
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
+import growth  # noqa: E402
 import report as report_script  # noqa: E402
 import run_seeds  # noqa: E402
 import summarize  # noqa: E402
@@ -537,3 +538,33 @@ def test_demo_compares_at_equal_passes(root):
         ("XSAM", "40"),
     ]
     assert (root / "runs/demo/report.html").exists()
+
+
+def test_the_benchmark_times_all_on_the_same_batch_and_says_what_is_our_own(tmp_path):
+    output = tmp_path / "result.json"
+    command = [
+        sys.executable,
+        str(SCRIPTS / "benchmark.py"),
+        "--configuration",
+        "gpt2-1m",
+        "--steps",
+        "2",
+        "--warm_up",
+        "1",
+    ]
+    command += ["--accumulation", "2", "--methods", "plain", "rho=0", "sam", "xsam, search", "--output", str(output)]
+    subprocess.run(command, check=True, capture_output=True)
+    result = json.loads(output.read_text())
+    assert (result["threads"], result["processes"], result["accumulation"]) == (1, 1, 2)
+    rows = result["rows"]
+    assert all(len(row["seconds"]) == 2 for row in rows.values())
+    assert rows["plain"]["median_ratio"] == 1 < rows["sam"]["median_ratio"] < rows["xsam, search"]["median_ratio"]
+    # Passes are most of an update, and what is our own is the rest without the optimizer's step.
+    own = {name: row.get("median_own_seconds") for name, row in rows.items()}
+    assert own["plain"] is own["rho=0"] is None
+    assert 0 < own["sam"] < 0.5 * rows["sam"]["median_seconds"]
+
+    rows["xsam, alpha kept"] = {"median_ratio": 3 * rows["sam"]["median_ratio"]}
+    titles, cells = growth.cells([result])
+    row = dict(zip(titles, cells, strict=True))
+    assert row["weights"] == "1.2M" and row["kept α to SAM"] == "3.00" and row["accumulation"] == "2"
