@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset
 from toys import Classifier, Points, train, weights_of
 from transformers import Trainer
 
@@ -40,6 +42,51 @@ class PartlyUsed(Classifier):
         return outputs
 
 
+class Counting(Classifier):
+    """Its loss is a sum over the labels that count, divided by their number in the update batch, as language models' is."""
+
+    def forward(self, x, labels, num_items_in_batch, **kwargs):
+        logits = super().forward(x)["logits"]
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
+        self.count(loss)
+        return {"loss": loss, "logits": logits}
+
+
+class FirstPoints(Dataset):
+    """The first `points` of 64 points, and these again from the beginning up to `n`."""
+
+    def __init__(self, points, n):
+        self.points, self.n, self.data = points, n, Points(64)
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        return self.data[i % self.points]
+
+
+class Stream(IterableDataset):
+    def __init__(self, n):
+        self.n = n
+
+    def __iter__(self):
+        return iter([FirstPoints(61, self.n)[i] for i in range(self.n)])
+
+
+def nothing_to_learn_from():
+    """Process 1's micro-batches of the first and the third update have no label that counts."""
+    points = Points(64)
+    points.y[8:16] = points.y[40:48] = -100
+    return points
+
+
+class OfManyLengths(Points):
+    """Every point is as long as none of the others. The model does not take `input_ids`, and the Trainer drops it."""
+
+    def __getitem__(self, i):
+        return {**super().__getitem__(i), "input_ids": [0] * (1 + 29 * i % 64)}
+
+
 # name: (model, arguments in two processes); the single-process counterparts stand in test_distributed.py.
 SCENARIOS = {
     "xsam": (Classifier, {}),
@@ -66,7 +113,35 @@ SCENARIOS = {
     "not finite": (NotFiniteOnOneRank, {"alpha": 1.7}),
     "batch norm": (lambda: Classifier(batch_norm=True), {}),
     "dropout": (lambda: Classifier(dropout=0.3), {}),
+    "static graph": (Classifier, {"ddp_static_graph": True, "ddp_find_unused_parameters": False}),
+    "padded": (Classifier, {}),
+    "unequal batches": (Classifier, {"accelerator_config": {"even_batches": False}}),
+    "nothing to learn from": (Counting, {}),
+    "micro, nothing to learn from": (Counting, {"ascent_scope": "micro", "alpha": 1.7}),
+    "mean of nothing": (Classifier, {"max_steps": 1}),
+    "dispatched stream": (Classifier, {"max_steps": 8}),
+    "sharded stream": (Classifier, {"max_steps": 8, "accelerator_config": {"dispatch_batches": False}}),
+    "dispatched": (Classifier, {"accelerator_config": {"dispatch_batches": True}}),
+    "split": (Classifier, {"per_device_train_batch_size": 16, "accelerator_config": {"split_batches": True}}),
+    "grouped by length": (Classifier, {"train_sampling_strategy": "group_by_length"}),
+    "rebalanced": (Counting, {"train_sampling_strategy": "batch_rebalance"}),
 }
+# name: the data in two processes, if not 64 points.
+DATA = {
+    "padded": lambda: FirstPoints(61, 61),
+    "unequal batches": lambda: FirstPoints(61, 61),
+    "nothing to learn from": nothing_to_learn_from,
+    "micro, nothing to learn from": nothing_to_learn_from,
+    "mean of nothing": nothing_to_learn_from,
+    "dispatched stream": lambda: Stream(61),
+    "sharded stream": lambda: Stream(61),
+    "grouped by length": lambda: OfManyLengths(64),
+    "rebalanced": lambda: OfManyLengths(64),
+}
+
+
+def data(name):
+    return DATA.get(name, lambda: Points(64))()
 
 
 def run(directory, name, trainer=XSAMTrainer, **changes):
@@ -74,7 +149,7 @@ def run(directory, name, trainer=XSAMTrainer, **changes):
     settings = {**COMMON, **settings, **changes}
     if trainer is Trainer:
         settings = {key: value for key, value in settings.items() if key == "train_sampling_strategy"}
-    return train(directory / name, model(), Points(64), trainer=trainer, **settings)
+    return train(directory / name, model(), data(name), trainer=trainer, **settings)
 
 
 def result(trainer):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_worker import COMMON
+from distributed_worker import COMMON, SCENARIOS, FirstPoints, Stream, data
 from toys import Classifier, Points, train, weights_of
 
 from xsam_hf import XSAMTrainer
@@ -51,6 +51,29 @@ SAME = {
         "ascent_scope": "micro",
         "alpha": 1.7,
     },
+    "static graph": {"per_device_train_batch_size": 16},
+    "padded": {"per_device_train_batch_size": 16},
+    # Each process's mean is over its own batch, so that a short one weighs as much as a whole one.
+    "unequal batches": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2},
+    "nothing to learn from": {"per_device_train_batch_size": 16},
+    "micro, nothing to learn from": {
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 2,
+        "ascent_scope": "micro",
+        "alpha": 1.7,
+    },
+    "dispatched stream": {"per_device_train_batch_size": 16, "max_steps": 8},
+    "sharded stream": {"per_device_train_batch_size": 16, "max_steps": 8},
+    "dispatched": {"per_device_train_batch_size": 16},
+    "split": {"per_device_train_batch_size": 16},
+    "grouped by length": {"per_device_train_batch_size": 16, "train_sampling_strategy": "group_by_length"},
+    "rebalanced": {"per_device_train_batch_size": 16, "train_sampling_strategy": "batch_rebalance"},
+}
+# Where accelerate repeats the first examples to give both processes as many, the one process is given the same.
+SAME_DATA = {
+    "padded": lambda: FirstPoints(61, 64),
+    "dispatched stream": lambda: Stream(62),
+    "sharded stream": lambda: Stream(64),
 }
 
 
@@ -71,7 +94,8 @@ def history(run, key):
 @pytest.mark.parametrize("name", SAME)
 def test_two_processes_equal_one(ranks, tmp_path, name):
     _, (rank0, _) = ranks
-    alone = train(tmp_path, Classifier(), Points(64), **{**COMMON, **SAME[name]})
+    examples = SAME_DATA.get(name, lambda: data(name))()
+    alone = train(tmp_path, SCENARIOS[name][0](), examples, **{**COMMON, **SAME[name]})
     start = torch.cat([p.detach().reshape(-1) for p in Classifier().parameters()])
     assert (weights_of(alone) - start).abs().max() > 0.02
     assert (rank0[name]["weights"] - weights_of(alone)).abs().max() <= 1e-6
@@ -102,6 +126,20 @@ def test_a_rank_that_is_not_finite_makes_all_fall_back(ranks, tmp_path):
     assert outcome["history"]["xsam/fallbacks"] == [1] and torch.isfinite(outcome["weights"]).all()
     healthy = train(tmp_path, Classifier(), Points(64), **COMMON, alpha=1.7, per_device_train_batch_size=16)
     assert (outcome["weights"] - weights_of(healthy)).abs().max() > 1e-4
+
+
+def test_a_mean_over_nothing_in_one_rank_counts_as_no_gradient_there_and_keeps_alpha(ranks, tmp_path):
+    """As in plain training: PyTorch's mean over no label is NaN and its gradient 0, and DDP halves the other rank's."""
+    _, (rank0, _) = ranks
+    assert rank0["mean of nothing"]["alpha"] == 1
+    settings = {**COMMON, "alpha": 1.0, "max_steps": 1, "learning_rate": 0.05, "per_device_train_batch_size": 8}
+    alone = train(tmp_path, Classifier(), Points(64), **settings)
+    assert (rank0["mean of nothing"]["weights"] - weights_of(alone)).abs().max() <= 1e-6
+
+
+def test_repeated_examples_count(ranks):
+    _, (rank0, _) = ranks
+    assert (rank0["padded"]["weights"] - rank0["unequal batches"]["weights"]).abs().max() > 1e-4
 
 
 def test_a_weight_that_one_rank_never_uses_is_trained_and_an_unused_one_is_not(ranks):

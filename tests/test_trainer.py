@@ -9,6 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import IterableDataset
@@ -581,8 +582,6 @@ def test_promise_7_generating_trainers(tmp_path, name):
     ],
 )
 def test_promise_7_distributed_types(tmp_path, monkeypatch, kind, version, scope, message):
-    from accelerate.utils import DistributedType
-
     run = build(tmp_path, rho=0.0)
     plugin = types.SimpleNamespace(fsdp_version=version)
     run.accelerator = types.SimpleNamespace(
@@ -597,6 +596,15 @@ def test_promise_7_distributed_types(tmp_path, monkeypatch, kind, version, scope
     with pytest.raises(NotImplementedError, match=message):
         check_supported(run, run.xsam_arguments)
     run.args.rho = 0.0
+    check_supported(run, run.xsam_arguments)
+
+
+def test_promise_7_micro_scope_under_a_static_graph(tmp_path, monkeypatch):
+    run = build(tmp_path, ascent_scope="micro", ddp_static_graph=True)  # one process: there is no DDP
+    monkeypatch.setattr(run.accelerator.state, "distributed_type", DistributedType.MULTI_CPU)
+    with pytest.raises(NotImplementedError, match="ascent_scope='micro'.*set `ddp_static_graph` to False"):
+        check_supported(run, run.xsam_arguments)
+    run.args.ascent_scope = "update"
     check_supported(run, run.xsam_arguments)
 
 

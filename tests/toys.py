@@ -44,11 +44,14 @@ class Classifier(nn.Module):
         if labels is None:
             return {"logits": logits}
         loss = nn.functional.cross_entropy(logits, labels)
+        self.count(loss)
+        return {"loss": loss, "logits": logits}
+
+    def count(self, loss):
         if self.training:
             self.forwards += 1
             if loss.requires_grad:
                 loss.register_hook(self._count_backward)
-        return {"loss": loss, "logits": logits}
 
     def _count_backward(self, gradient):
         self.backwards += 1

@@ -85,6 +85,12 @@ def _check_distribution(trainer: Trainer, ascent_scope: str) -> None:
             )
     elif kind not in _REPLICATED:
         raise NotImplementedError(f"XSAM has not been made to work on {kind}: use DDP or FSDP2, or set `rho` to 0.")
+    # Not every transformers 5 has the field.
+    elif ascent_scope == "micro" and kind != DistributedType.NO and getattr(trainer.args, "ddp_static_graph", False):
+        raise NotImplementedError(
+            "`ascent_scope='micro'` never lets DDP reduce a gradient, which it must once to learn a static graph: "
+            "set `ddp_static_graph` to False, or use `ascent_scope='update'`."
+        )
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     for part, name in (("tp", "tensor"), ("cp", "context"), ("sp", "sequence")):
         if parallelism is not None and getattr(parallelism, f"{part}_enabled", False):
