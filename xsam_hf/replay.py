@@ -64,9 +64,9 @@ class ReplayMixin(_Trainer):
 
     @contextmanager
     def _counters_kept(self) -> Iterator[None]:
-        """Keeps what trl's trainers count in `compute_loss` (tokens, accuracy) to the first pass, at θ_0."""
-        names = [name for name in ("_metrics", "_total_train_tokens") if hasattr(self, name)]
-        kept = {name: copy.deepcopy(getattr(self, name)) for name in names}
+        """Keeps what trl's and sentence-transformers' trainers count in `compute_loss` to the first pass, at θ_0."""
+        names = ("_metrics", "_total_train_tokens", "accum_loss_components")
+        kept = {name: copy.deepcopy(getattr(self, name)) for name in names if hasattr(self, name)}
         try:
             yield
         finally:

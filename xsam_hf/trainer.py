@@ -42,7 +42,8 @@ class XSAMMixin(ReplayMixin):
     Raises:
         `ValueError`: the model has no trainable weights.
         `NotImplementedError`: the training set-up steps inside the backward pass, shards the batch's sequences or hides its
-            gradients (DeepSpeed, FSDP1, layer-wise optimizers, ...); the message names the way out.
+            gradients (DeepSpeed, FSDP1, layer-wise optimizers, ...); the message names the way out. At the first update: the
+            optimizer steps weights outside the model, such as a loss's own, in several processes. In one they are perturbed.
     """
 
     def __init__(self, *args, **kwargs):
@@ -113,8 +114,7 @@ class XSAMMixin(ReplayMixin):
         # The callback and `sharp_at` keep the schedules, which may be shares of all updates.
         now = replace(arguments, alpha_search_steps=None, sharpness_start=0.0, sharpness_end=1.0, sharpness_every=1)
         update = xsam_gradient(
-            # The names of its weights are those of the unwrapped model.
-            self.accelerator.unwrap_model(model, keep_torch_compile=False) if arguments.rho_exclude else model,
+            self._trained_module(arguments),
             gradient,
             lambda: self._probe(model, window),
             now,
@@ -139,7 +139,7 @@ class XSAMMixin(ReplayMixin):
         arguments: XSAMArguments,
     ) -> Tensor:
         """Each micro-batch of each process climbs on its own; one reduction of the final gradient at the end (m-SAM)."""
-        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        weights = [weight for weight in self._trained_module(arguments).parameters() if weight.requires_grad]
         accumulated = [weight.grad for weight in weights]
         drop_gradient(weights)
         synchronise = self.accelerator.sync_gradients
@@ -154,6 +154,28 @@ class XSAMMixin(ReplayMixin):
             _average_over_processes(weights)
         return micro_batch.loss
 
+    def _trained_module(self, arguments: XSAMArguments) -> nn.Module:
+        """
+        The model; if the optimizer steps other weights too, as those of a loss (sentence-transformers), with these.
+
+        Raises:
+            `NotImplementedError`: there are such weights and several processes, of which each has its own gradient for them.
+        """
+        model = self.model
+        if arguments.rho_exclude:  # compiled parts have other names; looking for them takes a millisecond an update
+            model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        optimizer: Any = self.optimizer
+        inside = set(model.parameters())
+        others = [w for group in optimizer.param_groups for w in group["params"] if w not in inside]
+        if not others:
+            return model
+        if self.accelerator.num_processes > 1:
+            raise NotImplementedError(
+                "The optimizer steps weights outside the model, such as a loss's own, whose gradients nobody averages over "
+                "processes: make them a part of the model, train in one process, or set `rho` to 0."
+            )
+        return nn.ModuleList([model, nn.ParameterList(others)])
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         save_tensors(self._xsam_callback.xsam.tensors, Path(output_dir), self.args.should_save)
@@ -166,7 +188,7 @@ class XSAMMixin(ReplayMixin):
 
     def _load_tensors(self, arguments: XSAMArguments) -> None:
         if self._tensors_to_load is not None:
-            weights, _ = perturbed_and_excluded(self.accelerator.unwrap_model(self.model), arguments.rho_exclude)
+            weights, _ = perturbed_and_excluded(self._trained_module(arguments), arguments.rho_exclude)
             self._xsam_callback.xsam.tensors = load_tensors(Path(self._tensors_to_load), weights)
             self._tensors_to_load = None
 
