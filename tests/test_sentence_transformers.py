@@ -204,6 +204,6 @@ def test_weights_of_the_losss_own_need_one_process(encoder, tmp_path, monkeypatc
         monkeypatch.setattr(type(run.accelerator), "num_processes", 2)
         if refused:
             with pytest.raises(NotImplementedError, match="outside the model.* train in one process"):
-                run._trained_module()
+                run._trained_module(run.xsam_arguments)
         else:
-            assert run._trained_module() is run.model
+            assert run._trained_module(run.xsam_arguments) is run.model

@@ -230,7 +230,7 @@ class OneMatrix(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.blocks = nn.ParameterList([nn.Parameter(torch.full((100, 100), 0.01 * (i + 1))) for i in range(40)])
+        self.blocks = nn.ParameterList([nn.Parameter(torch.full((200, 200), 0.005 * (i + 1))) for i in range(40)])
         self.size = sum(p.numel() * p.element_size() for p in self.parameters())
 
     def forward(self, x, labels=None):

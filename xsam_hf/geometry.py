@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 # Elements of a temporary. On a CPU it should stay in the cache, and a GPU's kernels should be few.
 _BATCH = {"cpu": 2**16}
-_LARGE_BATCH = 2**24
+_LARGE_BATCH = 2**22
 
 
 def local(vector: Sequence[Tensor]) -> list[Tensor]:

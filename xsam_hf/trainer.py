@@ -161,7 +161,7 @@ class XSAMMixin(ReplayMixin):
         Raises:
             `NotImplementedError`: there are such weights and several processes, of which each has its own gradient for them.
         """
-        model = self.model
+        model: Any = self.model
         if arguments.rho_exclude:  # compiled parts have other names; looking for them takes a millisecond an update
             model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         optimizer: Any = self.optimizer
