@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -78,6 +80,49 @@ def drop_gradient(weights: Sequence[Tensor]) -> None:
     """Frees the gradients of all weights."""
     for weight in weights:
         weight.grad = None
+
+
+@contextmanager
+def interrupts_held() -> Iterator[Callable[[Callable[[], Tensor]], Tensor]]:
+    """
+    Holds Ctrl-C back, so that it falls into no restore: it comes through in passes, and at the end of the block.
+
+    For the whole block and not only around a restore: an interrupt may also fall between a failing pass and the first line
+    of its `finally`. Python handles signals in the main thread alone, so that there is nothing to hold in others.
+
+    Yields:
+        `Callable`: runs a pass, which Ctrl-C may end.
+    """
+    earlier = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(earlier):
+        yield lambda one_pass: one_pass()
+        return
+    in_pass = waiting = False
+
+    def on_interrupt(number, frame) -> None:
+        nonlocal waiting
+        waiting = not in_pass
+        if in_pass:
+            earlier(number, frame)
+
+    def stoppable(one_pass: Callable[[], Tensor]) -> Tensor:
+        nonlocal in_pass
+        in_pass = True
+        try:
+            if waiting:
+                signal.raise_signal(signal.SIGINT)
+            return one_pass()
+        finally:
+            # Python looks for signals at calls and jumps back: there are none between the pass and this line.
+            in_pass = False
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield stoppable
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+        if waiting:
+            signal.raise_signal(signal.SIGINT)
 
 
 @contextmanager

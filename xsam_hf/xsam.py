@@ -27,6 +27,7 @@ from .perturbation import (
     RandomState,
     buffers_kept,
     drop_gradient,
+    interrupts_held,
     park,
     perturbed_and_excluded,
     take_gradient,
@@ -96,10 +97,10 @@ def xsam_gradient(
     def replay(one_pass: Callable[[], Tensor]) -> Tensor:
         before.restore()
         torch.clear_autocast_cache()  # an enclosing autocast region keeps casts of weights that have moved since
-        return one_pass()
+        return stoppable(one_pass)
 
     try:
-        with torch.no_grad(), weights_kept(weights) as origin, buffers_kept(module):
+        with interrupts_held() as stoppable, torch.no_grad(), weights_kept(weights) as origin, buffers_kept(module):
             moved: dict[Tensor, None] = {}  # an ordered set: every weight that had a gradient in some pass
             norms: list[Tensor] = []  # ‖g_0‖ ... ‖g_k‖
             sums: dict[Tensor, Tensor] = {}  # for LSAM and MSAM
