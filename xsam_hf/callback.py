@@ -89,4 +89,6 @@ def _keep_searches_before(path: Path, step: int) -> None:
                 continue
             if earlier:
                 kept.append(line)
-    path.write_text("".join(kept), encoding="utf-8")
+    whole = path.with_suffix(".tmp")  # a kill or a full disk must not cost the earlier searches
+    whole.write_text("".join(kept), encoding="utf-8")
+    whole.replace(path)

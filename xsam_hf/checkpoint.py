@@ -1,16 +1,41 @@
-"""The tensors that some methods remember between updates, in a checkpoint: whole ones, for any number of processes."""
+"""Checkpoints: which one is whole, and the tensors that some methods remember between updates, for any number of processes."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 FILE = "xsam_state.safetensors"
+
+
+def last_whole_checkpoint(folder: Path) -> str:
+    """
+    The last checkpoint that was written to its end, which is where the Trainer writes `trainer_state.json`.
+
+    `get_last_checkpoint` takes the highest number, also of a folder whose writing a kill or a full disk cut off.
+
+    Raises:
+        `ValueError`: there is none.
+    """
+    steps = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
+    for step in sorted((int(step) for step in steps if step.isdecimal()), reverse=True):
+        checkpoint = folder / f"checkpoint-{step}"
+        try:
+            json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+            return str(checkpoint)
+        except (FileNotFoundError, json.JSONDecodeError):
+            logger.warning(f"Passing over {checkpoint}: its last file, {TRAINER_STATE_NAME}, is missing or cut off.")
+    raise ValueError(f"No valid checkpoint found in output directory ({folder}): none was written to its end.")
 
 
 def save_tensors(tensors: dict[str, list[Tensor]], folder: Path, write: bool) -> None:

@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from .callback import XSAMCallback
-from .checkpoint import load_tensors, save_tensors
+from .checkpoint import last_whole_checkpoint, load_tensors, save_tensors
 from .compatibility import check_supported
 from .hyperparameters import XSAMArguments
 from .meter import UpdateMeter
@@ -59,10 +60,12 @@ class XSAMMixin(ReplayMixin):
         """The method's fields of `args`, read anew each time: a hyperparameter search changes them between trials."""
         return XSAMArguments.of(self.args)
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         # A training that was stopped between two micro-batches leaves something behind.
         self._window, self._micro_batches, self._meter = [], 0, UpdateMeter()
-        return super().train(*args, **kwargs)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(Path(str(self.args.output_dir)))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -175,6 +178,17 @@ class XSAMMixin(ReplayMixin):
                 "processes: make them a part of the model, train in one process, or set `rho` to 0."
             )
         return nn.ModuleList([model, nn.ParameterList(others)])
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.should_save:  # a folder that is written anew is not whole until it has its new trainer_state.json
+            folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # Process 0 writes trainer_state.json next. A checkpoint without another one's numbers would resume, but otherwise.
+        self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
