@@ -99,15 +99,20 @@ def arguments(output_dir, cls=XSAMTrainingArguments, **changes):
 
 def train(output_dir, model=None, data=None, trainer=XSAMTrainer, resume=None, callbacks=(), **changes):
     """Trains and returns the trainer. `trainer=Trainer` drops the method's fields: the plain run to compare with."""
+    run = build(output_dir, model, data, trainer, callbacks, **changes)
+    run.train(resume_from_checkpoint=resume)
+    return run
+
+
+def build(output_dir, model=None, data=None, trainer=XSAMTrainer, callbacks=(), **changes):
+    """A trainer that has not trained yet."""
     cls = XSAMTrainingArguments if issubclass(trainer, XSAMTrainer) else TrainingArguments
-    run = trainer(
+    return trainer(
         model=Classifier() if model is None else model,
         args=arguments(output_dir, cls, **changes),
         train_dataset=Points() if data is None else data,
         callbacks=list(callbacks),
     )
-    run.train(resume_from_checkpoint=resume)
-    return run
 
 
 def weights_of(trainer):
