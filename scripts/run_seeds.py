@@ -88,8 +88,8 @@ class Run:
                 tqdm.write(f"{self}: {self.folder} was made with other arguments and is now {old.relative_to(ROOT)}")
             folder.mkdir(exist_ok=True)
             (folder / "request.json").write_text(self.request)
-            # The Trainer writes trainer_state.json last: a checkpoint without it is half written.
-            states = folder.glob("checkpoint-*/trainer_state.json")
+            # The Trainer writes trainer_state.json last: a checkpoint without it, or with half of it, is half written.
+            states = filter(is_json, folder.glob("checkpoint-*/trainer_state.json"))
             checkpoints = sorted((state.parent for state in states), key=lambda path: int(path.name.split("-")[1]))
             resume = ["--resume_from_checkpoint", str(checkpoints[-1].relative_to(ROOT))] if checkpoints else []
             return subprocess.Popen(
@@ -101,6 +101,14 @@ class Run:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+
+def is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except json.JSONDecodeError:
+        return False
+    return True
 
 
 def run_all(runs: list[Run], jobs: int = 1) -> list[Run]:

@@ -42,10 +42,10 @@ with open("calls.jsonl", "a") as calls:
     calls.write(json.dumps(sys.argv[1:]) + "\\n")
 
 if args.then == "die" and not args.resume_from_checkpoint:
-    for number in (2, 10, 11):
+    for number in (2, 10, 11, 12):
         (args.output_dir / f"checkpoint-{number}").mkdir()
-    for number in (2, 10):
-        (args.output_dir / f"checkpoint-{number}" / "trainer_state.json").write_text("{}")
+    for number, state in ((2, "{}"), (10, "{}"), (12, '{"epoch": 1')):
+        (args.output_dir / f"checkpoint-{number}" / "trainer_state.json").write_text(state)
     os.kill(os.getpid(), signal.SIGKILL)
 if args.then == "sleep":
     worker = subprocess.Popen(["sleep", "60"])
