@@ -421,7 +421,10 @@ def test_torchrun_restarts_a_killed_process_exactly(tmp_path, whole_of_two):
     command = [sys.executable, *command, str(Path(__file__).with_name("fault_worker.py")), str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-5000:]
-    assert (tmp_path / "killed").read_text() == "rank 1, update 5"
+    killed = tmp_path / "killed"
+    assert killed.read_text() == "rank 1, update 5"
+    written = {step: (tmp_path / f"checkpoint-{step}" / "trainer_state.json").stat().st_mtime_ns for step in (3, 6)}
+    assert written[3] < killed.stat().st_mtime_ns < written[6]  # it did not begin anew
     directory, expected = whole_of_two
     for rank in range(2):
         assert torch.equal(torch.load(tmp_path / f"rank{rank}.pt", weights_only=True), expected[rank]["weights"])
@@ -608,19 +611,22 @@ def test_an_interrupt_between_two_passes_comes_before_the_next_one(monkeypatch):
     assert update.passes == 1 and update.is_whole()
 
 
-def test_other_handlers_are_called_after_the_restore_too(monkeypatch):
-    update, calls = Update(), []
+def test_other_handlers_are_called_too_in_a_pass_and_after_the_restore(monkeypatch):
+    def press():
+        signal.raise_signal(signal.SIGINT)
+
+    update, calls = Update(press), []
+    press_in_restore(monkeypatch, update, passes=4)
     earlier = signal.signal(signal.SIGINT, lambda number, frame: calls.append((number, update.is_whole())))
     try:
-        press_in_restore(monkeypatch, update, passes=4)
         update.run()
-        assert calls == [(signal.SIGINT, True)]
-        signal.raise_signal(signal.SIGINT)
-        assert len(calls) == 2  # the handler is in its place again
+        assert calls == [(signal.SIGINT, False), (signal.SIGINT, True)]
+        press()
+        assert len(calls) == 3  # the handler is in its place again
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         update.passes = 0
         update.run()
-        assert update.is_whole() and len(calls) == 2 and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert update.is_whole() and len(calls) == 3 and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, earlier)
 
