@@ -7,7 +7,7 @@ Times one update of the plain Trainer, of XSAMTrainer, and of another library's 
 Every round makes one update with each of them, on the same batch, so that whatever slows the machine down slows all of them;
 what is reported is the median over the rounds, and the median of each round's ratio to the plain Trainer. The first rounds are
 left out. "own" is what XSAM takes outside of the passes: arithmetic on the weights, random-number states, bookkeeping. Writes
-results/benchmark-CONFIGURATION.json. `pytorch_optimizer` is timed where it is installed.
+results/benchmark-CONFIGURATION.json. The peers, `pytorch_optimizer` and Composer (`mosaicml`), are timed where they are installed.
 
 Under `torchrun` every process trains with DDP, and the first one reports.
 """
@@ -126,8 +126,10 @@ class TrainerStep:
         self.trainer.state.global_step += 1
 
 
-class PeerStep:
+class PytorchOptimizerStep:
     """pytorch_optimizer's SAM around AdamW, in the loop that its documentation shows."""
+
+    package = "pytorch_optimizer"
 
     def __init__(self, model: nn.Module, batch: dict):
         from pytorch_optimizer import SAM
@@ -140,6 +142,27 @@ class PeerStep:
         self.optimizer.first_step(zero_grad=True)
         self.model(**self.batch).loss.backward()
         self.optimizer.second_step(zero_grad=True)
+
+
+class ComposerStep:
+    """Composer's SAM around AdamW, with the closure that its trainer would give it."""
+
+    package = "mosaicml"
+
+    def __init__(self, model: nn.Module, batch: dict):
+        from composer.algorithms.sam import SAMOptimizer
+
+        self.model, self.batch = model.train(), batch
+        self.optimizer = SAMOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-4), rho=0.05)
+
+    def __call__(self) -> None:
+        def closure(**kwargs):
+            self.model.zero_grad()
+            loss = self.model(**self.batch).loss
+            loss.backward()
+            return loss
+
+        self.optimizer.step(closure)
 
 
 class AdamWStep:
@@ -174,10 +197,11 @@ def main() -> None:
         trainers = {name: TrainerStep(name, *fresh(), folder, args.accumulation) for name in args.methods}
         steps: dict[str, Callable[[], None]] = {**trainers, "AdamW's step alone": AdamWStep(*fresh())}
         if args.accumulation == processes == 1:
-            try:
-                steps["pytorch_optimizer SAM"] = PeerStep(*fresh())
-            except ImportError:
-                print("pytorch_optimizer is not installed, and so not timed.")
+            for peer in (PytorchOptimizerStep, ComposerStep):
+                try:
+                    steps[f"{peer.package} SAM"] = peer(*fresh())
+                except ImportError:
+                    print(f"{peer.package} is not installed, and so not timed.")
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         for round_ in range(args.warm_up + args.steps):
             for name, step in steps.items():
@@ -200,8 +224,7 @@ def main() -> None:
     for name in set(args.methods) - {"plain", "rho=0"}:  # whose passes are the Trainer's own
         rows[name]["median_own_seconds"] = statistics.median(trainers[name].own[args.warm_up :])
     packages = ["torch", "transformers", "accelerate"]
-    if "pytorch_optimizer SAM" in rows:
-        packages.append("pytorch_optimizer")
+    packages += [peer.package for peer in (PytorchOptimizerStep, ComposerStep) if f"{peer.package} SAM" in rows]
     result = {
         "configuration": args.configuration,
         "parameters": sum(p.numel() for p in fresh()[0].parameters() if p.requires_grad),
