@@ -31,7 +31,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)
+sys.path.insert(0, str(ROOT))
+
+from table import to_markdown  # noqa: E402
 
 from tasks.image_classification import models  # noqa: E402
 from tasks.translation.model import build as build_translation  # noqa: E402
@@ -178,14 +180,19 @@ class AdamWStep:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--configuration", required=True, choices=CONFIGURATIONS)
+    parser.add_argument("--configuration", choices=CONFIGURATIONS)
     parser.add_argument("--steps", type=int, default=12, help="rounds that count")
     parser.add_argument("--warm_up", type=int, default=3, help="rounds before them")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of an update; the peer has one")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--output", type=Path, help="default: results/benchmark-CONFIGURATION.json")
+    parser.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="time nothing: the table of such files")
     args = parser.parse_args()
+    if args.table:
+        return print(table([json.loads(path.read_text()) for path in args.table]))
+    if args.configuration is None:
+        parser.error("give a --configuration, or files for a --table")
     torch.set_num_threads(args.threads)
     processes = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -240,10 +247,19 @@ def main() -> None:
     path = args.output or ROOT / "results" / f"benchmark-{args.configuration}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"| {args.configuration} | ms | to {args.methods[0]} | own ms |\n|---|---|---|---|")
-    for name, row in rows.items():
-        own = f"{1000 * row['median_own_seconds']:.1f}" if "median_own_seconds" in row else ""
-        print(f"| {name} | {1000 * row['median_seconds']:.1f} | {row['median_ratio']:.3f} | {own} |")
+    print(table([result]))
+
+
+def table(results: list[dict]) -> str:
+    """A row for each method and two columns for each configuration: milliseconds, and the ratio to the first method."""
+    names = [name for name in results[0]["rows"] if all(name in result["rows"] for result in results)]
+    cells = [["", *(f"{r['configuration']}, {r['parameters'] / 1e6:.1f}M" for r in results)]]
+    for name in names:
+        rows = [result["rows"][name] for result in results]
+        cells.append([name, *(f"{1000 * row['median_seconds']:.1f} ms, {row['median_ratio']:.2f}" for row in rows)])
+        if "median_own_seconds" in rows[0]:
+            cells.append(["– of it own", *(f"{1000 * row['median_own_seconds']:.1f} ms" for row in rows)])
+    return to_markdown(cells)
 
 
 def copy_bandwidth() -> float:
