@@ -174,8 +174,9 @@ def xsam_gradient(
                 size = norm(g)
                 c, d = torch.zeros_like(size), torch.where(size > 0, norms[-1] / size, torch.zeros_like(size))
             if not loss_scaling:
-                zero_unless(finite, g)
-                c, d = torch.where(finite, c, norms[0] / displacement_norm), torch.where(finite, d, torch.ones_like(d))
+                for part in local(g):
+                    part.nan_to_num_(0.0, 0.0, 0.0)  # 0 · NaN would stay NaN; half the time of `zero_unless`
+                c, d = torch.where(finite, c, norms[0] / displacement_norm), torch.where(finite, d, torch.zeros_like(d))
             torch._foreach_mul_(displacement, torch.where(displacement_norm > 0, c, torch.zeros_like(c)))
             torch._foreach_mul_(local(g), d)
             torch._foreach_add_(local(g), displacement)  # ‖g_k‖ v(α)
