@@ -4,8 +4,8 @@ Times one update of the plain Trainer, of XSAMTrainer, and of another library's 
 
     scripts/benchmark --configuration vit-ti --steps 12 --threads 1
 
-Every round makes one update with each of them, on the same batch, so that whatever slows the machine down slows all of them;
-what is reported is the median over the rounds, and the median of each round's ratio to the plain Trainer. The first rounds are
+Every round makes one update with each of them, on the same batch and in another order, so that whatever slows the machine down
+slows all of them; what is reported is the median over the rounds, and the median of each round's ratio to the plain Trainer. The first rounds are
 left out. "own" is what XSAM takes outside of the passes: arithmetic on the weights, random-number states, bookkeeping. Writes
 results/benchmark-CONFIGURATION.json. The peers, `pytorch_optimizer` and Composer (`mosaicml`), are timed where they are installed.
 
@@ -211,9 +211,11 @@ def main() -> None:
                     print(f"{peer.package} is not installed, and so not timed.")
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         for round_ in range(args.warm_up + args.steps):
-            for name, step in steps.items():
+            # Each in every place: what one leaves in the caches and in the allocator is the next one's.
+            first = round_ % len(steps)
+            for name in [*steps][first:] + [*steps][:first]:
                 start = time.perf_counter()
-                step()
+                steps[name]()
                 if round_ >= args.warm_up:
                     seconds[name].append(time.perf_counter() - start)
 

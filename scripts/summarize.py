@@ -96,6 +96,9 @@ def main() -> None:
     results = read(path)
     if missing := [name for name in args.baselines if name not in results]:
         parser.error(f"no run of the baseline {', '.join(missing)}")
+    metrics = next(iter(results.values()))[0]["metrics"][args.split]
+    if args.metric not in metrics:
+        parser.error(f"there is no metric {args.metric}: choose one of {', '.join(metrics)}")
     rows = make_rows(results, args.metric, args.split)
     print(to_markdown(make_cells(rows, args.metric, args.baselines, args.split)))
 

@@ -40,7 +40,7 @@ def parse(dataclasses: Sequence[type], argv: Sequence[str], description: str) ->
                 action.required = False
     method, argv = _take_method(argv)
     if method is not None:
-        print(f"--method {method} stands for: {flags(method) or 'the defaults'}", file=sys.stderr)
+        print(f"--method {method} stands for: {flags(method) or 'nothing beyond the recipe'}", file=sys.stderr)
         parser.set_defaults(**METHODS[method])
     return parser.parse_args_into_dataclasses(argv)[: len(dataclasses)]
 

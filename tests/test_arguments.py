@@ -66,6 +66,11 @@ BAD = [
     ("ascent_steps", None),
     ("alpha_max", None),
     ("ascent_fraction", None),
+    ("rho_exclude", 3),
+    ("rho_exclude", [3]),
+    ("alpha_smoothing", "yes"),
+    ("search_offload", 1),
+    ("perturbation_dtype", "half"),
 ]
 CONTRADICTIONS = [
     ({"direction": "lsam", "alpha": 1.0}, "`alpha` is 1.0, but `direction` 'lsam' has no arc: leave"),

@@ -339,7 +339,7 @@ def test_methods_are_named_sets_of_flags(tmp_path, capsys):
         assert {name: getattr(args, name) for name in wanted} == wanted
         assert name_of(args) == ("adamw" if method == "sgd" else method)
         told = capsys.readouterr().err.strip()
-        assert told == f"--method {method} stands for: {flags(method) or 'the defaults'}"
+        assert told == f"--method {method} stands for: {flags(method) or 'nothing beyond the recipe'}"
         # The flags that are printed do the same.
         assert parse(str(recipe), *flags(method).split(), "--output_dir", str(tmp_path))[1].to_dict() == args.to_dict()
     _, args = parse(str(recipe), "--rho", "0.7", "--method", "msam+", "--ascent_steps", "4")

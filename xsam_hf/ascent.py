@@ -62,7 +62,8 @@ def vasso(gradient: Sequence[Tensor], size: Tensor, average: Sequence[Tensor], l
     Args:
         gradient (`Sequence[torch.Tensor]`): g_0, overwritten by ε.
         size (`torch.Tensor`): ‖g_0‖, 0-dim.
-        average (`Sequence[torch.Tensor]`): d, updated in place; starts as the first g_0, in an update that is SAM's.
+        average (`Sequence[torch.Tensor]`): d, updated in place; starts as the
+            first g_0, in an update that is SAM's (as 0, should that not be finite).
         length (`float`): ℓ = ρ, 2-norm over all perturbed weights.
         decay (`float`): φ; 1 is SAM.
     """
@@ -85,7 +86,8 @@ def fsam(
     Args:
         gradient (`Sequence[torch.Tensor]`): g_0, overwritten by ε.
         size (`torch.Tensor`): ‖g_0‖, 0-dim.
-        average (`Sequence[torch.Tensor]`): m, updated in place; starts as the first g_0, in an update that is SAM's.
+        average (`Sequence[torch.Tensor]`): m, updated in place; starts as the
+            first g_0, in an update that is SAM's (as 0, should that not be finite).
         length (`float`): ℓ = ρ, 2-norm over all perturbed weights.
         sigma (`float`): σ; 0 is SAM.
         decay (`float`): λ.

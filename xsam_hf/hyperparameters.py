@@ -76,7 +76,7 @@ class XSAMArguments:
             Below 1: that share of all updates, as for `eval_steps`.
         alpha_search (`str`, *optional*, defaults to `"grid"`):
             `"grid"`: a forward pass at every point. `"golden"`: about 9 of 21, the same α where the curve has one peak; where
-            it shows several, the whole grid.
+            it shows several, the whole grid. Only a whole grid is told from noise.
         alpha_smoothing (`bool`, *optional*, defaults to `False`):
             Take the maximum of parabolas fitted around each point, for losses that are noisy in bfloat16.
         search_offload (`bool`, *optional*, defaults to `False`):
@@ -94,7 +94,8 @@ class XSAMArguments:
         perturbation_dtype (`str`, *optional*, defaults to `"weights"`):
             For weights in half precision, in which most of a small step is lost in rounding. `"weights"`: rounded to the
             nearest. `"stochastic"`: at random, so that on average nothing is lost. `"float32"`: the ascent steps are added
-            up in float32 beside the weights (one more buffer, of 4 bytes a weight) and their sum is rounded.
+            up in float32 beside the weights (one more buffer, of 4 bytes a weight) and their sum is rounded; v_0 of the arc is
+            then exact, while `"stochastic"` adds noise to it.
         rho_exclude (`list[str]`, *optional*):
             Regular expressions; weights in whose name one of them is found are never perturbed, but still trained.
         sharpness_start, sharpness_end (`float`, *optional*, default to 0 and 1):
@@ -102,7 +103,8 @@ class XSAMArguments:
         sharpness_every (`int`, *optional*, defaults to 1):
             XSAM is on in every n-th update between them.
         sharpness_between (`str`, *optional*, defaults to `"plain"`):
-            The updates between those: `"plain"` gradients, or `"reuse"` to turn them as the last XSAM update was turned.
+            The updates between those: `"plain"` gradients, or `"reuse"` to turn them as the last XSAM update was turned. Averages
+            of `vasso` and `fsam` move in XSAM updates only.
         asam_eta (`float`, *optional*, defaults to 0.01):
             What ASAM adds to a weight's size. Denoted η.
         asam_scope (`str`, *optional*, defaults to `"weights"`):
@@ -200,15 +202,20 @@ class XSAMArguments:
                 continue
             if not isinstance(value, int | float) or not (math.isfinite(value) and allowed(value)):
                 raise ValueError(f"`{name}` is {value!r}: give {way_out}.")
+        for name in ("alpha_smoothing", "search_offload"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}: give true or false.")
         for name in ("ascent_steps", "alpha_samples", "sharpness_every"):
             setattr(self, name, int(getattr(self, name)))  # 2.0, from a sweep for instance
         if isinstance(self.rho_exclude, str):
             self.rho_exclude = [self.rho_exclude]
+        if not isinstance(self.rho_exclude, list | tuple | None):
+            raise ValueError(f"`rho_exclude` is {self.rho_exclude!r}: give a list of regular expressions.")
         self.rho_exclude = list(self.rho_exclude or []) or None
         for pattern in self.rho_exclude or []:
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, TypeError) as error:
                 raise ValueError(f"`rho_exclude` is {pattern!r}: give a regular expression ({error}).") from error
         if self.alpha is not None and not (isinstance(self.alpha, int | float) and 0 <= self.alpha <= self.alpha_max):
             raise ValueError(

@@ -60,7 +60,7 @@ def random_part(inputs: dict[str, Any], fraction: float, key: Sequence[int]) -> 
     ESAM, arXiv:2110.03141; Ni et al. 2022, K-SAM, arXiv:2210.12864, choose those of the highest loss instead).
     """
     size = next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim > 0), 1)
-    count = math.ceil(fraction * size)
+    count = max(1, math.ceil(fraction * size - 1e-9))  # 0.14 · 50 is 7.000000000000001
     if count == size:
         return inputs, 1.0
     chosen = torch.from_numpy(np.sort(np.random.default_rng(list(key)).choice(size, count, replace=False)))

@@ -11,7 +11,9 @@ from .geometry import dot, local, norm
 
 
 # After LookSAM (Liu et al. 2022, arXiv:2203.02714), which keeps the part of SAM's gradient that is orthogonal to the plain one
-# and adds a tuned multiple of it. Here angle and length are those that the last XSAM update measured, so nothing is tuned.
+# and adds a tuned multiple of it. Here angle and length are those that the last XSAM update measured, so nothing is tuned. They are
+# between the displacement and g_k: with `ascent_fraction`, `asam` or several steps the displacement is not along the whole batch's
+# gradient, which is turned in the updates between, and the turn is an approximation.
 
 
 def turn_of(gradient: Sequence[Tensor], displacement: Sequence[Tensor], displacement_norm: Tensor) -> list[Tensor]:

@@ -28,7 +28,7 @@ def sharp_at(arguments: XSAMArguments, update: int, updates: int | None = None) 
         if arguments.sharpness_start == 0:
             share = ("sharpness_end", arguments.sharpness_end)
         whole = _known(updates, *share)
-        first, end = math.ceil(arguments.sharpness_start * whole), math.ceil(arguments.sharpness_end * whole)
+        first, end = _share_of(arguments.sharpness_start, whole), _share_of(arguments.sharpness_end, whole)
     return first <= update < end and (update - first) % arguments.sharpness_every == 0
 
 
@@ -42,8 +42,13 @@ def search_at(arguments: XSAMArguments, update: int, updates: int | None = None)
     if every is None:
         return False
     if every < 1:
-        every = math.ceil(every * _known(updates, "alpha_search_steps", every))
+        every = max(1, _share_of(every, _known(updates, "alpha_search_steps", every)))
     return update % every == 0
+
+
+def _share_of(share: float, whole: int) -> int:
+    """A share of all updates, rounded up; not by what floating point adds to a whole number (0.07 · 100 = 7.000000000000001)."""
+    return math.ceil(share * whole - 1e-9)
 
 
 def _known(updates: int | None, name: str, value: float) -> int:

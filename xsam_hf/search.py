@@ -26,7 +26,7 @@ class AlphaSearch:
     Args:
         alphas (`list[float]`): the grid, in ascending order; for a golden search those of its points that were probed.
         losses (`list[float]`): the loss at each of them.
-        alpha (`float`, *optional*): the α of the highest loss; `None` if no loss was finite, or all was noise.
+        alpha (`float`, *optional*): the α of the highest loss; `None` if no loss was finite, all were equal, or all was noise.
         angle (`float`): ψ, the angle between v_0 and v_1, in radians.
         rho_max (`float`): radius of the search, in the 2-norm of all perturbed weights.
         noise (`float`): what the losses' roughness alone can pass for, as a share of their range; above 1 there is nothing
@@ -65,7 +65,7 @@ def search_alpha(
     r"""
     Finds $\alpha^* = \arg\max_\alpha L(\theta_0 + \rho_{max} v(\alpha))$ (Eq. 7) on a grid. The first maximum wins.
 
-    A loss that is not finite never wins, and nothing wins where the curve's range is below its noise.
+    A loss that is not finite never wins, and nothing wins where all losses are equal or their range is below the curve's noise.
 
     Args:
         loss_at (`Callable`): the loss at θ_0 + ρ_max (a v_0 + b v_1) for coefficients (a, b), a 0-dim tensor.
@@ -100,7 +100,9 @@ def search_alpha(
         best = max(range(len(heights)), key=heights.__getitem__)
     probed = sorted(seen)
     noise = _noise([seen[i] for i in probed]) if len(probed) == len(alphas) else 0.0
-    winner = alphas[best] if math.isfinite(height(best)) and noise <= 1 else None
+    finite = [loss for loss in seen.values() if math.isfinite(loss)]
+    flat = len(finite) > 1 and min(finite) == max(finite)
+    winner = alphas[best] if finite and not flat and noise <= 1 else None
     return AlphaSearch([alphas[i] for i in probed], [seen[i] for i in probed], winner, float(angle), rho_max, noise)
 
 

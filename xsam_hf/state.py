@@ -17,7 +17,7 @@ class XSAMState:
     Args:
         alpha (`float`): position on the arc that was last found; starts at 1, SAM's direction.
         search_due (`bool`): search α in the next update; set it at the beginning of every epoch.
-        updates (`int`): updates made so far.
+        updates (`int`): calls of `xsam_gradient` so far; under the Trainer, plain updates of a schedule are none.
         search_gain (`float`, *optional*): L(θ_0 + ρ_max v(α*)) − L(θ_0 + ρ_max v(1)) of the last search.
         alpha_at_edge (`bool`, *optional*): whether the last search ended at an end of its grid.
         search_noise (`float`, *optional*): noise of the last search's curve as a share of its range; above 1, α was kept.

@@ -140,7 +140,8 @@ def xsam_gradient(
 
             def loss_at(*terms: tuple[Sequence[Tensor], float | Tensor]) -> Tensor:  # L(θ_0 + Σ a x)
                 torch._foreach_copy_(local(weights), origin)
-                generator.manual_seed(state.updates)  # equal rounding at every α: see `RandomState`
+                # Equal rounding at every α (see `RandomState`), but not the ascent's, which is in v_0 and would add to itself.
+                generator.manual_seed(2**31 + state.updates)
                 add_rounded(list(moved), terms, generator if arguments.perturbation_dtype == "stochastic" else None)
                 return replay(probe)
 
@@ -176,7 +177,10 @@ def xsam_gradient(
             if not loss_scaling:
                 for part in local(g):
                     part.nan_to_num_(0.0, 0.0, 0.0)  # 0 · NaN would stay NaN; half the time of `zero_unless`
-                c, d = torch.where(finite, c, norms[0] / displacement_norm), torch.where(finite, d, torch.zeros_like(d))
+                c, d = (
+                    torch.where(finite, c, norms[0] / displacement_norm),
+                    torch.where(finite, d, torch.zeros_like(d)),
+                )
             torch._foreach_mul_(displacement, torch.where(displacement_norm > 0, c, torch.zeros_like(c)))
             torch._foreach_mul_(local(g), d)
             torch._foreach_add_(local(g), displacement)  # ‖g_k‖ v(α)
@@ -188,7 +192,10 @@ def xsam_gradient(
                     loss, length = loss_at((local(g), radius / norm(g).clamp_min(1e-30))), radius
                 wanted = scale(arguments.gradient_scale, norms, losses[0], loss, length)
                 ratio = torch.where(norms[-1] > 0, wanted / norms[-1], torch.zeros_like(wanted))
-                torch._foreach_mul_(local(g), torch.where(finite, ratio, torch.ones_like(ratio)))
+                ratio = torch.where(finite, ratio, torch.ones_like(ratio))
+                torch._foreach_mul_(local(g), ratio)
+                if arguments.sharpness_between == "reuse":
+                    state.tensors["turn"][1] *= ratio
     except BaseException:
         drop_gradient([*weights, *excluded])
         raise
