@@ -237,7 +237,7 @@ def test_probes_of_equal_points_round_alike_at_random():
     before, _, seen = probed_at_random()
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[2], seen[3]) and not torch.equal(seen[0], seen[2])
     away = (seen[0].double() - before.double()).norm().item()
-    assert away > 0.03  # to the nearest it would be ρ_max, 0.02, or less; at random it is more, but right on average
+    assert away > 0.024  # to the nearest it would be ρ_max, 0.02, or less; at random it is more, but right on average
 
 
 def test_probes_stand_at_their_radius_on_average():
