@@ -5,8 +5,8 @@ Times one update of the plain Trainer, of XSAMTrainer, and of another library's 
     scripts/benchmark --configuration vit-ti --steps 12 --threads 1
 
 Every round makes one update with each of them, on the same batch and in another order, so that whatever slows the machine down
-slows all of them; what is reported is the median over the rounds, and the median of each round's ratio to the plain Trainer. The first rounds are
-left out. "own" is what XSAM takes outside of the passes: arithmetic on the weights, random-number states, bookkeeping. Writes
+slows all of them; what is reported is the median over the rounds, and the median of each round's ratio to the plain Trainer. The
+first rounds are left out. "own" is what XSAM takes outside of the passes: arithmetic on the weights, random-number states, bookkeeping. Writes
 results/benchmark-CONFIGURATION.json. The peers, `pytorch_optimizer` and Composer (`mosaicml`), are timed where they are installed.
 
 Under `torchrun` every process trains with DDP, and the first one reports.
@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import sys
 import tempfile
@@ -211,9 +212,8 @@ def main() -> None:
                     print(f"{peer.package} is not installed, and so not timed.")
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         for round_ in range(args.warm_up + args.steps):
-            # Each in every place: what one leaves in the caches and in the allocator is the next one's.
-            first = round_ % len(steps)
-            for name in [*steps][first:] + [*steps][:first]:
+            # What one leaves in the caches and in the allocator is the next one's.
+            for name in random.Random(round_).sample([*steps], len(steps)):
                 start = time.perf_counter()
                 steps[name]()
                 if round_ >= args.warm_up:
