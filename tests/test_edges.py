@@ -9,7 +9,7 @@ from test_search import ALPHAS, search
 from torch import nn
 from toys import Classifier, Points, train
 
-from xsam_hf import XSAMArguments, XSAMState, xsam_gradient
+from xsam_hf import XSAMArguments, XSAMState, xsam, xsam_gradient
 from xsam_hf.checkpoint import load_tensors, save_tensors
 from xsam_hf.micro_batch import MicroBatch, random_part
 from xsam_hf.perturbation import RandomState, park, perturbed_and_excluded
@@ -269,3 +269,34 @@ def test_noise_is_kept_with_the_state():
     state = XSAMState()
     state.remember(search(lambda a: math.sin(40 * a) + 0.1 * (round(10 * a) % 2))[0])
     assert state.search_noise > 1 and state.alpha == 1.0 and len(ALPHAS) == 21
+
+
+@pytest.mark.parametrize("when", ["parking", "probe"])
+def test_weights_come_back_from_a_copy_that_is_parked_or_half_parked(monkeypatch, when):
+    weights = [nn.Parameter(torch.randn(50)) for _ in range(3)]
+    before, seen = [weight.detach().clone() for weight in weights], []
+
+    def loss():
+        return sum((weight**3).sum() for weight in weights)
+
+    def gradient():
+        loss().backward()
+        return loss().detach()
+
+    def probe():
+        seen.append([weight.detach().clone() for weight in weights])
+        if when == "probe" and len(seen) == 3:
+            raise KeyboardInterrupt
+        return loss()
+
+    def half_parked(origin):
+        origin[0] = origin[0].to("cpu", copy=True)
+        raise RuntimeError("out of memory")
+
+    if when == "parking":
+        monkeypatch.setattr(xsam, "park", half_parked)
+    with pytest.raises((RuntimeError, KeyboardInterrupt)):
+        xsam_gradient(weights, gradient, probe, XSAMArguments(rho=0.3, search_offload=True), XSAMState())
+    assert len(seen) == (3 if when == "probe" else 0)
+    assert all(torch.equal(w, b) and w.grad is None for w, b in zip(weights, before, strict=True))
+    assert not any(torch.equal(s, b) for places in seen for s, b in zip(places, before, strict=True))
