@@ -101,7 +101,7 @@ class TrainerStep:
         self.batch = batch
         self.in_passes = 0.0
         self.own: list[float] = []
-        for part in ("_first_pass", "_replay", "_probe"):
+        for part in ("_xsam_first_pass", "_xsam_replay", "_xsam_probe"):
             if hasattr(self.trainer, part):
                 setattr(self.trainer, part, self._timed(getattr(self.trainer, part)))
 

@@ -108,7 +108,7 @@ SCENARIOS = {
     "vasso": (Classifier, {"perturbation": "vasso", "alpha": 1.7}),
     "msam+": (Classifier, {"direction": "msam+", "ascent_steps": 2, "gradient_scale": "slope"}),
     "slope_max": (Classifier, {"perturbation": "asam", "gradient_scale": "slope_max"}),
-    "reuse": (Classifier, {"sharpness_every": 2, "sharpness_between": "reuse", "rho_exclude": ["^first.bias$"]}),
+    "every other": (Classifier, {"sharpness_every": 2, "rho_exclude": ["^first.bias$"]}),
     "fraction": (Classifier, {"ascent_fraction": 0.5}),
     "not finite": (NotFiniteOnOneRank, {"alpha": 1.7}),
     "batch norm": (lambda: Classifier(batch_norm=True), {}),

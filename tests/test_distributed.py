@@ -32,12 +32,7 @@ SAME = {
     "vasso": {"per_device_train_batch_size": 16, "perturbation": "vasso", "alpha": 1.7},
     "msam+": {"per_device_train_batch_size": 16, "direction": "msam+", "ascent_steps": 2, "gradient_scale": "slope"},
     "slope_max": {"per_device_train_batch_size": 16, "perturbation": "asam", "gradient_scale": "slope_max"},
-    "reuse": {
-        "per_device_train_batch_size": 16,
-        "sharpness_every": 2,
-        "sharpness_between": "reuse",
-        "rho_exclude": ["^first.bias$"],
-    },
+    "every other": {"per_device_train_batch_size": 16, "sharpness_every": 2, "rho_exclude": ["^first.bias$"]},
     # The micro scope's counterpart: each process's micro-batch is one of an accumulation in one process.
     "micro": {
         "per_device_train_batch_size": 8,

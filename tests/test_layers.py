@@ -1,4 +1,4 @@
-"""Imports go one way (design.md): the algorithm knows no framework, nothing knows the layer above it."""
+"""Two rules of imports: the algorithm knows no framework, and nothing needs the analysis."""
 
 import ast
 from pathlib import Path
@@ -7,42 +7,40 @@ import pytest
 
 
 PACKAGE = Path(__file__).parents[1] / "xsam_hf"
-LAYERS = [
-    {"geometry"},
-    {"perturbation", "ascent", "direction", "search", "reuse", "rounding"},
-    {"hyperparameters", "state"},
-    {"schedule"},
-    {"xsam"},
-    {"arguments", "callback", "checkpoint", "compatibility", "meter", "micro_batch", "model_card"},
-    {"replay"},
-    {"trainer"},
-    {"__init__"},
-]
-TORCH_ONLY = set().union(*LAYERS[:5])
+FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+TORCH_ONLY = [path for path in FILES if len(path.parts) == 1 and path.name != "__init__.py"]
 
 
-def imports(module):
-    """The modules that `module` imports, its own package's without the leading dot."""
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))):
+def imports(path):
+    """The modules that a file imports, with the names that it takes from them: `xsam_hf.trainer.logs`, `torch.Tensor`."""
+    package = ("xsam_hf", *path.parent.parts)
+    for node in ast.walk(ast.parse((PACKAGE / path).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from ((0, alias.name) for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.level, node.module
+            base = [*package[: len(package) - node.level + 1]] if node.level else []
+            base += node.module.split(".") if node.module else []
+            yield from (".".join([*base, alias.name]) for alias in node.names)
 
 
-def test_every_module_has_a_layer():
-    assert {path.stem for path in PACKAGE.glob("*.py")} == set().union(*LAYERS)
+@pytest.mark.parametrize("path", TORCH_ONLY, ids=str)
+def test_files_at_the_top_import_neither_transformers_nor_accelerate_nor_the_trainer(path):
+    for name in imports(path):
+        assert name.split(".")[0] not in ("transformers", "accelerate"), name
+        assert not f"{name}.".startswith(("xsam_hf.trainer.", "xsam_hf.analysis.")), name
 
 
-@pytest.mark.parametrize("depth", range(len(LAYERS)))
-def test_imports_point_downwards(depth):
-    below = set().union(*LAYERS[:depth])
-    for module in LAYERS[depth]:
-        own = {name for level, name in imports(module) if level}
-        assert own <= below, f"{module} imports {own - below}"
+@pytest.mark.parametrize("path", [path for path in FILES if path.parts[0] != "analysis"], ids=str)
+def test_nothing_but_the_analysis_imports_the_analysis(path):
+    assert not any(f"{name}.".startswith("xsam_hf.analysis.") for name in imports(path))
 
 
-@pytest.mark.parametrize("module", sorted(TORCH_ONLY))
-def test_the_algorithm_imports_only_torch(module):
-    outside = {name.split(".")[0] for level, name in imports(module) if not level}
-    assert not outside & {"transformers", "accelerate"}, module
+def test_the_rules_look_at_something():
+    assert {str(path) for path in TORCH_ONLY} >= {"xsam.py", "arguments.py", "passes.py"} and len(FILES) > len(
+        TORCH_ONLY
+    )
+    assert {"transformers.Trainer", "xsam_hf.xsam.xsam_gradient"} <= set(imports(Path("trainer/trainer.py")))
+
+
+def test_the_algorithm_leaves_rounding_and_schedules_to_others():
+    assert not {name for name in imports(Path("xsam.py")) if "rounding" in name or "_at" in name.split(".")[-1]}

@@ -1,6 +1,7 @@
 """Every ascent, direction and scale against the oracle (flat float64), the identities between them, and where they differ."""
 
 import itertools
+import math
 
 import numpy as np
 import oracle
@@ -293,54 +294,86 @@ def test_a_first_gradient_that_is_not_finite_leaves_the_averages_alone():
             w.grad = None
             arguments = XSAMArguments(rho=0.3, alpha=1.0, perturbation=perturbation)
             xsam_gradient([w], gradient, gradient, arguments, state, loss_scaling=True)
-            assert state.tensors["average"][0].tolist() == pytest.approx([1.0, 1.0])
+            assert state.average["0"].tolist() == pytest.approx([1.0, 1.0])
             # What the GradScaler looks for is there.
             assert torch.isfinite(w.grad).all().item() == (value == 1.0)
 
 
-class TestReuse:
-    def test_turns_the_gradient_as_the_last_update_was_turned(self):
-        changes = {"alpha": 1.7, "sharpness_every": 3, "sharpness_between": "reuse"}
-        found, seen = updates(3, **changes)
-        plain, _ = updates(3, alpha=1.7, sharpness_every=3)
-        sharp, _ = updates(3, alpha=1.7)
-        assert equal(found[:1], sharp[:1]) and equal(plain[:1], sharp[:1])
-        # By hand, from the update before: u is g_1's part orthogonal to g_0, the angle is αψ.
-        model = Classifier(dtype=torch.float64)
-        network = oracle.TanhNetwork(INPUTS, HIDDEN, CLASSES)
-        theta = flat(model).numpy()
-        x, y = Points(8, torch.float64, seed=0).x.numpy(), Points(8, torch.float64, seed=0).y.numpy()
-        g0 = network.gradient(theta, x, y)
-        g1 = network.gradient(theta + RHO * g0 / np.linalg.norm(g0), x, y)
-        u = g1 - g1 @ g0 / (g0 @ g0) * g0
-        u /= np.linalg.norm(u)
-        psi = np.arccos(g0 @ g1 / np.linalg.norm(g0) / np.linalg.norm(g1))
-        theta = theta - 0.3 * found[0].numpy()
-        x, y = Points(8, torch.float64, seed=1).x.numpy(), Points(8, torch.float64, seed=1).y.numpy()
-        g = network.gradient(theta, x, y)
-        across = u - u @ g / (g @ g) * g
-        v = np.cos(1.7 * psi) * g / np.linalg.norm(g) + np.sin(1.7 * psi) * across / np.linalg.norm(across)
-        wanted = np.linalg.norm(g) * np.linalg.norm(g1) / np.linalg.norm(g0) * v
-        assert np.abs(found[1].numpy() - wanted).max() <= 1e-12
-        assert np.abs(plain[1].numpy() - g).max() <= 1e-12 and np.abs(wanted - g).max() > 1e-2
+# --- averages and sums at their edges
 
-    def test_before_the_first_ascent_there_is_nothing_to_reuse(self):
-        state = XSAMState(updates=1)
-        found, _ = updates(1, state=state, alpha=1.7, sharpness_every=3, sharpness_between="reuse")
-        wanted, _ = updates(1, state=XSAMState(updates=1), alpha=1.7, sharpness_every=3)
-        assert equal(found, wanted)
 
-    def test_an_update_that_was_not_finite_leaves_no_turn_behind(self):
-        w, factors = nn.Parameter(torch.tensor([1.0, 0.1], dtype=torch.float64)), [1.0, float("nan"), 1.0]
+H = torch.tensor([1.0, 10.0], dtype=torch.float64)
+
+
+def one_update(state, factors=(), w=(1.0, 0.1), loss_scaling=False, **changes):
+    """One update on ½ wᵀ H w; the i-th pass's loss is multiplied by the i-th factor. Returns the gradient."""
+    weight, left = nn.Parameter(torch.tensor(w, dtype=torch.float64)), list(factors)
+
+    def gradient():
+        loss = 0.5 * (H * weight**2).sum() * (left.pop(0) if left else 1.0)
+        loss.backward()
+        return loss.detach()
+
+    arguments = XSAMArguments(rho=0.3, **changes)
+    xsam_gradient([weight], gradient, lambda: 0.5 * (H * weight**2).sum(), arguments, state, loss_scaling=loss_scaling)
+    return weight.grad
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("perturbation", ["vasso", "fsam"])
+def test_an_average_survives_a_very_first_gradient_that_is_not_finite(perturbation, bad):
+    state = XSAMState()
+    one_update(state, [bad], perturbation=perturbation, alpha=1.0)
+    g = one_update(state, perturbation=perturbation, alpha=1.0)
+    assert torch.isfinite(state.average["0"]).all()
+    assert g.tolist() == pytest.approx(one_update(XSAMState(), alpha=1.0).tolist())  # SAM's: nothing remembered
+
+
+@pytest.mark.parametrize("perturbation", ["vasso", "fsam"])
+def test_a_scaler_sees_an_overflow_of_the_first_pass_alone(perturbation):
+    state = XSAMState()
+    one_update(state, perturbation=perturbation, alpha=1.0)
+    g = one_update(state, [math.inf], perturbation=perturbation, alpha=1.0, loss_scaling=True)
+    assert not torch.isfinite(g).all()
+
+
+@pytest.mark.parametrize("direction", ["lsam", "lsam+", "msam", "msam+"])
+def test_a_sum_of_zero_gradients_is_zero(direction):
+    assert one_update(XSAMState(), w=(0.0, 0.0), direction=direction).tolist() == [0, 0]
+
+
+def test_a_fixed_alpha_asks_for_no_search_schedule():
+    one_update(XSAMState(), alpha=1.0, alpha_search_steps=0.5)
+
+
+@pytest.mark.parametrize("perturbation", ["vasso", "fsam"])
+def test_averages_belong_to_weights_and_not_to_their_places(perturbation):
+    """Layers that are trained in turn: each has the average of its own gradients, and a new one begins anew."""
+    a, b = (nn.Parameter(torch.tensor(w, dtype=torch.float64)) for w in ([1.0, 0.1], [2.0, 0.3]))
+    names = {"a": a, "b": b}
+    state, arguments = XSAMState(), XSAMArguments(rho=0.3, alpha=1.0, perturbation=perturbation)
+
+    def update(*trained):
+        for name, weight in names.items():
+            weight.requires_grad_(name in trained)
+            weight.grad = None
 
         def gradient():
-            loss = 0.5 * (w**2 * torch.tensor([1.0, 10.0])).sum() * factors.pop(0)
+            loss = sum(0.5 * (H * weight**2).sum() for weight in names.values())
             loss.backward()
             return loss.detach()
 
-        arguments = XSAMArguments(rho=0.3, alpha=1.7, sharpness_every=2, sharpness_between="reuse")
-        state = XSAMState()
-        xsam_gradient([w], gradient, gradient, arguments, state)
-        w.grad = None
-        xsam_gradient([w], gradient, gradient, arguments, state)
-        assert w.grad.tolist() == pytest.approx([1.0, 1.0])
+        xsam_gradient(names, gradient, gradient, arguments, state)
+        return {name: names[name].grad.clone() for name in trained}
+
+    update("a")
+    first = state.average["a"].clone()
+    assert first.tolist() == pytest.approx((H * a.detach()).tolist()) and "b" not in state.average
+    alone = update("b")
+    assert torch.equal(state.average["a"], first)
+    assert alone["b"].tolist() == pytest.approx(one_update(XSAMState(), w=(2.0, 0.3), alpha=1.0).tolist())  # SAM's
+    with torch.no_grad():
+        a.mul_(3)  # another gradient than the average's
+    update("a", "b")
+    weight = {"vasso": 0.4, "fsam": 0.1}[perturbation]
+    assert state.average["a"].tolist() == pytest.approx(((1 - weight) * first + weight * 3 * first).tolist())

@@ -8,8 +8,9 @@ from toys import CLASSES, HIDDEN, INPUTS, Classifier, Points, train, weights_of
 from transformers import Trainer
 
 from xsam_hf import XSAMArguments
-from xsam_hf.micro_batch import random_part
-from xsam_hf.schedule import search_at, sharp_at
+from xsam_hf.pass_state import PassState
+from xsam_hf.schedule import ascends_at, search_at
+from xsam_hf.trainer.micro_batch import MicroBatch, random_subset
 
 
 def history(run, key):
@@ -17,7 +18,7 @@ def history(run, key):
 
 
 def on(updates=12, **changes):
-    return [i for i in range(updates) if sharp_at(XSAMArguments(**changes), i, updates)]
+    return [i for i in range(updates) if ascends_at(XSAMArguments(**changes), i, updates)]
 
 
 def test_the_schedule_by_hand():
@@ -31,11 +32,31 @@ def test_the_schedule_by_hand():
     parts = [on(sharpness_end=0.3), on(sharpness_start=0.3, sharpness_end=0.6), on(sharpness_start=0.6)]
     assert sum(parts, []) == list(range(12))
     with pytest.raises(ValueError, match="`sharpness_start` is 0.5, a share of training"):
-        sharp_at(XSAMArguments(sharpness_start=0.5), 0)
+        ascends_at(XSAMArguments(sharpness_start=0.5), 0)
     with pytest.raises(ValueError, match="`sharpness_end` is 0.5, a share of training"):
-        sharp_at(XSAMArguments(sharpness_end=0.5), 0)
+        ascends_at(XSAMArguments(sharpness_end=0.5), 0)
     searched = [i for i in range(12) if search_at(XSAMArguments(alpha_search_steps=0.25), i, 12)]
     assert searched == [0, 3, 6, 9]
+    searched = [i for i in range(10) if search_at(XSAMArguments(alpha_search_steps=0.25), i, 10)]
+    assert searched == [0, 3, 6, 9]  # 2.5 is rounded up
+
+
+@pytest.mark.parametrize("share, whole, first", [(0.07, 100, 7), (0.14, 50, 7), (0.55, 100, 55), (0.25, 10, 3)])
+def test_shares_are_rounded_up_but_not_by_floating_point(share, whole, first):
+    arguments = XSAMArguments(sharpness_start=share)
+    assert [ascends_at(arguments, i, whole) for i in (first - 1, first)] == [False, True]
+    assert random_subset({"x": torch.zeros(whole)}, share, [0])[1] == first / whole
+
+
+def test_the_trainer_knows_the_whole_of_a_share(tmp_path):
+    train(tmp_path, Classifier(), Points(32), rho=0.5, alpha_search_steps=0.25)
+    assert len((tmp_path / "xsam_search.jsonl").read_text().splitlines()) == 4
+
+
+def test_passes_are_a_mean_over_updates_not_micro_batches(tmp_path):
+    run = train(tmp_path, Classifier(), rho=0.5, alpha=1.0, sharpness_every=2, logging_steps=2, per_device_train_batch_size=4,
+                gradient_accumulation_steps=2)  # fmt: skip
+    assert history(run, "xsam/passes") == [1.5] * 4
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -45,7 +66,7 @@ def test_the_schedule_by_hand():
 def test_passes_are_counted_and_logged(tmp_path, changes, accumulation):
     settings = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
     run = train(tmp_path, Classifier(), rho=0.5, alpha=1.0, **settings, **changes)
-    sharp = [sharp_at(XSAMArguments(**changes), i, 8) for i in range(8)]
+    sharp = [ascends_at(XSAMArguments(**changes), i, 8) for i in range(8)]
     assert 0 < sum(sharp) < 8
     assert history(run, "xsam/passes") == [2 if s else 1 for s in sharp]
     assert run.model.backwards == run.model.forwards == accumulation * (8 + sum(sharp))
@@ -116,7 +137,8 @@ def test_an_update_with_a_part_agrees_with_the_formula(tmp_path):
     theta = torch.cat([p.detach().reshape(-1) for p in model.parameters()]).numpy()
     run = train(tmp_path, model, data, rho=0.5, alpha=1.0, ascent_fraction=0.5, num_train_epochs=1, seed=3,
                 train_sampling_strategy="sequential")  # fmt: skip
-    part, share = random_part({"x": data.x, "labels": data.y}, 0.5, [3, 0, 0, 0])
+    subset, share = random_subset({"x": data.x, "labels": data.y}, 0.5, [3, 0, 0, 0])
+    part = {"x": data.x[subset], "labels": data.y[subset]}
     assert share == 0.5
     network = oracle.TanhNetwork(INPUTS, HIDDEN, CLASSES)
     g0 = network.gradient(theta, part["x"].numpy(), part["labels"].numpy())
@@ -138,19 +160,38 @@ def test_random_streams_do_not_depend_on_the_part(tmp_path):
 
 def test_a_batch_that_cannot_be_cut_stays_whole():
     whole = {"input_ids": torch.zeros(1, 9), "mask": torch.ones(())}
-    part, share = random_part(whole, 0.5, [0])
-    assert part is whole and share == 1
+    assert random_subset(whole, 0.5, [0]) == (None, 1) == random_subset({"name": "n"}, 0.5, [0])
     nested = {"x": {"a": torch.arange(4), "b": [torch.arange(4), torch.arange(3)]}, "y": torch.arange(4), "name": "n"}
-    part, share = random_part(nested, 0.5, [0])
-    assert share == 0.5 and len(part["x"]["a"]) == 2 and torch.equal(part["x"]["a"], part["y"])
+    subset, share = random_subset(nested, 0.5, [0])
+    micro_batch = MicroBatch(nested, 20, 1, PassState.capture(None), subset=subset, share=share)
+    part, n = micro_batch.inputs(whole=False)
+    assert share == 0.5 and n == 10 and len(part["x"]["a"]) == 2 and torch.equal(part["x"]["a"], part["y"])
     assert torch.equal(part["x"]["b"][0], part["y"]) and len(part["x"]["b"][1]) == 3 and part["name"] == "n"
+    whole, n = micro_batch.inputs(whole=True)
+    assert n == 20 and torch.equal(whole["y"], torch.arange(4))
+
+
+def test_a_subset_takes_its_share_of_the_items():
+    def of(n, share):
+        return MicroBatch({"x": torch.arange(4)}, n, 1, PassState.capture(None), subset=torch.tensor([1]), share=share).inputs(whole=False)[1]  # fmt: skip
+
+    assert of(20, 0.25) == 5 and of(None, 0.25) is None and of(torch.tensor(7), 0.5).item() == 3.5
+
+
+def test_the_search_takes_the_whole_batch(tmp_path):
+    class Rows(Classifier):
+        probed: list[int] = []
+
+        def forward(self, x, labels=None):
+            if self.training and not torch.is_grad_enabled():
+                self.probed.append(len(x))
+            return super().forward(x, labels)
+
+    train(tmp_path, Rows(), rho=0.5, ascent_fraction=0.5, max_steps=1)
+    assert Rows.probed == [8] * 21
 
 
 def test_schedules_compose(tmp_path):
     run = train(tmp_path, Watched(), rho=0.5, sharpness_start=0.5, sharpness_every=2, ascent_fraction=0.5,
-                sharpness_between="reuse", perturbation="asam")  # fmt: skip
+                perturbation="asam")  # fmt: skip
     assert history(run, "xsam/passes") == [1, 1, 1, 1, 1.5, 1, 1.5, 1]
-    plain = train(tmp_path / "b", Watched(), rho=0.5, sharpness_start=0.5, sharpness_every=2, ascent_fraction=0.5,
-                  perturbation="asam")  # fmt: skip
-    assert history(run, "grad_norm")[:5] == history(plain, "grad_norm")[:5]
-    assert history(run, "grad_norm")[5] != history(plain, "grad_norm")[5]

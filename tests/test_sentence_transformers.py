@@ -193,7 +193,7 @@ def test_resume_is_as_exact_as_the_plain_trainers(encoder, tmp_path, name, exact
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
     assert torch.equal(trained_weights(whole), trained_weights(resumed)) == exact
     if not plain:
-        averages = resumed._xsam_callback.xsam.tensors["average"]
+        averages = resumed._xsam_callback.xsam.average.values()
         assert [part.shape for part in averages] == [weight.shape for weight in resumed.loss.parameters()]
 
 
@@ -204,6 +204,7 @@ def test_weights_of_the_losss_own_need_one_process(encoder, tmp_path, monkeypatc
         monkeypatch.setattr(type(run.accelerator), "num_processes", 2)
         if refused:
             with pytest.raises(NotImplementedError, match="outside the model.* train in one process"):
-                run._trained_module(run.xsam_arguments)
+                run._xsam_weights()
         else:
-            assert run._trained_module(run.xsam_arguments) is run.model
+            weights, unstepped = run._xsam_weights()
+            assert list(weights.values()) == list(run.model.parameters()) and not unstepped

@@ -13,11 +13,12 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import IterableDataset
-from toys import CLASSES, HIDDEN, INPUTS, Classifier, Points, arguments, train, weights_of
+from toys import CLASSES, HIDDEN, INPUTS, Classifier, Points, Tokens, arguments, tiny_gpt2, train, weights_of
 from transformers import PretrainedConfig, Trainer, TrainerCallback
 
-from xsam_hf import XSAMArguments, XSAMMixin, XSAMTrainer, perturbation, xsam
-from xsam_hf.compatibility import check_supported
+from xsam_hf import XSAMArguments, XSAMMixin, XSAMTrainer
+from xsam_hf.trainer import compatibility
+from xsam_hf.trainer.compatibility import check_supported
 
 
 def search_lines(trainer):
@@ -278,41 +279,6 @@ def test_promise_6_the_second_buffer_is_there_after_the_last_backward_pass_only(
     assert len(alive["probe"]) == 21 and 4 <= min(alive["probe"]) <= max(alive["probe"]) < 4.2
 
 
-def test_search_offload_takes_one_buffer_off_the_device_and_changes_nothing(tmp_path, monkeypatch):
-    """There is no device here but the CPU: what is parked counts as gone."""
-    parked, peaks = [], {}
-
-    def park(origin):
-        perturbation.park(origin)
-        parked.extend(part.untyped_storage()._cdata for part in origin)
-
-    monkeypatch.setattr(xsam, "park", park)
-
-    class Watched(XSAMTrainer):
-        def training_step(self, *args, **kwargs):
-            with _LiveBytes() as self.live:
-                return super().training_step(*args, **kwargs)
-
-        def compute_loss(self, *args, **kwargs):
-            loss = super().compute_loss(*args, **kwargs)
-            if not torch.is_grad_enabled():
-                alive = {
-                    k: size for k, (ref, size) in self.live.alive.items() if not ref.expired() and k not in parked
-                }
-                peaks.setdefault(self.args.search_offload, []).append(sum(alive.values()) / self.model.size)
-            return loss
-
-    runs = [
-        train(
-            tmp_path / str(offload), OneMatrix(), trainer=Watched, rho=0.3, search_offload=offload, learning_rate=1e-4
-        )
-        for offload in (False, True)
-    ]
-    assert min(peaks[False]) >= 4 and max(peaks[True]) < 3.2
-    assert torch.equal(weights_of(runs[0]), weights_of(runs[1]))
-    assert runs[0]._xsam_callback.xsam == runs[1]._xsam_callback.xsam
-
-
 class _Reads(TorchDispatchMode):
     """Counts the reads that make the host wait for the device."""
 
@@ -437,7 +403,7 @@ def test_promise_3_weights_are_whole_after_a_failing_pass(tmp_path, error, call)
     assert torch.equal(weights_of(run), start if run.whole is None else run.whole)
     if call in (3, 4, 10):  # in a pass of ours, not in the Trainer's own
         assert all(p.grad is None for p in run.model.parameters())
-    assert run._window == []
+    assert run._xsam_micro_batches == []
 
 
 def test_auto_find_batch_size_survives_out_of_memory_in_an_ascent(tmp_path):
@@ -513,7 +479,7 @@ def test_an_iterable_data_set_with_a_short_last_window_carries_it_over(tmp_path)
 
     plain, off, on = run("a", Trainer), run("b", rho=0.0), run("c", rho=0.5, alpha_search_steps=2)
     assert torch.equal(weights_of(plain), weights_of(off)) and not torch.equal(weights_of(plain), weights_of(on))
-    assert on.state.global_step == 6 and on._window == []
+    assert on.state.global_step == 6 and on._xsam_micro_batches == []
     # rho → 0 makes XSAM the plain run: windows of the right micro-batches, gradients counted once.
     tiny = run("d", rho=1e-6, alpha=1.0)
     assert (weights_of(tiny) - weights_of(plain)).abs().max() < 1e-6
@@ -560,13 +526,51 @@ def test_promise_7_optimizers_that_step_in_backward(tmp_path, case):
         made(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["GRPOTrainer", "RLOOTrainer", "OnlineDPOTrainer", "PPOTrainer"])
-def test_promise_7_generating_trainers(tmp_path, name):
-    theirs = type(name, (Trainer,), {})
-    ours = type("Mine", (XSAMMixin, type("Derived", (theirs,), {})), {})
-    with pytest.raises(NotImplementedError, match=f"{name} generates.*SFTTrainer"):
-        build(tmp_path, cls=ours)
-    assert build(tmp_path, cls=ours, rho=0.0).xsam_arguments.rho == 0
+class Generates(Trainer):
+    """Makes its batches with the model, in one of the places where trainers do."""
+
+    where = ""
+
+    def training_step(self, *args, **kwargs):
+        self.generate_at("training_step")
+        return super().training_step(*args, **kwargs)
+
+    def _prepare_inputs(self, inputs):
+        self.generate_at("_prepare_inputs")
+        return super()._prepare_inputs(inputs)
+
+    def compute_loss(self, *args, **kwargs):
+        self.generate_at("compute_loss")
+        return super().compute_loss(*args, **kwargs)
+
+    def generate_at(self, place):
+        if place == self.where:
+            self.model.generate(torch.ones(1, 2, dtype=torch.long), max_new_tokens=2, do_sample=True)
+
+
+@pytest.mark.parametrize("place", ["training_step", "_prepare_inputs", "compute_loss"])
+def test_promise_7_generating_trainers(tmp_path, place):
+    class Mine(XSAMMixin, Generates):
+        where = place
+
+    def run(name, **changes):
+        args = arguments(tmp_path / name, max_steps=2, **changes)
+        return Mine(model=tiny_gpt2(), args=args, train_dataset=Tokens(16))
+
+    trained = run("a")
+    with pytest.raises(NotImplementedError, match="Mine generates inside its training step.*SFTTrainer"):
+        trained.train()
+    before = torch.cat([p.detach().reshape(-1) for p in tiny_gpt2().parameters()])
+    assert torch.equal(weights_of(trained), before)
+    trained.model.generate(torch.ones(1, 2, dtype=torch.long), max_new_tokens=2)  # the refusal does not stay
+    run("b", rho=0.0).train()
+    Mine.where = ""
+    run("c").train()
+    Mine.where = place
+    args = arguments(tmp_path / "d")
+    args.use_vllm = True
+    with pytest.raises(NotImplementedError, match="generates inside its training step"):
+        XSAMTrainer(model=Classifier(), args=args, train_dataset=Points())
 
 
 @pytest.mark.parametrize(
@@ -630,8 +634,6 @@ def test_promise_7_models(tmp_path, caplog):
 
 
 def test_promise_7_half_precision_weights_are_warned_about(tmp_path, monkeypatch):
-    from xsam_hf import compatibility
-
     said = []
     monkeypatch.setattr(compatibility.logger, "warning", said.append)
     build(tmp_path, Classifier(dtype=torch.float32))

@@ -10,7 +10,7 @@ from torch import nn
 from toys import CLASSES, HIDDEN, INPUTS, Classifier, Points
 
 from xsam_hf import XSAMArguments, XSAMState, xsam_gradient
-from xsam_hf.perturbation import RandomState
+from xsam_hf.pass_state import RandomState
 
 
 class Quadratic:

@@ -1,9 +1,8 @@
 """XSAM, explicit sharpness-aware minimization, for the Hugging Face Trainer."""
 
-from .arguments import XSAMSeq2SeqTrainingArguments, XSAMTrainingArguments
-from .hyperparameters import XSAMArguments
+from .arguments import XSAMArguments
 from .state import XSAMState
-from .trainer import XSAMMixin, XSAMSeq2SeqTrainer, XSAMTrainer
+from .trainer import XSAMMixin, XSAMSeq2SeqTrainer, XSAMSeq2SeqTrainingArguments, XSAMTrainer, XSAMTrainingArguments
 from .xsam import xsam_gradient
 
 

@@ -7,10 +7,34 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .geometry import local, norm
+from .arguments import XSAMArguments
+from .geometry import local, norm, zero_unless
+from .state import XSAMState
+from .weights import MovableWeights
 
 
-ASCENTS = ("sam", "asam", "vasso", "fsam")
+def ascent_step(
+    gradient: Sequence[Tensor], size: Tensor, theta: MovableWeights, arguments: XSAMArguments, state: XSAMState
+) -> None:
+    """
+    Turns g_i into ε_i, in place, as `perturbation` says.
+
+    Args:
+        gradient (`Sequence[torch.Tensor]`): g_i, overwritten by ε_i.
+        size (`torch.Tensor`): ‖g_i‖, 2-norm over all perturbed weights, 0-dim.
+        theta ([`MovableWeights`]): θ_i, to which the gradient belongs.
+        arguments ([`XSAMArguments`]): the step is ρ/k long.
+        state ([`XSAMState`]): the running average of `vasso` and `fsam`, updated in place.
+    """
+    length = arguments.rho / arguments.ascent_steps
+    if arguments.perturbation == "sam":
+        sam(gradient, size, length)
+    elif arguments.perturbation == "asam":
+        asam(gradient, theta.weights, length, arguments.asam_eta, arguments.asam_scope)
+    elif arguments.perturbation == "vasso":
+        vasso(gradient, size, theta.names, state.average, length, arguments.vasso_decay)
+    else:
+        fsam(gradient, size, theta.names, state.average, length, arguments.fsam_sigma, arguments.fsam_lambda)
 
 
 def sam(gradient: Sequence[Tensor], size: Tensor, length: float) -> None:
@@ -44,7 +68,8 @@ def asam(
         eta (`float`): η.
         scope (`str`, *optional*, defaults to `"weights"`): or `"all"`.
     """
-    pairs = [pair for pair in zip(local(gradient), local(weights), strict=True) if scope == "all" or pair[1].ndim > 1]
+    triples = zip(weights, local(gradient), local(weights), strict=True)
+    pairs = [(g, w) for weight, g, w in triples if scope == "all" or weight.ndim > 1]
     for g, w in pairs:
         g.mul_(w.abs().add_(eta))
     size = norm(gradient)
@@ -53,7 +78,14 @@ def asam(
     sam(gradient, size, length)
 
 
-def vasso(gradient: Sequence[Tensor], size: Tensor, average: Sequence[Tensor], length: float, decay: float) -> None:
+def vasso(
+    gradient: Sequence[Tensor],
+    size: Tensor,
+    names: Sequence[str],
+    average: dict[str, Tensor],
+    length: float,
+    decay: float,
+) -> None:
     r"""
     VaSSO: $\varepsilon = \ell\, d/\|d\|$ along $d \leftarrow (1-\varphi)\, d + \varphi\, g_0$ (Li & Giannakis 2023, arXiv:2309.15639).
 
@@ -62,20 +94,30 @@ def vasso(gradient: Sequence[Tensor], size: Tensor, average: Sequence[Tensor], l
     Args:
         gradient (`Sequence[torch.Tensor]`): g_0, overwritten by ε.
         size (`torch.Tensor`): ‖g_0‖, 0-dim.
-        average (`Sequence[torch.Tensor]`): d, updated in place; starts as the
-            first g_0, in an update that is SAM's (as 0, should that not be finite).
+        names (`Sequence[str]`): the names of the weights.
+        average (`dict[str, torch.Tensor]`):
+            d of each weight, updated in place. That of a weight which is not in it starts as the weight's gradient, so
+            that the first step is SAM's (as 0, should the gradient not be finite).
         length (`float`): ℓ = ρ, 2-norm over all perturbed weights.
         decay (`float`): φ; 1 is SAM.
     """
     finite = torch.isfinite(size)
-    for g, d in zip(local(gradient), local(average), strict=True):
+    if len(_begin(average, names, gradient, finite)) == len(names):
+        return sam(gradient, size, length)
+    for g, d in zip(local(gradient), local([average[name] for name in names]), strict=True):
         d.lerp_(torch.where(finite, g, d), decay)
         g.copy_(torch.where(finite, d, g))
     sam(gradient, norm(gradient), length)
 
 
 def fsam(
-    gradient: Sequence[Tensor], size: Tensor, average: Sequence[Tensor], length: float, sigma: float, decay: float
+    gradient: Sequence[Tensor],
+    size: Tensor,
+    names: Sequence[str],
+    average: dict[str, Tensor],
+    length: float,
+    sigma: float,
+    decay: float,
 ) -> None:
     r"""
     Friendly SAM: along $g_0 - \sigma m$, then $m \leftarrow \lambda m + (1-\lambda)\, g_0$ (Li et al. 2024, arXiv:2403.12350).
@@ -86,15 +128,30 @@ def fsam(
     Args:
         gradient (`Sequence[torch.Tensor]`): g_0, overwritten by ε.
         size (`torch.Tensor`): ‖g_0‖, 0-dim.
-        average (`Sequence[torch.Tensor]`): m, updated in place; starts as the
-            first g_0, in an update that is SAM's (as 0, should that not be finite).
+        names (`Sequence[str]`): the names of the weights.
+        average (`dict[str, torch.Tensor]`):
+            m of each weight, updated in place. That of a weight which is not in it starts as the weight's gradient, and
+            nothing is subtracted yet: the first step is SAM's (m starts as 0, should the gradient not be finite).
         length (`float`): ℓ = ρ, 2-norm over all perturbed weights.
         sigma (`float`): σ; 0 is SAM.
         decay (`float`): λ.
     """
     finite = torch.isfinite(size)
-    for g, m in zip(local(gradient), local(average), strict=True):
+    begun = _begin(average, names, gradient, finite)
+    if len(begun) == len(names):
+        return sam(gradient, size, length)
+    for name, g, m in zip(names, local(gradient), local([average[name] for name in names]), strict=True):
+        if name in begun:
+            continue
         new = torch.lerp(m, torch.where(finite, g, m), 1 - decay)
         g.sub_(m, alpha=sigma)
         m.copy_(new)
     sam(gradient, norm(gradient), length)
+
+
+def _begin(average: dict[str, Tensor], names: Sequence[str], gradient: Sequence[Tensor], finite: Tensor) -> set[str]:
+    """Starts the averages that are not there yet with the gradient, or with 0 if it is not finite; returns their names."""
+    begun = {name: g.clone() for name, g in zip(names, gradient, strict=True) if name not in average}
+    zero_unless(finite, list(begun.values()))
+    average |= begun
+    return set(begun)

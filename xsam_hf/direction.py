@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .geometry import slerp
+from .geometry import angle, local, norm, slerp, zero_unless
 
 
 # Sums of the gradients g_0 ... g_k: the first one taken in, and whether each is divided by its norm.
@@ -15,67 +15,146 @@ from .geometry import slerp
 #   MSAM   Σ_{i=1..k} g_i         Kim et al. 2023 (arXiv:2302.10181)
 #   LSAM+, MSAM+: with g_0 (§5.3 of the XSAM paper)
 SUMS = {"lsam": (1, True), "lsam+": (0, True), "msam": (1, False), "msam+": (0, False)}
-DIRECTIONS = ("arc", *SUMS)
-SCALES = ("last", "first", "mean", "max", "slope", "slope_max")
 
 
-def arc(alpha: float, psi: Tensor, displacement_norm: Tensor, gradient_norm: Tensor) -> tuple[Tensor, Tensor]:
+class Trail:
+    """
+    What the passes at θ_0 … θ_k find: losses and norms, whether every later gradient was finite, and the sum of gradients.
+
+    Args:
+        direction (`str`): `"arc"`, or one of `SUMS`.
+        guarded (`bool`):
+            A later gradient that is not finite counts as 0 and lets the update fall back. Without a guard it stays in
+            `p.grad`, for a `GradScaler` to see.
+    """
+
+    def __init__(self, direction: str, guarded: bool):
+        self.losses: list[Tensor] = []
+        self.norms: list[Tensor] = []  # ‖g_0‖ … ‖g_k‖, 2-norms over all perturbed weights, 0-dim
+        self.finite: Tensor | None = None  # g_1 … g_k, 0-dim
+        self._guarded = guarded
+        self._summed = SUMS.get(direction)
+        self._sum: list[Tensor] = []
+
+    def add(self, loss: Tensor, gradient: list[Tensor], others: Sequence[Tensor], last: bool = False) -> list[Tensor]:
+        """
+        Takes in the pass at θ_i.
+
+        Args:
+            loss (`torch.Tensor`): L(θ_i).
+            gradient (`list[torch.Tensor]`): g_i.
+            others (`Sequence[torch.Tensor]`): the gradients of weights that do not move.
+            last (`bool`): whether i = k; a g_k that is not finite is only set to 0 by [`or_fall_back`].
+
+        Returns:
+            `list[torch.Tensor]`: g_i.
+        """
+        i, size = len(self.norms), norm(gradient)
+        self.losses.append(loss)
+        self.norms.append(size)
+        if self.finite is None:
+            self.finite = torch.ones_like(size, dtype=torch.bool)
+        else:
+            self.finite = self.finite & torch.isfinite(size + norm(others) if others else size)
+            if self._guarded:
+                zero_unless(self.finite, others if last else [*gradient, *others])
+        if self._summed is not None and i >= self._summed[0]:
+            factor = torch.ones_like(size)
+            if self._summed[1]:
+                factor = torch.where(size > 0, 1 / size, torch.zeros_like(size))
+            known = len(self._sum)  # a weight may have its first gradient in a later pass
+            for total, part in zip(self._sum, local(gradient), strict=False):
+                total.add_(part * factor)
+            self._sum += [part * factor for part in local(gradient)[known:]]
+        return gradient
+
+    def sum_into(self, gradient: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Writes the sum over g_k; returns the factors of the displacement, 0, and of the sum, which give it the norm ‖g_k‖."""
+        torch._foreach_copy_(local(gradient), self._sum)
+        size = norm(gradient)
+        zero = torch.zeros_like(size)
+        return zero, torch.where(size > 0, self.norms[-1] / size, zero)
+
+    def or_fall_back(self, c: Tensor, d: Tensor, arc: Arc) -> tuple[Tensor, Tensor]:
+        """The factors of the displacement and of g_k; ‖g_0‖ v_0 in place of both if a later pass was not finite."""
+        if not self._guarded:
+            return c, d
+        assert self.finite is not None
+        for part in local(arc.gradient):
+            part.nan_to_num_(0.0, 0.0, 0.0)  # 0 · NaN would stay NaN; half the time of `zero_unless`
+        c = torch.where(self.finite, c, self.norms[0] / arc.displacement_norm)
+        return c, torch.where(self.finite, d, torch.zeros_like(d))
+
+    @property
+    def fell_back(self) -> Tensor:
+        assert self.finite is not None
+        return torch.isfinite(self.norms[0]) & ~self.finite & self._guarded
+
+
+class Arc:
     r"""
-    XSAM's direction $\|g_k\|\,v(\alpha)$ (Eq. 8) as $c\,(\theta_k - \theta_0) + d\,g_k$.
-
-    With (a, b) the slerp coefficients of Eq. 6: $c = a\,\|g_k\|/\|\theta_k - \theta_0\|$ and $d = b$. At α = 1 these are
-    exactly 0 and 1, SAM's gradient untouched.
+    The arc through $v_0 = (\theta_k - \theta_0)/\|\theta_k - \theta_0\|$ and $v_1 = g_k/\|g_k\|$ (Eq. 5), parametrised by α (Eq. 6).
 
     Args:
-        alpha (`float`): position on the arc; 0 = against the displacement, 1 = SAM.
-        psi (`torch.Tensor`): angle between the displacement and g_k, in radians.
-        displacement_norm (`torch.Tensor`): ‖θ_k − θ_0‖, 2-norm over all perturbed weights.
-        gradient_norm (`torch.Tensor`): ‖g_k‖, likewise.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: c and d, 0-dim.
+        displacement (`Sequence[torch.Tensor]`): θ_k − θ_0; overwritten by [`combine_into_gradient`].
+        gradient (`Sequence[torch.Tensor]`): g_k; likewise.
+        gradient_norm (`torch.Tensor`): ‖g_k‖, 2-norm over all perturbed weights, 0-dim.
     """
-    first, second = slerp(alpha, psi)
-    return first * gradient_norm / displacement_norm, second
+
+    def __init__(self, displacement: Sequence[Tensor], gradient: Sequence[Tensor], gradient_norm: Tensor):
+        self.displacement, self.gradient = local(displacement), gradient
+        self.displacement_norm, self.gradient_norm = norm(displacement), gradient_norm
+        self.psi = angle(displacement, gradient, self.displacement_norm, gradient_norm)  # radians, 0-dim
+
+    def points(self, radius: float) -> Callable[[float, float], tuple[tuple[Sequence[Tensor], float], ...]]:
+        """Of coefficients (a, b), the terms of radius · (a v_0 + b v_1). Waits for the norms on the device, once."""
+        along, across = float(radius / self.displacement_norm), float(radius / self.gradient_norm)
+        return lambda a, b: ((self.displacement, along * a), (local(self.gradient), across * b))
+
+    def coefficients(self, alpha: float) -> tuple[Tensor, Tensor]:
+        r"""
+        $c$ and $d$ of $\|g_k\|\,v(\alpha) = c\,(\theta_k - \theta_0) + d\,g_k$ (Eq. 8), 0-dim.
+
+        With (a, b) the slerp coefficients of Eq. 6: $c = a\,\|g_k\|/\|\theta_k - \theta_0\|$ and $d = b$. At α = 1 these are
+        exactly 0 and 1, SAM's gradient untouched; α = 0 is the displacement.
+        """
+        first, second = slerp(alpha, self.psi)
+        return first * self.gradient_norm / self.displacement_norm, second
+
+    def combine(self, c: Tensor, d: Tensor) -> None:
+        """Writes c (θ_k − θ_0) + d g_k over g_k. A displacement of length 0 adds nothing."""
+        torch._foreach_mul_(self.displacement, torch.where(self.displacement_norm > 0, c, torch.zeros_like(c)))
+        torch._foreach_mul_(local(self.gradient), d)
+        torch._foreach_add_(local(self.gradient), self.displacement)
 
 
-def share(direction: str, i: int, size: Tensor) -> Tensor | None:
-    """
-    The factor of g_i in a sum of gradients; `None` if it is not part of it (see `SUMS`).
-
-    Args:
-        direction (`str`): one of `DIRECTIONS`; the arc is no sum.
-        i (`int`): 0 ... k.
-        size (`torch.Tensor`): ‖g_i‖, 2-norm over all perturbed weights.
-    """
-    first, normalised = SUMS.get(direction, (None, False))
-    if first is None or i < first:
-        return None
-    if not normalised:
-        return torch.ones_like(size)
-    return torch.where(size > 0, 1 / size, torch.zeros_like(size))
-
-
-def scale(name: str, norms: Sequence[Tensor], first_loss: Tensor, loss: Tensor, length: Tensor | float) -> Tensor:
+def rescale(name: str, trail: Trail, arc: Arc, radius: float, loss_along: Callable[[float | Tensor], Tensor]) -> None:
     r"""
-    The norm that the update's gradient is given (Appendix F).
+    Gives the update's gradient, of norm ‖g_k‖, another norm (Appendix F), in place.
 
-    `last` ‖g_k‖, `first` ‖g_0‖, `mean` and `max` of ‖g_0‖ ... ‖g_k‖ (the paper's two "simple extensions", whose formulas are
-    lost), and the average slopes $(L(\theta_k) - L(\theta_0))/\|\theta_k - \theta_0\|$ and
-    $(L(\theta_0 + \rho_{max} v) - L(\theta_0))/\rho_{max}$. Where the loss falls a slope counts as 0: no step.
+    `first` ‖g_0‖, `mean` and `max` of ‖g_0‖ … ‖g_k‖ (the paper's two "simple extensions", whose formulas are lost), and the
+    average slopes $(L(\theta_k) - L(\theta_0))/\|\theta_k - \theta_0\|$ and
+    $(L(\theta_0 + \rho_{max} v) - L(\theta_0))/\rho_{max}$. Where the loss falls a slope counts as 0: no step. An update that
+    fell back is left as it is.
 
     Args:
-        name (`str`): one of `SCALES`.
-        norms (`Sequence[torch.Tensor]`): ‖g_0‖ ... ‖g_k‖, 2-norms over all perturbed weights.
-        first_loss (`torch.Tensor`): L(θ_0).
-        loss (`torch.Tensor`): the loss at the slope's far end.
-        length (`torch.Tensor` or `float`): the distance to it.
+        name (`str`): one of `GradientScale`; `last` is ‖g_k‖.
+        trail ([`Trail`]), arc ([`Arc`]): whose gradient is the update's.
+        radius (`float`): ρ_max.
+        loss_along (`Callable`): the loss at θ_0 and so many times the update's gradient; for `slope_max`.
     """
     if name == "last":
-        return norms[-1]
+        return
+    norms, gradient = trail.norms, local(arc.gradient)
     if name == "first":
-        return norms[0]
-    if name in ("mean", "max"):
-        values = torch.stack(list(norms))
-        return values.mean() if name == "mean" else values.max()
-    return ((loss - first_loss) / length).clamp_min(0).to(norms[-1].dtype)
+        wanted = norms[0]
+    elif name in ("mean", "max"):
+        wanted = torch.stack(norms).mean() if name == "mean" else torch.stack(norms).max()
+    else:
+        loss, length = trail.losses[-1], arc.displacement_norm
+        if name == "slope_max":
+            loss, length = loss_along(radius / norm(arc.gradient).clamp_min(1e-30)), length.new_tensor(radius)
+        wanted = ((loss - trail.losses[0]) / length).clamp_min(0).to(norms[-1].dtype)
+    assert trail.finite is not None
+    ratio = torch.where(norms[-1] > 0, wanted / norms[-1], torch.zeros_like(wanted))
+    torch._foreach_mul_(gradient, torch.where(trail.finite, ratio, torch.ones_like(ratio)))

@@ -21,24 +21,19 @@ _LARGE_BATCH = 2**22
 
 
 def local(vector: Sequence[Tensor]) -> list[Tensor]:
-    """The part of each tensor that this process holds: the shard of a `DTensor`, a plain tensor itself (no copy)."""
-    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in vector]
+    """
+    The part of each tensor that this process holds, as real numbers; no copy.
+
+    The shard of a `DTensor`; a complex tensor as its real and imaginary parts, so that it counts as two real weights.
+    """
+    parts = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in vector)
+    return [torch.view_as_real(part) if part.is_complex() else part for part in parts]
 
 
 def norm(vector: Sequence[Tensor]) -> Tensor:
     """‖x‖, the 2-norm over all elements of all tensors; a 0-dim tensor, equal on every process that holds a shard."""
     dtype = _accumulation_dtype(vector)
     return _total(vector, lambda x: torch.stack(torch._foreach_norm(x, 2, dtype=dtype)).square().sum()).sqrt()
-
-
-def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
-    """x·y over all elements of all tensors; a 0-dim tensor, equal on every process that holds a shard. x says what is sharded."""
-    dtype = _accumulation_dtype([*x, *y])
-
-    def sums(x: list[Tensor], y: list[Tensor]) -> Tensor:
-        return torch.stack([torch.mul(a, b, out=free).sum() for a, b, free in _batches(x, y, dtype)]).sum()
-
-    return _total(x, sums, y)
 
 
 def angle(x: Sequence[Tensor], y: Sequence[Tensor], norm_x: Tensor, norm_y: Tensor) -> Tensor:
@@ -130,7 +125,8 @@ def _filled(memory: Tensor, pieces: Sequence[tuple[Tensor, Tensor]]) -> tuple[Te
 
 
 def _accumulation_dtype(vector: Sequence[Tensor]) -> torch.dtype:
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in vector) else torch.float32
+    double = (torch.float64, torch.complex128)
+    return torch.float64 if any(tensor.dtype in double for tensor in vector) else torch.float32
 
 
 def _total(vector: Sequence[Tensor], sums: Callable[..., Tensor], *others: Sequence[Tensor]) -> Tensor:

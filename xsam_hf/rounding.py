@@ -1,4 +1,4 @@
-"""Weights in half precision: a small step is lost in rounding unless it is kept beside them, or rounded at random."""
+"""Weights in half precision: most of a small step is lost when it is rounded to the nearest number; rounding at random keeps it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .geometry import dot, local, norm
+from .geometry import local
 
 
-DTYPES = ("weights", "float32", "stochastic")
 _HALF = (torch.float16, torch.bfloat16)
-
-
-def half_precision(weights: Sequence[Tensor]) -> bool:
-    """Whether some of the weights are in float16 or bfloat16."""
-    return any(weight.dtype in _HALF for weight in weights)
 
 
 def add_rounded(
@@ -43,54 +37,6 @@ def add_rounded(
                 value.add_(part, alpha=a)
         if half:
             weight.copy_(value if generator is None else _round_at_random(value, weight.dtype, generator))
-
-
-def climb(
-    weights: Sequence[Tensor],
-    step: Sequence[Tensor],
-    dtype: str,
-    displacement: dict[Tensor, Tensor],
-    origin: dict[Tensor, Tensor],
-    generator: torch.Generator,
-) -> None:
-    r"""
-    $\theta_{i+1} = \theta_i + \varepsilon_i$, in place.
-
-    Args:
-        weights (`Sequence[torch.Tensor]`): θ_i.
-        step (`Sequence[torch.Tensor]`): ε_i.
-        dtype (`str`):
-            `"weights"`: rounded to the nearest. `"stochastic"`: at random. `"float32"`: all steps are added up in float32
-            and rounded as one.
-        displacement (`dict[torch.Tensor, torch.Tensor]`): for `"float32"`, the sum of the steps of each weight, updated.
-        origin (`dict[torch.Tensor, torch.Tensor]`): θ_0, this process's part.
-        generator (`torch.Generator`): for `"stochastic"`.
-    """
-    if dtype == "weights":
-        torch._foreach_add_(local(weights), local(step))
-    elif dtype == "stochastic":
-        add_rounded(weights, [(step, 1.0)], generator)
-    else:
-        for weight in weights:
-            if weight not in displacement:
-                wide = torch.promote_types(weight.dtype, torch.float32)
-                displacement[weight] = torch.zeros_like(weight, dtype=wide)
-        kept = [displacement[weight] for weight in weights]
-        add_rounded(kept, [(step, 1.0)])
-        torch._foreach_copy_(local(weights), [origin[weight] for weight in weights])
-        add_rounded(weights, [(kept, 1.0)])
-
-
-def kept_share(step: Sequence[Tensor], moved: Sequence[Tensor], origin: dict[Tensor, Tensor]) -> Tensor:
-    r"""
-    What is left of a step once the weights are rounded: $(\theta_1 - \theta_0) \cdot \varepsilon_0 / \|\varepsilon_0\|^2$; 1 is all.
-
-    Args:
-        step (`Sequence[torch.Tensor]`): ε_0.
-        moved (`Sequence[torch.Tensor]`): θ_1.
-        origin (`dict[torch.Tensor, torch.Tensor]`): θ_0, this process's part.
-    """
-    return (dot(step, moved) - dot(step, [origin[weight] for weight in moved])) / norm(step).square()
 
 
 def _round_at_random(value: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

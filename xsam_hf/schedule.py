@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import math
 
-from .hyperparameters import XSAMArguments
+from .arguments import XSAMArguments
+from .state import XSAMState
 
 
-def sharp_at(arguments: XSAMArguments, update: int, updates: int | None = None) -> bool:
+def follow_schedule(arguments: XSAMArguments, state: XSAMState) -> bool:
+    """Whether the coming update of a bare loop, which counts its own, ascends; asks for a search if one is due."""
+    state.search_due |= arguments.searches and search_at(arguments, state.updates)
+    return arguments.rho > 0 and ascends_at(arguments, state.updates)
+
+
+def ascends_at(arguments: XSAMArguments, update: int, updates: int | None = None) -> bool:
     """
     Whether XSAM is on in an update, or the plain optimizer: from `sharpness_start` to `sharpness_end`, every n-th.
 
@@ -36,7 +43,7 @@ def search_at(arguments: XSAMArguments, update: int, updates: int | None = None)
     """
     Whether `alpha_search_steps` asks for a search before an update; searches by epoch are asked for by the epoch's loop.
 
-    Args and raises: as [`sharp_at`].
+    Args and raises: as [`ascends_at`].
     """
     every = arguments.alpha_search_steps
     if every is None:

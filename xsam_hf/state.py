@@ -17,15 +17,12 @@ class XSAMState:
     Args:
         alpha (`float`): position on the arc that was last found; starts at 1, SAM's direction.
         search_due (`bool`): search α in the next update; set it at the beginning of every epoch.
-        updates (`int`): calls of `xsam_gradient` so far; under the Trainer, plain updates of a schedule are none.
+        updates (`int`): the number of updates so far.
         search_gain (`float`, *optional*): L(θ_0 + ρ_max v(α*)) − L(θ_0 + ρ_max v(1)) of the last search.
         alpha_at_edge (`bool`, *optional*): whether the last search ended at an end of its grid.
         search_noise (`float`, *optional*): noise of the last search's curve as a share of its range; above 1, α was kept.
-        perturbation_kept (`float`, *optional*):
-            For weights in half precision: the share of the first ascent step that rounding left, in the first update.
-        tensors (`dict[str, list[torch.Tensor]]`):
-            `average`: the running average of `vasso` and `fsam`, one tensor for each perturbed weight. For
-            `sharpness_between="reuse"`, `sideways`, likewise, and `turn`, an angle and a ratio. Empty for all others.
+        average (`dict[str, torch.Tensor]`):
+            The running average of `vasso` and `fsam`, by the weights' names. Empty for all others.
     """
 
     alpha: float = 1.0
@@ -34,8 +31,7 @@ class XSAMState:
     search_gain: float | None = None
     alpha_at_edge: bool | None = None
     search_noise: float | None = None
-    perturbation_kept: float | None = None
-    tensors: dict[str, list[Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    average: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def remember(self, search: AlphaSearch) -> None:
         """Takes over the result of a search. One without a finite loss, or of noise alone, keeps α."""

@@ -11,10 +11,10 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from .hyperparameters import XSAMArguments
-from .schedule import search_at
-from .search import AlphaSearch
-from .state import XSAMState
+from ..arguments import XSAMArguments
+from ..schedule import search_at
+from ..search import AlphaSearch
+from ..state import XSAMState
 
 
 SEARCH_FILE = "xsam_search.jsonl"
@@ -26,44 +26,55 @@ class XSAMCallback(TrainerCallback, ExportableState):
 
     [`XSAMMixin`] adds it by itself. It reads its state back at the beginning of training whatever
     `restore_callback_states_from_checkpoint` says: a resumed run equals the uninterrupted one.
+
+    Attributes:
+        step_due (`bool`): an update's gradient is there, and the optimizer has not stepped yet.
     """
 
     def __init__(self):
         self.xsam = XSAMState()
+        self.step_due = False
+        self._epoch_began = False
         self._resumed_inside_epoch = False
         self._scheduled: int | None = None
 
     def state(self) -> dict:
         # Tensors go into a file of their own: see checkpoint.py.
-        numbers = {f.name: getattr(self.xsam, f.name) for f in dataclasses.fields(XSAMState) if f.name != "tensors"}
+        numbers = {f.name: getattr(self.xsam, f.name) for f in dataclasses.fields(XSAMState) if f.name != "average"}
         return {"args": {}, "attributes": {"xsam": numbers}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        self._scheduled = None
+        self._scheduled, self.step_due, self._epoch_began = None, False, False
         name = type(self).__name__
         states: Any = state.stateful_callbacks
         saved = states.get(name) if state.global_step > 0 else None
         if saved is None:  # a new run, or one that a plain Trainer began
-            self.xsam = XSAMState(updates=state.global_step)
+            self.xsam = XSAMState()
             self._resumed_inside_epoch = False
         else:
             self.xsam = XSAMState(**saved["attributes"]["xsam"])
             self._resumed_inside_epoch = state.epoch is not None and state.epoch % 1 != 0
         states[name] = self.state()  # the Trainer saves only what is listed here
-        if state.is_world_process_zero and XSAMArguments.of(args).rho > 0:
+        if state.is_world_process_zero:
             _keep_searches_before(Path(str(args.output_dir)) / SEARCH_FILE, state.global_step)
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         # Also called when a run resumes inside an epoch, whose search the saved state has behind it.
-        if XSAMArguments.of(args).alpha_search_steps is None and not self._resumed_inside_epoch:
-            self.xsam.search_due = True
-        self._resumed_inside_epoch = False
+        self._epoch_began, self._resumed_inside_epoch = not self._resumed_inside_epoch, False
+
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self.step_due = False
 
     def schedule_search(self, arguments: XSAMArguments, state: TrainerState) -> None:
-        """Marks the coming update for a search if `alpha_search_steps` asks for one; once for all of its micro-batches."""
-        if state.global_step != self._scheduled:
-            self._scheduled = state.global_step
+        """Marks the coming update for a search if the schedule asks for one; once for all of its micro-batches."""
+        if state.global_step == self._scheduled:
+            return
+        self._scheduled = self.xsam.updates = state.global_step  # the Trainer's is the only clock
+        if arguments.searches and arguments.alpha_search_steps is None:
+            self.xsam.search_due |= self._epoch_began
+        elif arguments.searches:
             self.xsam.search_due |= search_at(arguments, state.global_step, state.max_steps)
+        self._epoch_began = False
 
     def record_search(self, args: TrainingArguments, state: TrainerState, search: AlphaSearch) -> None:
         """Appends one JSON line: `step` and `epoch` before the update, the grid, its losses (null: not finite), α after it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from .hyperparameters import XSAMArguments
+from ..arguments import XSAMArguments
 
 
 def add_section(card: Path, arguments: XSAMArguments) -> None:

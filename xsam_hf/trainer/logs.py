@@ -7,14 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .hyperparameters import XSAMArguments
-from .state import XSAMState, XSAMUpdate
+from ..arguments import XSAMArguments
+from ..state import XSAMState, XSAMUpdate
 
 
 _NAMES = ["xsam/angle", "xsam/sharpness", "xsam/grad_norm_first", "xsam/grad_norm_last"]
 
 
-class UpdateMeter:
+class UpdateSums:
     """Running sums of the numbers of [`XSAMUpdate`], without a host synchronisation before they are read."""
 
     def __init__(self):
@@ -51,7 +51,7 @@ class UpdateMeter:
                 logs["xsam/alpha"] = state.alpha if arguments.alpha is None else arguments.alpha
             sums, counts = average(self._sums).tolist()
             logs |= {name: total / count for name, total, count in zip(_NAMES, sums, counts, strict=False) if count}
-            for name in ("search_gain", "alpha_at_edge", "search_noise", "perturbation_kept"):
+            for name in ("search_gain", "alpha_at_edge", "search_noise"):
                 if (value := getattr(state, name)) is not None:
                     logs[f"xsam/{name}"] = float(value)
             if sums[-1]:

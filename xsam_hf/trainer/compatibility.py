@@ -10,8 +10,8 @@ from torch import nn
 from transformers import Trainer
 from transformers.utils import logging
 
-from .hyperparameters import XSAMArguments
-from .perturbation import perturbed_and_excluded
+from ..arguments import XSAMArguments
+from ..weights import perturbed_and_excluded
 
 
 logger = logging.get_logger(__name__)
@@ -29,7 +29,6 @@ _REPLICATED = {
     DistributedType.MULTI_SDAA,
 }
 _STEP_IN_BACKWARD = ("lomo", "adalomo", "layerwise")
-_GENERATING_TRAINERS = {"GRPOTrainer", "RLOOTrainer", "OnlineDPOTrainer", "PPOTrainer"}
 
 
 def check_supported(trainer: Trainer, arguments: XSAMArguments) -> None:
@@ -51,13 +50,17 @@ def check_supported(trainer: Trainer, arguments: XSAMArguments) -> None:
                 f"`{name}` {value!r} compares gradients with losses or with those of other updates, which a GradScaler "
                 "scales differently: use `bf16=True` instead of `fp16=True`, or another value."
             )
-    kinds = {cls.__name__ for cls in type(trainer).__mro__} & _GENERATING_TRAINERS
-    if kinds:
-        raise NotImplementedError(
-            f"{kinds.pop()} generates and counts inside its training step, which XSAM would repeat for every pass: use "
-            "XSAM with a supervised or preference trainer (SFTTrainer, DPOTrainer, RewardTrainer), or set `rho` to 0."
-        )
+    if getattr(trainer.args, "use_vllm", False):  # other generation is seen when it happens: see replay.py
+        raise generates(trainer)
     _check_model(trainer.model, arguments)
+
+
+def generates(trainer: Trainer) -> NotImplementedError:
+    """The refusal of a trainer whose training step makes its own data."""
+    return NotImplementedError(
+        f"{type(trainer).__name__} generates inside its training step, where every pass of an update, at other weights, would get "
+        "other data: use XSAM with a supervised or preference trainer (SFTTrainer, DPOTrainer, RewardTrainer), or set `rho` to 0."
+    )
 
 
 def _check_distribution(trainer: Trainer, ascent_scope: str) -> None:
@@ -110,7 +113,8 @@ def _check_optimizer(trainer: Trainer) -> None:
     if trainer.optimizer is not None:
         names.append(type(trainer.optimizer).__name__.lower())
     if trainer.optimizer_cls_and_kwargs is not None:
-        names.append(trainer.optimizer_cls_and_kwargs[0].__name__.lower())
+        cls = trainer.optimizer_cls_and_kwargs[0]  # a class, or any callable that makes one
+        names.append(getattr(cls, "__name__", type(cls).__name__).lower())
     for name in names:
         if any(part in name for part in _STEP_IN_BACKWARD):
             raise NotImplementedError(
@@ -126,6 +130,13 @@ def _check_model(model: Any, arguments: XSAMArguments) -> None:
             "The model has no trainable weights, so XSAM has none to perturb: unfreeze some, or set `rho` to 0."
         )
     perturbed_and_excluded(model, arguments.rho_exclude)
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and weight._post_accumulate_grad_hooks:
+            raise NotImplementedError(
+                f"{name!r} has a hook that runs as soon as its gradient is there (`register_post_accumulate_grad_hook`), such as an "
+                "optimizer's step: XSAM takes several gradients before the step. Remove the hook and let the optimizer step after "
+                "the backward pass, or set `rho` to 0."
+            )
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
             raise NotImplementedError(

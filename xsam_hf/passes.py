@@ -1,0 +1,134 @@
+"""The passes of one update: each starts from the state in which the first began, and Ctrl-C falls into none of what is between."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .pass_state import PassState
+from .weights import MovableWeights
+
+
+class Passes:
+    """
+    Runs `gradient` and `probe` of one update, all from the same random numbers and module state.
+
+    Args:
+        gradient (`Callable`), probe (`Callable`): see `xsam_gradient`.
+        before ([`PassState`]): what the first pass starts from.
+    """
+
+    def __init__(self, gradient: Callable[[], Tensor], probe: Callable[[], Tensor], before: PassState):
+        self._gradient, self._probe, self._before = gradient, probe, before
+        self._stoppable: Callable[[Callable[[], Tensor]], Tensor] = lambda one_pass: one_pass()
+        self._probe_with_gradients = False
+
+    def first(self) -> Tensor:
+        """The pass at θ_0, which leaves random numbers and module state as plain training would; returns its loss."""
+        loss = self._gradient()
+        self._after = self._before.again()
+        return loss
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether all that the first pass has moved can be put back for the others."""
+        return self._before.learn()
+
+    @contextmanager
+    def repeated(self, theta: MovableWeights) -> Iterator[None]:
+        """
+        The block in which weights move. At its end, whatever happens inside, they are θ_0 again, bit for bit, and random
+        numbers and module state are what the first pass left; after an exception there are no gradients.
+        """
+        try:
+            with interrupts_held() as self._stoppable, torch.no_grad(), theta.kept(), self._modules_kept():
+                yield
+        except BaseException:
+            theta.drop_gradients()
+            raise
+        finally:
+            self._after.random.restore()
+            torch.clear_autocast_cache()
+
+    def gradient(self) -> Tensor:
+        """Leaves the gradient at the weights as they stand in `p.grad`, and returns the loss."""
+        with torch.enable_grad():
+            return self._again(self._gradient)
+
+    def loss(self, theta: MovableWeights) -> Tensor:
+        """
+        The loss at the weights as they stand: a forward pass alone.
+
+        Without gradients if it can be. A loss that differentiates inside (forces, gradient penalties) needs them.
+        """
+        if not self._probe_with_gradients:
+            try:
+                return self._again(self._probe)
+            except RuntimeError as error:
+                if "require grad" not in str(error):
+                    raise
+                self._probe_with_gradients = True
+        with torch.enable_grad(), theta.gradients_aside():
+            return self._again(self._probe).detach()
+
+    def _again(self, one_pass: Callable[[], Tensor]) -> Tensor:
+        self._before.restore()
+        torch.clear_autocast_cache()  # an enclosing autocast region keeps casts of weights that have moved since
+        return self._stoppable(one_pass)
+
+    @contextmanager
+    def _modules_kept(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if self._after.modules is not None:
+                self._after.modules.restore()
+
+
+@contextmanager
+def interrupts_held() -> Iterator[Callable[[Callable[[], Tensor]], Tensor]]:
+    """
+    Lets Ctrl-C stop a pass, and holds it back between two passes until the next one or the end of the block.
+
+    Weights are written back between passes, which an interrupt must not cut short. The whole block is guarded, since an
+    interrupt may also fall between a failing pass and the first line of its `finally`. Python handles signals in the main
+    thread alone, so that there is nothing to hold back in others.
+
+    Yields:
+        `Callable`: runs a pass, which Ctrl-C may end.
+    """
+    earlier = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(earlier):
+        yield lambda one_pass: one_pass()
+        return
+    in_pass = waiting = False
+
+    def on_interrupt(number, frame) -> None:
+        nonlocal waiting
+        waiting = not in_pass
+        if in_pass:
+            earlier(number, frame)
+
+    def stoppable(one_pass: Callable[[], Tensor]) -> Tensor:
+        nonlocal in_pass
+        in_pass = True
+        try:
+            if waiting:
+                signal.raise_signal(signal.SIGINT)
+            return one_pass()
+        finally:
+            # Python looks for signals at calls and jumps back: there are none between the pass and this line.
+            in_pass = False
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield stoppable
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+        if waiting:
+            signal.raise_signal(signal.SIGINT)

@@ -1,0 +1,116 @@
+"""One of the Trainer's passes, kept so that it can be run again, on all of its examples or on some."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import recursively_apply
+from torch import Tensor
+
+from ..pass_state import PassState
+
+
+@dataclass
+class MicroBatch:
+    """
+    All that is needed to run one of the Trainer's passes again.
+
+    Args:
+        kept (`Any`): the inputs as the first pass got them, on its device, for no pass to write into.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*): what the Trainer divides the loss by.
+        accumulation_steps (`int`): micro-batches in this update.
+        before ([`PassState`]): what the first pass started from.
+        broadcasts (`bool`, *optional*): whether DDP sent process 0's buffers to the others at its beginning.
+        subset (`torch.Tensor`, *optional*): the examples that the ascent's gradients are made from; all of them by default.
+        share (`float`): how many of all examples these are.
+        loss (`torch.Tensor`): what the first pass returned.
+    """
+
+    kept: Any
+    num_items_in_batch: Tensor | int | None
+    accumulation_steps: int
+    before: PassState
+    broadcasts: bool | None = None
+    subset: Tensor | None = None
+    share: float = 1.0
+    loss: Tensor = torch.empty(0)
+
+    def inputs(self, whole: bool) -> tuple[Any, Tensor | int | None]:
+        """
+        A copy of the inputs, and the number of items: of the whole batch, or of the subset.
+
+        A subset's loss estimates that of the whole: it is divided by its share of the items.
+        """
+        inputs, n = copy_of((self.kept, self.num_items_in_batch))
+        if whole or self.subset is None:
+            return inputs, n
+        return _cut(inputs, self.subset), n if n is None else n * self.share
+
+
+def copy_of(data: Any) -> Any:
+    """
+    A copy down to every tensor and every object, so that a pass may write into what it gets.
+
+    Raises:
+        `NotImplementedError`: something in it cannot be copied, so that later passes could not get what the first one got.
+    """
+    try:
+        # `deepcopy` would copy the whole memory of a tensor that is a part of a larger one, and refuses one with a history.
+        known = {id(tensor): tensor.clone() if tensor.is_leaf else copy.deepcopy(tensor) for tensor in _tensors(data)}
+        return copy.deepcopy(data, known)
+    except Exception as error:
+        raise NotImplementedError(
+            f"The batch holds something that cannot be copied for the later passes of an update ({error}): give the model tensors "
+            "and plain Python objects, or set `rho` to 0."
+        ) from error
+
+
+def random_subset(inputs: Any, fraction: float, key: Sequence[int]) -> tuple[Tensor | None, float]:
+    """
+    A random part of a batch's examples, rounded up to whole ones, and how large it is.
+
+    Args:
+        inputs (`Any`): the batch; its size is the first dimension of the first tensor in it.
+        fraction (`float`): above 0, up to 1.
+        key (`Sequence[int]`): the choice is a function of it, and of no random stream.
+
+    Returns:
+        `tuple[torch.Tensor, float]`: the chosen examples in ascending order, `None` for all of them, and their share.
+
+    Source of the idea: the ascent needs fewer examples than the descent (Foret et al. 2021, m-sharpness; Du et al. 2022,
+    ESAM, arXiv:2110.03141; Ni et al. 2022, K-SAM, arXiv:2210.12864, choose those of the highest loss instead).
+    """
+    batch = next((tensor for tensor in _tensors(inputs) if tensor.ndim > 0), None)
+    size = 1 if batch is None else len(batch)
+    count = max(1, math.ceil(fraction * size - 1e-9))  # 0.14 · 50 is 7.000000000000001
+    if batch is None or count == size:
+        return None, 1.0
+    chosen = np.sort(np.random.default_rng(list(key)).choice(size, count, replace=False))
+    return torch.from_numpy(chosen).to(batch.device), count / size
+
+
+def _cut(inputs: Any, subset: Tensor) -> Any:
+    """The examples of the subset, of every tensor whose first dimension is the batch's; whatever else there is stays."""
+    size = next(len(tensor) for tensor in _tensors(inputs) if tensor.ndim > 0)
+
+    def of(tensor: Tensor) -> Tensor:
+        return tensor[subset.to(tensor.device)] if tensor.ndim > 0 and len(tensor) == size else tensor
+
+    return recursively_apply(of, inputs)
+
+
+def _tensors(data: Any) -> Iterator[Tensor]:
+    if isinstance(data, Tensor):
+        yield data
+    elif isinstance(data, Mapping):
+        for value in data.values():
+            yield from _tensors(value)
+    elif isinstance(data, list | tuple):
+        for value in data:
+            yield from _tensors(value)

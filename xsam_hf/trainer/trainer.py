@@ -1,0 +1,266 @@
+"""
+XSAM inside the Trainer: the Trainer's own passes are the first gradient; at the synchronising micro-batch the whole update
+batch is replayed at the moved weights. Nothing else changes, so optimizers, schedules, loggers and checkpoints keep working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import Seq2SeqTrainer, Trainer
+from transformers.utils import logging
+
+from ..arguments import XSAMArguments
+from ..pass_state import RandomState
+from ..schedule import ascends_at
+from ..weights import drop_gradients
+from ..xsam import xsam_gradient
+from .callback import XSAMCallback
+from .checkpoint import CheckpointMixin
+from .compatibility import check_supported
+from .logs import UpdateSums
+from .micro_batch import MicroBatch
+from .model_card import add_section
+from .replay import ReplayMixin
+
+
+logger = logging.get_logger(__name__)
+
+
+class XSAMMixin(CheckpointMixin, ReplayMixin):
+    """
+    Gives any [`~transformers.Trainer`] XSAM's gradient: `class MyTrainer(XSAMMixin, SFTTrainer)`.
+
+    The method's hyperparameters are read from `args` if they are [`XSAMTrainingArguments`] (or another [`XSAMArguments`]),
+    and are the defaults otherwise. A class attribute `xsam_arguments = XSAMArguments(...)` sets them where `args` has a field of
+    the same name with another meaning. The reported loss stays L(θ_0), at the unperturbed weights.
+
+    Raises:
+        `ValueError`: the model has no trainable weights.
+        `NotImplementedError`: the training set-up steps inside the backward pass, shards the batch's sequences or hides its
+            gradients (DeepSpeed, FSDP1, layer-wise optimizers, ...); the message names the way out. At the first update: the
+            training step generates its data; the first pass changes what cannot be put back for the others; the optimizer
+            steps weights outside the model, such as a loss's own, in several processes. In one they are perturbed.
+    """
+
+    _xsam_optimizer: Optimizer | None = None  # that the names below were collected for
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._xsam_begin_anew()
+        check_supported(self, self.xsam_arguments)
+
+    @property
+    def xsam_arguments(self) -> XSAMArguments:
+        """The method's fields of `args`, read anew each time: a hyperparameter search changes them between trials."""
+        return XSAMArguments.of(self.args)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        self._xsam_begin_anew()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _xsam_begin_anew(self) -> None:
+        """Forgets what a training that was stopped between two micro-batches left behind."""
+        self._xsam_micro_batches: list[MicroBatch] = []  # of the current update
+        self._xsam_sums = UpdateSums()
+        self._xsam_follower, self._xsam_optimizer, self._xsam_ran = None, None, False
+        self._xsam_micro_batches_seen = 0
+        if self.xsam_arguments.rho == 0:  # the plain Trainer, list of callbacks included
+            self.remove_callback(XSAMCallback)
+        else:
+            _ = self._xsam_callback  # adds it
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        arguments = self.xsam_arguments
+        if arguments.rho == 0:
+            return super().training_step(model, inputs, num_items_in_batch)
+        self._xsam_ran = True
+        self._xsam_callback.schedule_search(arguments, self.state)
+        if not ascends_at(arguments, self.state.global_step, self.state.max_steps):
+            if self.accelerator.sync_gradients:
+                self._xsam_sums.add(passes=1)
+            return super().training_step(model, inputs, num_items_in_batch)
+        try:
+            if arguments.ascent_scope == "micro":
+                return self._xsam_micro_step(model, inputs, num_items_in_batch, arguments)
+            micro_batch = self._xsam_first_pass(model, inputs, num_items_in_batch, arguments)
+            self._xsam_micro_batches.append(micro_batch)
+            # Not "the last of the chunk": an iterable data set's short last chunk takes no step, and its gradients (so its
+            # micro-batches) carry over into the next epoch.
+            if self.accelerator.sync_gradients:
+                self._xsam_update(model, self._xsam_micro_batches, arguments)
+                self._xsam_micro_batches = []
+        except BaseException:
+            self._xsam_micro_batches = []
+            raise
+        return micro_batch.loss
+
+    def _xsam_update(self, model: nn.Module, micro_batches: Sequence[MicroBatch], arguments: XSAMArguments) -> None:
+        """One XSAM update from micro-batches whose gradients at θ_0 are in `p.grad` already."""
+        callback, (weights, unstepped) = self._xsam_callback, self._xsam_weights()
+        self._xsam_read_average(weights, arguments)
+        share = sum(micro_batch.share for micro_batch in micro_batches) / len(micro_batches)
+        first = [torch.stack([micro_batch.loss for micro_batch in micro_batches]).sum()]
+        to_come, end = arguments.ascent_steps + 1, None
+
+        def gradient() -> Tensor:
+            nonlocal to_come, end
+            to_come -= 1
+            if first:
+                loss = first.pop()
+            else:
+                drop_gradients(unstepped)
+                loss = self._xsam_replay(model, micro_batches, whole=to_come == 0)
+            if to_come == 0 and share < 1:
+                end = RandomState.capture()
+            # Norms are of the reduced gradient, and a slope has to be of the same loss.
+            sloping = arguments.gradient_scale.startswith("slope")
+            return self.accelerator.reduce(loss, reduction="mean") if sloping else loss
+
+        ascend = all([micro_batch.before.learn() for micro_batch in micro_batches])
+        with self._xsam_unheard(model):
+            update = xsam_gradient(
+                weights,
+                gradient,
+                lambda: self._xsam_probe(model, micro_batches),
+                arguments,
+                callback.xsam,
+                ascend=ascend,
+                before=micro_batches[0].before,
+                loss_scaling=self.accelerator.scaler is not None,
+            )
+        callback.step_due = True
+        if end is not None:
+            end.restore()  # where a pass over the whole batch leaves it, as in plain training
+        if update.search is not None:
+            callback.record_search(self.args, self.state, update.search)
+        if ascend:
+            self._xsam_sums.add(1 + share * arguments.ascent_steps, update)
+        else:
+            self._xsam_sums.add(passes=1)
+
+    def _xsam_micro_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None,
+        arguments: XSAMArguments,
+    ) -> Tensor:
+        """Each micro-batch of each process climbs on its own; one reduction of the final gradient at the end (m-SAM)."""
+        stepped, unstepped = self._xsam_weights()
+        weights = [*stepped.values(), *unstepped]
+        accumulated = [weight.grad for weight in weights]
+        drop_gradients(weights)
+        synchronise = self.accelerator.sync_gradients
+        with self.accelerator.no_sync(model):
+            micro_batch = self._xsam_first_pass(model, inputs, num_items_in_batch, arguments)
+            self._xsam_update(model, [micro_batch], arguments)
+        self.accelerator.sync_gradients = synchronise
+        for weight, before in zip(weights, accumulated, strict=True):
+            if before is not None:
+                weight.grad = before if weight.grad is None else weight.grad.add_(before)
+        if synchronise and self.accelerator.num_processes > 1:
+            _average_over_processes(weights)
+        return micro_batch.loss
+
+    def _xsam_weights(self) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """
+        The weights that the optimizer steps, by name, and the model's other trainable ones.
+
+        Only the former are perturbed: to climb with weights that do not descend would be another objective.
+
+        Raises:
+            `ValueError`: the optimizer steps none of the model's trainable weights.
+            `NotImplementedError`: it steps weights outside the model, such as a loss's own, in several processes.
+        """
+        optimizer: Any = self.optimizer
+        if self._xsam_optimizer is not optimizer:
+            self._xsam_optimizer, model = optimizer, self.model
+            assert model is not None
+            # Names as they are without torch.compile.
+            self._xsam_named = {name.replace("_orig_mod.", ""): w for name, w in model.named_parameters()}
+        stepped = dict.fromkeys(_weights_of(optimizer))
+        trained = {name: weight for name, weight in self._xsam_named.items() if weight.requires_grad}
+        weights: dict[str, Tensor] = {name: weight for name, weight in trained.items() if weight in stepped}
+        if not weights:
+            raise ValueError(
+                "The optimizer steps none of the model's trainable weights, so XSAM has none to perturb: build it from "
+                "`model.parameters()`, or set `rho` to 0."
+            )
+        inside = set(self._xsam_named.values())
+        outside = [weight for weight in stepped if weight.requires_grad and weight not in inside]
+        if outside and self.accelerator.num_processes > 1:
+            raise NotImplementedError(
+                "The optimizer steps weights outside the model, such as a loss's own, whose gradients nobody averages over "
+                "processes: make them a part of the model, train in one process, or set `rho` to 0."
+            )
+        weights |= {f"outside_the_model.{i}": weight for i, weight in enumerate(outside)}
+        return weights, [weight for name, weight in trained.items() if name not in weights]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._xsam_replaying:  # `compute_loss` may log; it did so in the first pass
+            return
+        arguments = self.xsam_arguments
+        if "loss" in logs and arguments.rho > 0:
+            if not self._xsam_ran:
+                logger.warning_once(
+                    f"No pass went through XSAM: the `training_step` of {type(self).__name__} or of one of its bases does not "
+                    "call `super().training_step`. Let it do so, or put XSAMMixin in front of it: `class X(XSAMMixin, ...)`."
+                )
+            seen = self._xsam_sums.read(
+                arguments, self._xsam_callback.xsam, lambda x: self.accelerator.reduce(x, reduction="mean")
+            )
+            logs |= seen
+            if "xsam/fallbacks" in seen:
+                logger.warning_once(
+                    "A gradient at the perturbed weights was not finite: the update used the unperturbed one instead. "
+                    "`xsam/fallbacks` counts such updates between two logs. If there are many, lower `rho`."
+                )
+        super().log(logs, start_time)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Writes the Trainer's model card, which `push_to_hub` publishes, and adds the method's fields to it."""
+        super().create_model_card(*args, **kwargs)
+        arguments = self.xsam_arguments
+        card = Path(str(self.args.output_dir)) / "README.md"
+        if self.is_world_process_zero() and arguments.rho > 0 and card.is_file():
+            add_section(card, arguments)
+
+
+class XSAMTrainer(XSAMMixin, Trainer):
+    """[`~transformers.Trainer`] with XSAM's gradient. Takes exactly its arguments; see [`XSAMMixin`]."""
+
+
+class XSAMSeq2SeqTrainer(XSAMMixin, Seq2SeqTrainer):
+    """[`~transformers.Seq2SeqTrainer`] with XSAM's gradient. Takes exactly its arguments; see [`XSAMMixin`]."""
+
+
+def _weights_of(optimizer: Any) -> Iterator[Tensor]:
+    """What an optimizer steps, or the optimizers in it: accelerate's wrapper, or one that deals weights out to several."""
+    for group in getattr(optimizer, "param_groups", ()):
+        yield from group["params"]
+    for name, value in vars(optimizer).items():
+        held = value.values() if isinstance(value, dict) and name != "state" else value
+        for inner in held if isinstance(held, Iterable) and not isinstance(held, Tensor | str) else [held]:
+            if isinstance(inner, Optimizer):
+                yield from _weights_of(inner)
+
+
+def _average_over_processes(weights: Sequence[Tensor]) -> None:
+    """The mean of every gradient over processes, in place; a weight that only some of them used counts zero elsewhere."""
+    used = torch.tensor([weight.grad is not None for weight in weights], dtype=torch.int32, device=weights[0].device)
+    dist.all_reduce(used, op=dist.ReduceOp.MAX)
+    for weight, somewhere in zip(weights, used.tolist(), strict=True):
+        if somewhere:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            dist.all_reduce(weight.grad)
+            weight.grad.div_(dist.get_world_size())

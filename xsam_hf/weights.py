@@ -1,0 +1,188 @@
+"""The weights that move: gradients taken from them, steps added to them, and all of them back at θ_0 bit for bit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .arguments import XSAMArguments
+from .geometry import local
+from .rounding import add_rounded
+
+
+Weights: TypeAlias = nn.Module | Mapping[str, Tensor] | Iterable[Tensor]
+
+
+def perturbed_and_excluded(
+    weights: Weights, rho_exclude: Sequence[str] | None
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """
+    The trainable weights: those that are perturbed, by name, and those that `rho_exclude` keeps where they are.
+
+    Raises:
+        `ValueError`: none is left to perturb, a pattern is in no name, or there are no names.
+    """
+    if isinstance(weights, nn.Module):
+        weights = dict(weights.named_parameters())
+    elif not isinstance(weights, Mapping):
+        if rho_exclude:
+            raise ValueError(
+                "`rho_exclude` looks for names, and plain tensors have none: give the model, or a dictionary of names and tensors."
+            )
+        # A tied weight may be listed twice.
+        weights = {str(i): weight for i, weight in enumerate(dict.fromkeys(weights))}
+    trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
+    patterns = rho_exclude or []
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in trained):
+            raise ValueError(
+                f"`rho_exclude` is {pattern!r}, which no name of a trainable weight contains: give part of a name such as "
+                f"{next(iter(trained), 'classifier.bias')!r}."
+            )
+    excluded = {name: w for name, w in trained.items() if any(re.search(pattern, name) for pattern in patterns)}
+    perturbed = {name: w for name, w in trained.items() if name not in excluded}
+    if not perturbed:
+        raise ValueError(
+            "No weight requires a gradient and is not excluded: there is nothing to perturb. Unfreeze some of the model."
+        )
+    return perturbed, list(excluded.values())
+
+
+class MovableWeights:
+    """
+    θ: the weights that an update perturbs, and the excluded ones beside them.
+
+    A weight takes part from the first pass on that gives it a gradient (layer drop, mixtures of experts); in passes that
+    give it none its gradient is zero. One that never has any stays without, as in plain training, where the optimizer
+    passes it over.
+
+    Args:
+        weights (`torch.nn.Module`, mapping of names to `torch.Tensor`, or iterable of `torch.Tensor`): see `xsam_gradient`.
+        arguments ([`XSAMArguments`]): `rho_exclude`, `perturbation_dtype`.
+        seed (`int`):
+            For rounding at random: the number of the update, so that all processes round alike and no random stream moves.
+
+    Raises:
+        `ValueError`: see [`perturbed_and_excluded`].
+    """
+
+    def __init__(self, weights: Weights, arguments: XSAMArguments, seed: int):
+        named, self.excluded = perturbed_and_excluded(weights, arguments.rho_exclude)
+        self.names: list[str] = []
+        self.weights: list[Tensor] = []  # those that had a gradient in some pass so far
+        self._waiting = named  # the others
+        self._all = list(named.values())
+        self._origin: list[Tensor] = []
+        self._seed = seed
+        self._generator: torch.Generator | None = None
+        if arguments.perturbation_dtype == "stochastic":
+            self._generator = torch.Generator(self.device).manual_seed(seed)
+
+    @property
+    def device(self) -> torch.device:
+        return self._all[0].device
+
+    def gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        """
+        The gradients of the weights that take part, and those of the excluded weights.
+
+        Raises:
+            `ValueError`: no weight has a gradient.
+            `NotImplementedError`: a gradient is sparse.
+        """
+        for name, weight in list(self._waiting.items()):
+            if weight.grad is not None:
+                self.names.append(name)
+                self.weights.append(self._waiting.pop(name))
+        if not self.weights:
+            raise ValueError("No weight received a gradient: does the loss depend on the trainable weights?")
+        gradients = []
+        for weight in self.weights:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            elif weight.grad.is_sparse:
+                raise NotImplementedError(
+                    "A gradient is sparse and XSAM needs dense ones: build the embedding with `sparse=False`."
+                )
+            elif weight.grad.is_conj():
+                weight.grad = weight.grad.resolve_conj()
+            gradients.append(weight.grad)
+        return gradients, [weight.grad for weight in self.excluded if weight.grad is not None]
+
+    def drop_gradients(self) -> None:
+        """Frees the gradients of all weights."""
+        drop_gradients([*self._all, *self.excluded])
+
+    @contextmanager
+    def gradients_aside(self) -> Iterator[None]:
+        """Puts all gradients back at the end of the block, in which a pass may leave others."""
+        before = [(weight, weight.grad) for weight in (*self._all, *self.excluded)]
+        self.drop_gradients()
+        try:
+            yield
+        finally:
+            for weight, gradient in before:
+                weight.grad = gradient
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Copies the weights, which stand at θ_0, and writes them back at the end of the block; see [`weights_kept`]."""
+        with weights_kept(self._all) as self._origin:
+            yield
+
+    def climb(self, step: list[Tensor]) -> None:
+        r"""$\theta_{i+1} = \theta_i + \varepsilon_i$; then frees the step and all gradients, for the next pass to make its own."""
+        if self._generator is not None:
+            add_rounded(self.weights, [(step, 1.0)], self._generator)
+        else:
+            torch._foreach_add_(local(self.weights), local(step))
+        step.clear()
+        self.drop_gradients()
+
+    def displacement(self, own_memory: bool) -> list[Tensor]:
+        """
+        θ_k − θ_0, in the weights' own storage, where no further buffer is needed, or in memory of its own.
+
+        A search moves the weights, so that the displacement must not stand there.
+        """
+        torch._foreach_sub_(local(self._all), self._origin)
+        return [weight.clone() for weight in self.weights] if own_memory else self.weights
+
+    def move_to(self, *terms: tuple[Sequence[Tensor], float | Tensor]) -> None:
+        r"""$\theta \leftarrow \theta_0 + \sum a x$."""
+        torch._foreach_copy_(local(self._all), self._origin)
+        # Every point of one search is rounded alike, or α would follow the rounding; but not as the ascent was rounded, which
+        # is in v_0 and would add to itself.
+        if self._generator is not None:
+            self._generator.manual_seed(2**31 + self._seed)
+        add_rounded(self.weights, terms, self._generator)
+
+
+def drop_gradients(weights: Iterable[Tensor]) -> None:
+    """Frees the gradients."""
+    for weight in weights:
+        weight.grad = None
+
+
+@contextmanager
+def weights_kept(weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """
+    Gives a copy of the weights and writes it back at the end, bit for bit, also when an exception ends the block.
+
+    The copy is written back in place (`copy_`): storage, and with it DDP's buckets, FSDP's shards, compiled graphs and tied
+    weights, stays where it is. Subtracting the displacement again would not do: (w + e) − e is not w in floating point.
+
+    Yields:
+        `list[torch.Tensor]`: the copy, this process's part of each weight. One parameter-sized buffer.
+    """
+    shards = local(weights)
+    origin = [shard.clone() for shard in shards]
+    try:
+        yield origin
+    finally:
+        torch._foreach_copy_(shards, origin)
