@@ -53,6 +53,7 @@ class _Record:
     content: Any = None
     memory: Tensor | None = None
     version: int = 0
+    checksum: Tensor | None = None  # of a content that is too large to be copied
 
 
 @dataclass
@@ -60,13 +61,15 @@ class ModuleState:
     """What modules kept at one moment; made by [`StateFollower.capture`]."""
 
     follower: StateFollower
+    by_content: bool
     objects: dict[_Place, dict[str, Any]] = field(default_factory=dict)
     records: dict[_Key, _Record] = field(default_factory=dict)
     sizes: dict[_Key, int] = field(default_factory=dict)
     versions: dict[Tensor, int] = field(default_factory=dict)
 
     def restore(self) -> None:
-        """Puts back what has been seen to move: the objects by name, and their contents bit for bit."""
+        """Puts back what has been seen to move, up to now: the objects by name, and their contents bit for bit."""
+        self.follower.learn(self, by_content=False)
         for place, name in self.follower.moving:
             value = self.objects[place].get(name, _MISSING)
             if value is _MISSING:
@@ -85,7 +88,7 @@ class StateFollower:
     Followed by name, in all modules below the roots: buffers of every kind, also those that a pass assigns anew, adds or
     removes; frozen weights; tensors and random generators that are plain attributes. The first update copies all of them, as
     far as they are not larger than the trained weights together: the optimizer's state is not there yet. Later updates copy
-    those that have moved, and small ones. A large one that begins to move later is noticed, and makes that update a plain one.
+    those that have moved, and small ones. A large one that begins to move later makes that update a plain one.
 
     Other attributes (numbers, lists, objects of the user's own) stay as the last pass leaves them; see docs/compatibility.md.
 
@@ -108,9 +111,16 @@ class StateFollower:
         self.moving: set[_Key] = set()
         self._first = True
 
-    def capture(self) -> ModuleState:
-        """Notes all objects, and copies the contents of those that move or may begin to."""
-        state = ModuleState(self, {place: place.look() for place in self._places})
+    def capture(self, by_content: bool = False) -> ModuleState:
+        """
+        Notes all objects, and copies the contents of those that move or may begin to.
+
+        Args:
+            by_content (`bool`, *optional*, defaults to `False`):
+                [`learn`] compares contents too, which waits for the device. Otherwise it goes by PyTorch's count of writes,
+                which leaves out those through `tensor.data` and of other libraries' kernels. True in the first update.
+        """
+        state = ModuleState(self, by_content or self._first, {place: place.look() for place in self._places})
         room = 0
         if self._first:
             for place, name, value in _all(state.objects):
@@ -130,6 +140,8 @@ class StateFollower:
                 if (place, name) in self.moving or size <= max(_SMALL, room):
                     room -= size
                     record.content = _part(value).clone()
+                elif state.by_content:
+                    record.checksum = _checksum(_part(value))
             elif isinstance(value, _GENERATORS):
                 record = _Record(_state_of(value))
             else:
@@ -137,9 +149,9 @@ class StateFollower:
             state.records[place, name] = record
         return state
 
-    def learn(self, before: ModuleState) -> bool:
+    def learn(self, before: ModuleState, by_content: bool = True) -> bool:
         """
-        Finds out what the first pass of an update has moved since `before`.
+        Finds out what has moved since `before`; by content too if that was captured for it.
 
         Returns:
             `bool`: whether all of it can be put back. If not, no other pass of this update can start like the first.
@@ -147,10 +159,10 @@ class StateFollower:
         Raises:
             `NotImplementedError`: in the first update, if the pass replaced a parameter or wrote into a trained weight.
         """
-        strangers = []
+        by_content, strangers = by_content and before.by_content, []
         for place, old in before.objects.items():
             now = place.look()
-            for name in {**old, **now}:
+            for name in {**old, **now} if place.names is None else place.names:
                 pair = old.get(name, _MISSING), now.get(name, _MISSING)
                 if pair[0] is pair[1]:
                     size = before.sizes.get((place, name))
@@ -163,19 +175,19 @@ class StateFollower:
                 elif place.kind == "attributes" and not name.startswith("_") and name != "training":
                     strangers.append(place.called(name))
         for (place, name), record in before.records.items():
-            if (place, name) not in self.moving and _has_moved(before.objects[place][name], record, self._first):
+            if (place, name) not in self.moving and _has_moved(before.objects[place][name], record, by_content):
                 self.moving.add((place, name))
         for place, name, value in _all(before.objects) if self._first else ():
             if isinstance(value, nn.Parameter) and value._version != before.versions.get(value, value._version):
                 _refuse(f"writes into the trained weight {place.called(name)!r}")
         if self._first:
+            self._first = False
             self._forget_what_stands_still(before)
         if strangers:
             logger.warning(
                 f"A forward pass changes {', '.join(sorted(strangers)[:5])}, and later passes of the update find it changed: if the "
                 "loss depends on it, keep it in a buffer, which XSAM puts back between passes."
             )
-        self._first = False
         return all([key not in before.records or before.records[key].content is not None for key in self.moving])
 
     def _forget_what_stands_still(self, before: ModuleState) -> None:
@@ -239,8 +251,19 @@ def _has_moved(value: Any, record: _Record, by_content: bool) -> bool:
         return True  # a generator is put back whether it has drawn or not
     if value._version != record.version or _stands_elsewhere(_part(value), record.memory):
         return True
-    # Writes through `tensor.data` and by other libraries' kernels are not counted in the version.
-    return by_content and record.content is not None and not torch.equal(_part(value), record.content)
+    if not by_content:
+        return False
+    if record.content is None:
+        return record.checksum is not None and not torch.equal(_checksum(_part(value)), record.checksum)
+    return not torch.equal(_part(value), record.content)
+
+
+def _checksum(memory: Tensor) -> Tensor:
+    """The sum of a tensor's bits, read as whole numbers: no memory of the tensor's size."""
+    if memory.is_complex():
+        memory = torch.view_as_real(memory)
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[memory.element_size()]
+    return memory.view(whole).sum(dtype=torch.int64)
 
 
 def _stands_elsewhere(memory: Tensor, before: Tensor) -> bool:

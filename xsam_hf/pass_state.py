@@ -55,9 +55,9 @@ class PassState:
     modules: ModuleState | None
 
     @classmethod
-    def capture(cls, follower: StateFollower | None) -> PassState:
-        """Reads both, without a change to either."""
-        return cls(RandomState.capture(), None if follower is None else follower.capture())
+    def capture(cls, follower: StateFollower | None, by_content: bool = False) -> PassState:
+        """Reads both, without a change to either; `by_content` is [`StateFollower.capture`]'s."""
+        return cls(RandomState.capture(), None if follower is None else follower.capture(by_content))
 
     def again(self) -> PassState:
         """The same, as it is now."""

@@ -56,9 +56,21 @@ class Passes:
             torch.clear_autocast_cache()
 
     def gradient(self) -> Tensor:
-        """Leaves the gradient at the weights as they stand in `p.grad`, and returns the loss."""
+        """
+        Leaves the gradient at the weights as they stand in `p.grad`, and returns the loss.
+
+        Raises:
+            `NotImplementedError`: the pass moved a large tensor that the first one had left alone.
+        """
         with torch.enable_grad():
-            return self._again(self._gradient)
+            loss = self._again(self._gradient)
+        # A teacher that is a copy of its student moves in no pass at θ_0.
+        if not self._before.learn():
+            raise NotImplementedError(
+                "A forward pass at moved weights writes into a large buffer or frozen weight that the first pass of the update left "
+                "alone, so that XSAM has no copy of it to put back: write into it in every pass, or set `rho` to 0."
+            )
+        return loss
 
     def loss(self, theta: MovableWeights) -> Tensor:
         """
@@ -66,15 +78,16 @@ class Passes:
 
         Without gradients if it can be. A loss that differentiates inside (forces, gradient penalties) needs them.
         """
-        if not self._probe_with_gradients:
-            try:
-                return self._again(self._probe)
-            except RuntimeError as error:
-                if "require grad" not in str(error):
-                    raise
-                self._probe_with_gradients = True
-        with torch.enable_grad(), theta.gradients_aside():
-            return self._again(self._probe).detach()
+        with theta.gradients_aside():
+            if not self._probe_with_gradients:
+                try:
+                    return self._again(self._probe)
+                except RuntimeError as error:
+                    if "require grad" not in str(error):
+                        raise
+                    self._probe_with_gradients = True
+            with torch.enable_grad():
+                return self._again(self._probe).detach()
 
     def _again(self, one_pass: Callable[[], Tensor]) -> Tensor:
         self._before.restore()
@@ -86,8 +99,9 @@ class Passes:
         try:
             yield
         finally:
-            if self._after.modules is not None:
-                self._after.modules.restore()
+            for state in (self._before, self._after):  # the latter has no copy of what only later passes moved
+                if state.modules is not None:
+                    state.modules.restore()
 
 
 @contextmanager

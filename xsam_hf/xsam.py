@@ -86,7 +86,8 @@ def xsam_gradient(
     if ascend is None:
         ascend = follow_schedule(arguments, state)
     if before is None:
-        before = PassState.capture(follower_of(weights) if isinstance(weights, nn.Module) else None)
+        follower = follower_of(weights) if isinstance(weights, nn.Module) else None
+        before = PassState.capture(follower, by_content=state.search_due or state.updates < 2)
     state.updates += 1
     theta, passes = MovableWeights(weights, arguments, seed=state.updates), Passes(gradient, probe, before)
     loss = passes.first()  # L(θ_0), and g_0 = ∇L(θ_0)

@@ -55,9 +55,14 @@ class ReplayMixin(_Trainer):
     _xsam_replaying = False
 
     def _xsam_first_pass(
-        self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None, arguments: XSAMArguments
+        self,
+        model: nn.Module,
+        inputs: Any,
+        num_items_in_batch: Tensor | int | None,
+        arguments: XSAMArguments,
+        by_content: bool,
     ) -> MicroBatch:
-        """The Trainer's own pass at θ_0, and what it takes to run it again."""
+        """The Trainer's own pass at θ_0, and what it takes to run it again. For `by_content` see [`StateFollower.capture`]."""
         inputs = send_to_device(inputs, self.args.device)
         guard: AbstractContextManager = nullcontext()
         if self._xsam_follower is None:  # the first pass of this training
@@ -70,7 +75,7 @@ class ReplayMixin(_Trainer):
             kept,
             n,
             self.current_gradient_accumulation_steps,
-            PassState.capture(self._xsam_follower),
+            PassState.capture(self._xsam_follower, by_content),
             getattr(model, _BROADCASTS, None),
         )
         if arguments.ascent_fraction < 1:

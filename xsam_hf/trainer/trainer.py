@@ -70,7 +70,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
         self._xsam_micro_batches: list[MicroBatch] = []  # of the current update
         self._xsam_sums = UpdateSums()
         self._xsam_follower, self._xsam_optimizer, self._xsam_ran = None, None, False
-        self._xsam_micro_batches_seen = 0
+        self._xsam_micro_batches_seen = self._xsam_updates = 0
         if self.xsam_arguments.rho == 0:  # the plain Trainer, list of callbacks included
             self.remove_callback(XSAMCallback)
         else:
@@ -91,7 +91,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
         try:
             if arguments.ascent_scope == "micro":
                 return self._xsam_micro_step(model, inputs, num_items_in_batch, arguments)
-            micro_batch = self._xsam_first_pass(model, inputs, num_items_in_batch, arguments)
+            micro_batch = self._xsam_first_pass(model, inputs, num_items_in_batch, arguments, self._xsam_may_wait)
             self._xsam_micro_batches.append(micro_batch)
             # Not "the last of the chunk": an iterable data set's short last chunk takes no step, and its gradients (so its
             # micro-batches) carry over into the next epoch.
@@ -102,6 +102,15 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
             self._xsam_micro_batches = []
             raise
         return micro_batch.loss
+
+    @property
+    def _xsam_may_wait(self) -> bool:
+        """
+        Whether the coming update may wait for the device, to see what its first pass moves: a searching one does anyhow.
+
+        The first two of a training do: what moves at all moves there, also a teacher that begins as a copy of its student.
+        """
+        return self._xsam_callback.xsam.search_due or self._xsam_updates < 2
 
     def _xsam_update(self, model: nn.Module, micro_batches: Sequence[MicroBatch], arguments: XSAMArguments) -> None:
         """One XSAM update from micro-batches whose gradients at θ_0 are in `p.grad` already."""
@@ -138,6 +147,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
                 loss_scaling=self.accelerator.scaler is not None,
             )
         callback.step_due = True
+        self._xsam_updates += 1
         if end is not None:
             end.restore()  # where a pass over the whole batch leaves it, as in plain training
         if update.search is not None:
@@ -161,7 +171,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
         drop_gradients(weights)
         synchronise = self.accelerator.sync_gradients
         with self.accelerator.no_sync(model):
-            micro_batch = self._xsam_first_pass(model, inputs, num_items_in_batch, arguments)
+            micro_batch = self._xsam_first_pass(model, inputs, num_items_in_batch, arguments, self._xsam_may_wait)
             self._xsam_update(model, [micro_batch], arguments)
         self.accelerator.sync_gradients = synchronise
         for weight, before in zip(weights, accumulated, strict=True):
