@@ -6,8 +6,8 @@ import copy
 import logging
 import random
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 _SMALL = 2**16  # bytes of a tensor that is copied in every update, whether it has moved or not
 _MISSING = object()
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_FOLLOWED = (Tensor, *_GENERATORS)
 _CONTAINERS = (list, dict, set, deque)
 
 
@@ -32,12 +33,12 @@ class _Place:
     values: dict[str, Any]
     kind: str
     owner: str = ""
-    names: list[str] | None = None  # those that are followed; all of them by default
+    names: frozenset[str] | None = None  # those that are followed; all of them by default
 
-    def look(self) -> dict[str, Any]:
+    def items(self) -> Iterable[tuple[str, Any]]:
         if self.names is None:
-            return dict(self.values)
-        return {name: self.values[name] for name in self.names if name in self.values}
+            return self.values.items()
+        return [(name, self.values[name]) for name in self.names if name in self.values]
 
     def called(self, name: str) -> str:
         return f"{self.owner}.{name}".lstrip(".")
@@ -48,12 +49,18 @@ _Key: TypeAlias = tuple[_Place, str]
 
 @dataclass
 class _Record:
-    """A tensor or a generator as it was: its content, and for a tensor its memory and how often that had been written to."""
+    """A thing as it was. Of a tensor or a generator its content too, and where a tensor stood and how often it had been written to."""
 
+    value: Any
     content: Any = None
     memory: Tensor | None = None
     version: int = 0
     checksum: Tensor | None = None  # of a content that is too large to be copied
+    size: int | None = None  # of a list or the like
+
+    @property
+    def restorable(self) -> bool:
+        return self.content is not None or self.memory is None
 
 
 @dataclass
@@ -62,23 +69,24 @@ class ModuleState:
 
     follower: StateFollower
     by_content: bool
-    objects: dict[_Place, dict[str, Any]] = field(default_factory=dict)
-    records: dict[_Key, _Record] = field(default_factory=dict)
-    sizes: dict[_Key, int] = field(default_factory=dict)
-    versions: dict[Tensor, int] = field(default_factory=dict)
+    records: dict[_Key, _Record]
 
     def restore(self) -> None:
         """Puts back what has been seen to move, up to now: the objects by name, and their contents bit for bit."""
         self.follower.learn(self, by_content=False)
         for place, name in self.follower.moving:
-            value = self.objects[place].get(name, _MISSING)
-            if value is _MISSING:
+            record = self.records.get((place, name))
+            if record is None:
                 place.values.pop(name, None)
                 continue
-            place.values[name] = value
-            record = self.records.get((place, name))
-            if record is not None and record.content is not None:
-                _put_back(value, record)
+            place.values[name] = record.value
+            if record.content is not None:
+                _put_back(record)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all that has been seen to move can be put back."""
+        return all([key not in self.records or self.records[key].restorable for key in self.follower.moving])
 
 
 class StateFollower:
@@ -120,82 +128,86 @@ class StateFollower:
                 [`learn`] compares contents too, which waits for the device. Otherwise it goes by PyTorch's count of writes,
                 which leaves out those through `tensor.data` and of other libraries' kernels. True in the first update.
         """
-        state = ModuleState(self, by_content or self._first, {place: place.look() for place in self._places})
-        room = 0
-        if self._first:
-            for place, name, value in _all(state.objects):
-                if isinstance(value, nn.Parameter) and value.requires_grad:
-                    room += value.nbytes
-                    if not isinstance(value, DTensor):  # FSDP writes into its own
-                        state.versions[value] = value._version
-                elif place.kind == "attributes" and isinstance(value, _CONTAINERS):
-                    state.sizes[place, name] = len(value)
-        for place, name, value in _all(state.objects):
-            if isinstance(value, Tensor):
-                # What a pass has computed hangs in its graph, and trained weights are moved by us: only the object is put back.
-                if value.requires_grad:
-                    continue
-                record = _Record(memory=_part(value), version=value._version)
-                size = _part(value).nbytes
-                if (place, name) in self.moving or size <= max(_SMALL, room):
-                    room -= size
-                    record.content = _part(value).clone()
-                elif state.by_content:
-                    record.checksum = _checksum(_part(value))
-            elif isinstance(value, _GENERATORS):
-                record = _Record(_state_of(value))
-            else:
-                continue
-            state.records[place, name] = record
-        return state
+        by_content = by_content or self._first
+        records: dict[_Key, _Record] = {}
+        room = sum(weight.nbytes for weight in self._trained()) if self._first else 0
+        for place in self._places:
+            for name, value in place.items():
+                if isinstance(value, Tensor):
+                    record = _Record(value, version=value._version)
+                    # What a pass has computed hangs in its graph, and trained weights are moved by us: only the object counts.
+                    if not value.requires_grad:
+                        record.memory = memory = _memory(value)
+                        if (place, name) in self.moving or memory.nbytes <= max(_SMALL, room):
+                            room -= memory.nbytes
+                            record.content = memory.clone()
+                        elif by_content:
+                            record.checksum = _checksum(memory)
+                elif isinstance(value, _GENERATORS):
+                    record = _Record(value, _state_of(value))
+                else:
+                    record = _Record(value, size=len(value) if isinstance(value, _CONTAINERS) else None)
+                records[place, name] = record
+        return ModuleState(self, by_content, records)
 
-    def learn(self, before: ModuleState, by_content: bool = True) -> bool:
+    def learn(self, before: ModuleState, by_content: bool = True) -> None:
         """
         Finds out what has moved since `before`; by content too if that was captured for it.
-
-        Returns:
-            `bool`: whether all of it can be put back. If not, no other pass of this update can start like the first.
 
         Raises:
             `NotImplementedError`: in the first update, if the pass replaced a parameter or wrote into a trained weight.
         """
         by_content, strangers = by_content and before.by_content, []
-        for place, old in before.objects.items():
-            now = place.look()
-            for name in {**old, **now} if place.names is None else place.names:
-                pair = old.get(name, _MISSING), now.get(name, _MISSING)
-                if pair[0] is pair[1]:
-                    size = before.sizes.get((place, name))
-                    if size is not None and size != len(pair[0]):
-                        strangers.append(place.called(name))
-                elif place.kind == "parameters":
-                    _refuse(f"puts another parameter in the place of {place.called(name)!r}")
-                elif place.kind == "buffers" or any([isinstance(value, (Tensor, *_GENERATORS)) for value in pair]):
-                    self.moving.add((place, name))
-                elif place.kind == "attributes" and not name.startswith("_") and name != "training":
+        appeared = [(place, name) for place in self._places for name, _ in place.items()]
+        for key in (*before.records, *(key for key in appeared if key not in before.records)):
+            if key in self.moving:
+                continue
+            (place, name), record = key, before.records.get(key)
+            value, old = place.values.get(name, _MISSING), _MISSING if record is None else record.value
+            if value is old:
+                assert record is not None
+                if place.kind == "parameters" and old is not None and old.requires_grad:
+                    if self._first and not isinstance(old, DTensor) and old._version != record.version:
+                        _refuse(f"writes into the trained weight {place.called(name)!r}")
+                elif _has_moved(record, by_content):
+                    self.moving.add(key)
+                elif record.size is not None and self._first and len(old) != record.size:
                     strangers.append(place.called(name))
-        for (place, name), record in before.records.items():
-            if (place, name) not in self.moving and _has_moved(before.objects[place][name], record, by_content):
-                self.moving.add((place, name))
-        for place, name, value in _all(before.objects) if self._first else ():
-            if isinstance(value, nn.Parameter) and value._version != before.versions.get(value, value._version):
-                _refuse(f"writes into the trained weight {place.called(name)!r}")
+            elif place.kind == "parameters":
+                _refuse(f"puts another parameter in the place of {place.called(name)!r}")
+            elif place.kind == "buffers" or isinstance(value, _FOLLOWED) or isinstance(old, _FOLLOWED):
+                self.moving.add(key)
+            elif place.kind == "attributes" and not name.startswith("_") and name != "training":
+                strangers.append(place.called(name))
         if self._first:
             self._first = False
             self._forget_what_stands_still(before)
-        if strangers:
-            logger.warning(
-                f"A forward pass changes {', '.join(sorted(strangers)[:5])}, and later passes of the update find it changed: if the "
-                "loss depends on it, keep it in a buffer, which XSAM puts back between passes."
-            )
-        return all([key not in before.records or before.records[key].content is not None for key in self.moving])
+            if strangers:
+                logger.warning(
+                    f"A forward pass changes {', '.join(sorted(strangers)[:5])}, and later passes of the update find it changed: if "
+                    "the loss depends on it, keep it in a buffer, which XSAM puts back between passes."
+                )
+
+    def _trained(self) -> Iterator[nn.Parameter]:
+        for place in self._places:
+            if place.kind == "parameters":
+                yield from (weight for weight in place.values.values() if weight is not None and weight.requires_grad)
 
     def _forget_what_stands_still(self, before: ModuleState) -> None:
-        """Of attributes, only those that are tensors or generators are looked at from the second update on."""
+        """
+        From the second update on only looks at buffers, frozen weights, and attributes that are tensors or generators.
+
+        Frozen weights are those of now: a weight that is frozen later was trained, and moved by nobody but the optimizer.
+        """
+        followed: dict[_Place, set[str]] = {}
+        for place, name in self.moving:
+            followed.setdefault(place, set()).add(name)
+        for (place, name), record in before.records.items():
+            if record.content is not None or record.memory is not None:
+                followed.setdefault(place, set()).add(name)
         for place in self._places:
-            if place.kind in ("attributes", "others"):
-                names = [name for name in before.objects[place] if (place, name) in before.records]
-                place.names = [*names, *(name for where, name in self.moving if where is place and name not in names)]
+            if place.kind != "buffers":
+                place.names = frozenset(followed.get(place, ()))
         self._places = [place for place in self._places if place.names is None or place.names]
 
 
@@ -209,19 +221,13 @@ def follower_of(module: nn.Module) -> StateFollower:
     return _followers[module]
 
 
-def _all(objects: dict[_Place, dict[str, Any]]) -> Iterator[tuple[_Place, str, Any]]:
-    for place, values in objects.items():
-        for name, value in values.items():
-            yield place, name, value
-
-
 def _keeps_attributes(module: nn.Module) -> bool:
     """Whether a module may keep something in plain attributes: PyTorch's own have buffers for that."""
     classes = [cls for cls in type(module).__mro__ if issubclass(cls, nn.Module)]
     return not all([cls.__module__.startswith("torch.") for cls in classes])
 
 
-def _part(value: Tensor) -> Tensor:
+def _memory(value: Tensor) -> Tensor:
     """The tensor's memory, without its history; of a `DTensor` this process's shard."""
     return (value.to_local() if isinstance(value, DTensor) else value).detach()
 
@@ -232,7 +238,8 @@ def _state_of(generator: Any) -> Any:
     return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
 
 
-def _put_back(value: Any, record: _Record) -> None:
+def _put_back(record: _Record) -> None:
+    value = record.value
     if isinstance(value, np.random.Generator):
         value.bit_generator.state = copy.deepcopy(record.content)
     elif isinstance(value, random.Random):
@@ -240,22 +247,22 @@ def _put_back(value: Any, record: _Record) -> None:
     elif not isinstance(value, Tensor):
         value.set_state(record.content)
     else:
-        memory = _part(value)
+        memory = _memory(value)
         if record.memory is not None and _stands_elsewhere(memory, record.memory):
             value.data = memory = record.memory  # after `value.data = other`: writing would write into the other
         memory.copy_(record.content)
 
 
-def _has_moved(value: Any, record: _Record, by_content: bool) -> bool:
+def _has_moved(record: _Record, by_content: bool) -> bool:
     if record.memory is None:
-        return True  # a generator is put back whether it has drawn or not
-    if value._version != record.version or _stands_elsewhere(_part(value), record.memory):
+        return isinstance(record.value, _GENERATORS)  # put back whether it has drawn or not
+    if record.value._version != record.version or _stands_elsewhere(_memory(record.value), record.memory):
         return True
     if not by_content:
         return False
     if record.content is None:
-        return record.checksum is not None and not torch.equal(_checksum(_part(value)), record.checksum)
-    return not torch.equal(_part(value), record.content)
+        return record.checksum is not None and not torch.equal(_checksum(record.memory), record.checksum)
+    return not torch.equal(record.memory, record.content)
 
 
 def _checksum(memory: Tensor) -> Tensor:

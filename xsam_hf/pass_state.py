@@ -64,8 +64,11 @@ class PassState:
         return PassState.capture(None if self.modules is None else self.modules.follower)
 
     def learn(self) -> bool:
-        """Looks at what a pass has moved since; returns whether all of it can be put back. See [`StateFollower.learn`]."""
-        return self.modules is None or self.modules.follower.learn(self.modules)
+        """Looks at what a pass has moved since ([`StateFollower.learn`]); returns whether all of it can be put back."""
+        if self.modules is None:
+            return True
+        self.modules.follower.learn(self.modules)
+        return self.modules.complete
 
     def restore(self) -> None:
         """The next pass starts as the one before which this was captured."""
