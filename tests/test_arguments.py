@@ -2,7 +2,9 @@
 
 import math
 import re
-from dataclasses import dataclass
+import runpy
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from xsam_hf import (
 )
 
 
+ROOT = Path(__file__).parents[1]
 CLASSES = [XSAMTrainingArguments, XSAMSeq2SeqTrainingArguments]
 BAD = [
     ("rho", -0.1),
@@ -196,3 +199,65 @@ def test_a_bad_value_set_later_is_found_before_it_is_used(tmp_path):
     run.args.rho = -1.0  # as a hyperparameter search would
     with pytest.raises(ValueError, match="`rho` is -1.0"):
         run.train()
+
+
+# --- fields of the same name
+
+
+@dataclass
+class Distilling(TrainingArguments):
+    alpha: float = 0.25  # of a distillation's loss
+
+
+def test_a_field_of_the_same_name_in_other_arguments_is_not_the_methods(tmp_path):
+    args = Distilling(str(tmp_path), report_to="none", use_cpu=True)
+    run = XSAMTrainer(model=Classifier(), args=args, train_dataset=Points())
+    assert run.xsam_arguments == XSAMArguments() and run.args.alpha == 0.25
+
+
+def test_a_class_whose_fields_collide_is_refused_when_it_is_made():
+    with pytest.raises(
+        TypeError, match="`alpha` is a field of XSAMArguments and of Distilling.*two meanings.*trainer's class"
+    ):
+
+        class Mixed(XSAMArguments, Distilling):
+            pass
+
+    with pytest.raises(TypeError, match="`alpha` is a field of XSAMArguments and of Mine"):
+
+        class Mine(XSAMTrainingArguments):
+            alpha: float = 0.25
+
+    class Longer(XSAMTrainingArguments):  # another default is no other meaning
+        rho: float = 0.5
+
+    class Deeper(Longer):
+        temperature: float = 2.0
+
+    assert Deeper.rho == 0.5
+
+
+def test_the_way_out_of_a_collision_works(tmp_path):
+    class Mine(XSAMTrainer):
+        xsam_arguments = XSAMArguments(rho=0.5, alpha=1.7)
+
+    settings = {"report_to": "none", "use_cpu": True, "max_steps": 2, "disable_tqdm": True, "logging_steps": 1}
+    run = Mine(model=Classifier(), args=Distilling(str(tmp_path), **settings), train_dataset=Points())
+    run.train()
+    assert [entry["xsam/alpha"] for entry in run.state.log_history if "xsam/alpha" in entry] == [1.7, 1.7]
+    assert run.args.alpha == 0.25
+
+
+def test_every_field_has_a_help_that_says_something():
+    for field in fields(XSAMArguments):
+        assert len(field.metadata["help"]) > 30 and field.metadata["help"].endswith("."), field.name
+
+
+def test_readme_the_docs_and_the_logged_hyperparameters_name_every_field(tmp_path):
+    names = [field.name for field in fields(XSAMArguments)]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not [name for name in names if f"`{name}`" not in readme]
+    page = runpy.run_path(str(ROOT / "scripts" / "document_arguments.py"))["page"]()
+    assert (ROOT / "docs" / "arguments.md").read_text(encoding="utf-8") == page
+    logged = XSAMTrainingArguments(str(tmp_path)).to_sanitized_dict()  # what the Trainer's loggers are given
+    assert not [name for name in names if name not in logged]

@@ -1,9 +1,12 @@
 """Two rules of imports: the algorithm knows no framework, and nothing needs the analysis."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import Trainer
 
 
 PACKAGE = Path(__file__).parents[1] / "xsam_hf"
@@ -44,3 +47,39 @@ def test_the_rules_look_at_something():
 
 def test_the_algorithm_leaves_rounding_and_schedules_to_others():
     assert not {name for name in imports(Path("xsam.py")) if "rounding" in name or "_at" in name.split(".")[-1]}
+
+
+# --- private names of others
+
+
+def private_names():
+    """Attributes that begin with one underscore and are not ours: no class or function of the package defines them."""
+    used, ours = set(), set()
+    for path in FILES:
+        for node in ast.walk(ast.parse((PACKAGE / path).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+                used.add(node.attr)
+                if isinstance(node.ctx, ast.Store):
+                    ours.add(node.attr)
+                if isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "") == "super":
+                    used.add(f"super.{node.attr}")
+            elif isinstance(node, ast.FunctionDef):
+                ours.add(node.name)
+            elif isinstance(node, ast.AnnAssign | ast.Assign):
+                targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets
+                ours |= {target.id for target in targets if isinstance(target, ast.Name)}
+    # What we override is another's, although we define it too.
+    return {name.removeprefix("super.") for name in used if name.startswith("super.")} | {
+        name for name in used if name not in ours and not name.startswith("super.")
+    }
+
+
+def test_private_names_are_listed():
+    page = (PACKAGE.parent / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    table = page[page.index("## Private names that we use") :]
+    listed = set(re.findall(r"`(_\w+)`", table))
+    found = {name for name in private_names() if not name.startswith("_xsam_")}
+    assert listed == found and "_save_checkpoint" in found
+    for name in listed:
+        owners = (Trainer, torch, torch.Tensor, torch.nn.Module())
+        assert any(hasattr(owner, name) for owner in owners), name

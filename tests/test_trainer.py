@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 from toys import CLASSES, HIDDEN, INPUTS, Classifier, Points, Tokens, arguments, tiny_gpt2, train, weights_of
 from transformers import PretrainedConfig, Trainer, TrainerCallback
 
-from xsam_hf import XSAMArguments, XSAMMixin, XSAMTrainer
+from xsam_hf import XSAMArguments, XSAMMixin, XSAMState, XSAMTrainer, xsam_gradient
 from xsam_hf.trainer import compatibility
 from xsam_hf.trainer.compatibility import check_supported
 
@@ -767,3 +767,356 @@ def test_clipping_and_schedules_stay_the_trainers(tmp_path, pair):
             <= 0.1 * clip * 8 * 1.001
             < (weights_of(train(tmp_path / "x")) - start).norm()
         )
+
+
+# --- which weights climb ---------------------------------------------------------------------------------------------
+
+
+class Weighted(nn.Module):
+    """Logits; its loss is weighted by tensors outside of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Classifier(dtype=torch.float64)
+
+    def forward(self, x, labels=None):
+        return {"logits": self.net(x)["logits"]}
+
+
+@pytest.mark.parametrize("method", [{"alpha": 1.0}, {}, {"ascent_steps": 2, "alpha": 1.7}])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("kind", ["tensor", "parameter"])
+def test_weights_outside_the_model_climb_too(tmp_path, kind, accumulation, method):
+    data, model = Points(32, torch.float64), Weighted()
+    s = torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True)
+    s = nn.Parameter(s.detach().clone()) if kind == "parameter" else s
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        ce, size = nn.functional.cross_entropy(outputs["logits"], labels), outputs["logits"].square().mean()
+        return (torch.exp(-s[0]) * ce + torch.exp(-s[1]) * size + s.sum()) / accumulation
+
+    theta = torch.cat([p.detach().reshape(-1) for p in [*model.parameters(), s]]).numpy()
+    optimizer = torch.optim.SGD([{"params": list(model.parameters())}, {"params": [s], "lr": 0.1}], lr=0.1)
+    settings = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
+
+    class Clear(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            s.grad = None  # the Trainer clears the model's gradients only
+
+    run = XSAMTrainer(
+        model=model,
+        args=arguments(tmp_path, rho=0.5, train_sampling_strategy="sequential", **settings, **method),
+        train_dataset=data,
+        compute_loss_func=loss,
+        optimizers=(optimizer, None),
+        callbacks=[Clear()],
+    )
+    run.train()
+    network = oracle.TanhNetwork(INPUTS, HIDDEN, CLASSES)
+
+    def parts(t, x, y):
+        logits = network.forward(t[:-2], x)[0] @ network.unpack(t[:-2])[2].T + network.unpack(t[:-2])[3]
+        return network.loss(t[:-2], x, y), (logits**2).mean()
+
+    def value(t, x, y):
+        ce, size = parts(t, x, y)
+        return np.exp(-t[-2]) * ce + np.exp(-t[-1]) * size + t[-2] + t[-1]
+
+    def gradient(t, x, y):  # by differences: exact enough for 1e-6, and it knows nothing of autograd
+        steps = 1e-6 * np.eye(len(t))
+        return np.array([(value(t + e, x, y) - value(t - e, x, y)) / 2e-6 for e in steps])
+
+    found = 1.0
+    for i in range(8):
+        x, y = data.x[8 * (i % 4) :][:8].numpy(), data.y[8 * (i % 4) :][:8].numpy()
+        fixed = method.get("alpha", None if i % 4 == 0 else found)
+        direction, found, _ = oracle.xsam_direction(
+            theta,
+            lambda t, x=x, y=y: value(t, x, y),
+            lambda t, x=x, y=y: gradient(t, x, y),
+            0.5,
+            k=method.get("ascent_steps", 1),
+            alpha=fixed,
+        )
+        theta = theta - 0.1 * direction
+    assert np.abs(np.concatenate([weights_of(run).numpy(), s.detach().numpy()]) - theta).max() <= 1e-6
+
+
+@pytest.mark.parametrize("scope", ["update", "micro"])
+def test_only_the_weights_that_the_optimizer_steps_climb(tmp_path, scope):
+    """A body outside of the optimizer is as good as frozen; what it gets for a gradient is that of the last pass."""
+    seen = {}
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 0 and model.first.weight.requires_grad:
+                seen["gradient"] = model.first.weight.grad.clone()
+
+    def run(name, frozen, **method):
+        model = Classifier()
+        model.first.requires_grad_(not frozen)
+        head = torch.optim.SGD(model.second.parameters(), lr=0.1)
+        settings = arguments(
+            tmp_path / name, rho=0.5, train_sampling_strategy="sequential", ascent_scope=scope, **method
+        )
+        made = XSAMTrainer(
+            model=model, args=settings, train_dataset=Points(), optimizers=(head, None), callbacks=[Watch()]
+        )
+        made.train()
+        return made
+
+    outside, frozen = run("a", False), run("b", True)
+    assert torch.equal(weights_of(outside), weights_of(frozen))
+    for key in ("xsam/alpha", "xsam/sharpness", "xsam/grad_norm_last"):
+        assert history(outside, key) == history(frozen, key)
+    assert torch.equal(outside.model.first.weight, Classifier().first.weight)
+    everything = train(tmp_path / "c", rho=0.5, train_sampling_strategy="sequential", ascent_scope=scope)
+    assert history(everything, "xsam/sharpness")[0] > history(outside, "xsam/sharpness")[0]
+    # One pass's gradient, and not the sum of two: at the moved head.
+    model, data = Classifier(), Points()
+    x, y = data.x[:8], data.y[:8]
+    model(x, y)["loss"].backward()
+    g = [model.second.weight.grad, model.second.bias.grad]
+    size = torch.cat([part.reshape(-1) for part in g]).norm()
+    with torch.no_grad():
+        model.second.weight.add_(0.5 * g[0] / size)
+        model.second.bias.add_(0.5 * g[1] / size)
+    model.zero_grad()
+    model(x, y)["loss"].backward()
+    assert torch.allclose(seen["gradient"], model.first.weight.grad, atol=1e-6)
+
+
+def test_an_optimizer_of_other_weights_is_refused(tmp_path):
+    other = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=0.1)
+    run = build(tmp_path, optimizers=(other, None))
+    with pytest.raises(ValueError, match="steps none of the model's trainable weights.*`model.parameters\\(\\)`"):
+        run.train()
+
+
+class Several(torch.optim.Optimizer):
+    """Deals the weights out to two optimizers, as factories of Muon's kind do."""
+
+    def __init__(self, model, lr):
+        matrices = [p for p in model.parameters() if p.ndim > 1]
+        self.inner = [
+            torch.optim.SGD(matrices, lr=lr),
+            torch.optim.SGD([p for p in model.parameters() if p.ndim < 2], lr=lr),
+        ]
+        super().__init__(matrices, {"lr": lr})  # a list that is not the whole
+
+    def step(self, closure=None):
+        for optimizer in self.inner:
+            optimizer.step()
+
+
+@pytest.mark.parametrize("factory", ["function", "object"])
+def test_a_factory_that_makes_several_optimizers(tmp_path, factory):
+    class Factory:
+        def __call__(self, model, **kwargs):
+            return Several(model, **kwargs)
+
+    run = XSAMTrainer(
+        model=Classifier(),
+        args=arguments(tmp_path / "a", rho=0.5),
+        train_dataset=Points(),
+        optimizer_cls_and_kwargs=(Factory if factory == "object" else lambda: Several, {"lr": 0.1}),
+    )
+    run.train()
+    alone = train(tmp_path / "b", rho=0.5)
+    assert torch.equal(weights_of(run), weights_of(alone))
+
+
+@pytest.mark.parametrize("perturbation", ["vasso", "fsam"])
+def test_layers_that_are_trained_in_turn_keep_their_own_averages(tmp_path, perturbation):
+    class Turns(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            model.first.requires_grad_(state.global_step // 2 % 2 == 0)
+            model.second.requires_grad_(state.global_step // 2 % 2 == 1)
+
+    settings = {"perturbation": perturbation, "rho": 0.5, "alpha": 1.0, "callbacks": [Turns()], "train_sampling_strategy": "sequential"}  # fmt: skip
+    whole = train(tmp_path, Classifier(dtype=torch.float64), Points(32, torch.float64), save_strategy="steps", save_steps=1, **settings)  # fmt: skip
+    # By hand: two models, each of which sees its own updates only, and the other's weights.
+    network = oracle.TanhNetwork(INPUTS, HIDDEN, CLASSES)
+    theta = torch.cat([p.detach().reshape(-1) for p in Classifier(dtype=torch.float64).parameters()]).numpy()
+    cut = HIDDEN * INPUTS + HIDDEN
+    methods = [oracle.Method(perturbation), oracle.Method(perturbation)]
+    data = Points(32, torch.float64)
+    for step in range(8):
+        x, y = data.x[8 * (step % 4) :][:8].numpy(), data.y[8 * (step % 4) :][:8].numpy()
+        turn = step // 2 % 2
+        mine = slice(cut, None) if turn else slice(0, cut)
+
+        def place(part, mine=mine):
+            full = theta.copy()
+            full[mine] = part
+            return full
+
+        direction = methods[turn].update(
+            theta[mine],
+            lambda t, x=x, y=y, place=place: network.loss(place(t), x, y),
+            lambda t, x=x, y=y, place=place, mine=mine: network.gradient(place(t), x, y)[mine],
+            0.5,
+        )
+        theta[mine] = theta[mine] - 0.1 * direction
+    assert np.abs(weights_of(whole).numpy() - theta).max() <= 1e-9
+    again = train(tmp_path / "again", Classifier(dtype=torch.float64), Points(32, torch.float64), resume=str(tmp_path / "checkpoint-3"), **settings)  # fmt: skip
+    assert torch.equal(weights_of(again), weights_of(whole))
+
+
+# --- what is heard of the later passes, and when XSAM is not there at all ----------------------------------------------
+
+
+class Logs:
+    """Logs terms of its loss, and counts them in attributes of its own."""
+
+    first_pass_counters = (*XSAMTrainer.first_pass_counters, "seen")
+    seen = 0
+    calls = 0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        self.seen += 1
+        self.calls += 1
+        self.log({"ce": float(outputs["loss"])})
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+
+@pytest.mark.parametrize("method", [{"alpha": 1.0}, {}, {"ascent_scope": "micro"}, {"sharpness_every": 2}])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_what_compute_loss_logs_is_the_first_passs(tmp_path, method, accumulation):
+    plain, ours = type("Plain", (Logs, Trainer), {}), type("Ours", (Logs, XSAMTrainer), {})
+    settings = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
+    settings |= {"train_sampling_strategy": "sequential"}
+    theirs = train(tmp_path / "a", trainer=plain, **settings)
+    mine = train(tmp_path / "b", trainer=ours, rho=0.5, **settings, **method)
+    assert len(history(mine, "ce")) == len(history(theirs, "ce")) == 8 * accumulation
+    assert history(mine, "ce")[:accumulation] == history(theirs, "ce")[:accumulation]
+    # What is named keeps the first passes' count, what is not counts all of them.
+    assert mine.seen == theirs.seen == 8 * accumulation < mine.calls
+
+
+def test_a_training_step_that_passes_xsam_by_is_warned_about(tmp_path, monkeypatch):
+    from xsam_hf.trainer import trainer
+
+    class Own:
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            model.train()
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+    said = []
+    monkeypatch.setattr(trainer.logger, "warning_once", said.append)
+    ours = type("Ours", (Own, XSAMTrainer), {})
+    run = train(tmp_path / "a", trainer=ours, rho=0.5)
+    assert len(set(said)) == 1 and "No pass went through XSAM: the `training_step` of Ours" in said[0]
+    assert not any(key.startswith("xsam/") for entry in run.state.log_history for key in entry)
+    said.clear()
+    train(tmp_path / "b", trainer=ours, rho=0.0)
+    train(tmp_path / "c", rho=0.5, sharpness_start=0.9)
+    # In front of the other's, the mixin's own passes run through it.
+    behind = type("Behind", (XSAMMixin, type("Theirs", (Own, Trainer), {})), {})
+    made = behind(model=Classifier(), args=arguments(tmp_path / "d", rho=0.5), train_dataset=Points())
+    made.train()
+    assert not said and (weights_of(made) - weights_of(train(tmp_path / "e", rho=0.5))).abs().max() <= 1e-7
+
+
+def test_promise_7_a_step_in_a_hook(tmp_path):
+    class Idle(torch.optim.SGD):
+        def step(self, closure=None):
+            pass
+
+    model = Classifier()
+
+    def step(weight):
+        with torch.no_grad():
+            weight.sub_(weight.grad, alpha=0.1)
+        weight.grad = None
+
+    handles = [weight.register_post_accumulate_grad_hook(step) for weight in model.parameters()]
+    with pytest.raises(
+        NotImplementedError, match="'first.weight' has a hook that runs as soon as its gradient is there"
+    ):
+        build(tmp_path, model, optimizers=(Idle(model.parameters(), lr=0.1), None))
+    build(tmp_path, model, rho=0.0)
+    for handle in handles:
+        handle.remove()
+    build(tmp_path, model)
+
+
+def test_promise_1_rho_zero_leaves_the_list_of_callbacks_as_it_is(tmp_path):
+    def kinds(run):
+        return [type(callback).__name__ for callback in run.callback_handler.callbacks]
+
+    plain, off, on = (build(tmp_path, cls=cls, **rho) for cls, rho in ((XSAMTrainer, {"rho": 0.0}), (XSAMTrainer, {"rho": 0.0}), (XSAMTrainer, {})))  # fmt: skip
+    plain = Trainer(model=Classifier(), args=on.args, train_dataset=Points())
+    assert kinds(off) == kinds(plain) and kinds(on) == [*kinds(plain), "XSAMCallback"]
+    on.args.rho = 0.0
+    on.train()
+    assert kinds(on) == kinds(plain)
+    on.args.rho = 0.5
+    on.train()
+    assert kinds(on) == [*kinds(plain), "XSAMCallback"]
+
+
+def test_rho_may_be_switched_on_while_training(tmp_path):
+    class SwitchOn(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            args.rho = 0.5 if state.global_step >= 4 else 0.0
+
+    settings = {"save_strategy": "steps", "save_steps": 2, "train_sampling_strategy": "sequential"}
+    switched = train(tmp_path / "a", rho=0.0, callbacks=[SwitchOn()], **settings)
+    late = train(tmp_path / "b", rho=0.5, sharpness_start=0.5, train_sampling_strategy="sequential")
+    assert torch.equal(weights_of(switched), weights_of(late))
+    again = train(
+        tmp_path / "a", rho=0.0, callbacks=[SwitchOn()], resume=str(tmp_path / "a" / "checkpoint-6"), **settings
+    )
+    assert torch.equal(weights_of(again), weights_of(switched))
+
+
+@pytest.mark.parametrize("method", [{"perturbation": "vasso"}, {}])
+@pytest.mark.parametrize("event", ["on_step_begin", "on_pre_optimizer_step", "on_step_end"])
+def test_a_checkpoint_just_in_time_resumes_exactly(tmp_path, event, method):
+    settings = {"rho": 0.5, "optim": "adamw_torch", "learning_rate": 0.01, "train_sampling_strategy": "sequential"}
+    settings |= {"alpha_search_steps": 1, **method}
+    whole = train(tmp_path / "whole", **settings)
+
+    class Ask(TrainerCallback):
+        def ask(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                manager.is_checkpoint_requested = True
+
+    ask = Ask()
+    setattr(ask, event, ask.ask)
+    run = XSAMTrainer(
+        model=Classifier(), args=arguments(tmp_path, enable_jit_checkpoint=True, **settings), train_dataset=Points()
+    )
+    manager = next(c.jit_manager for c in run.callback_handler.callbacks if getattr(c, "jit_manager", None))
+    run.callback_handler.callbacks.insert(0, ask)  # before the one that looks
+    run.train()
+    assert run.state.global_step < 8
+    again = train(tmp_path, resume=True, **settings)
+    assert again.state.global_step == 8
+    assert torch.equal(weights_of(again), weights_of(whole))
+
+
+def test_a_checkpoint_between_gradient_and_step_is_refused(tmp_path):
+    class Save(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            run._save_checkpoint(run.model, trial=None)
+
+    run = build(tmp_path, rho=0.5)
+    run.add_callback(Save())
+    with pytest.raises(RuntimeError, match="would not resume exactly: save it in `on_step_end`"):
+        run.train()
+
+
+def test_a_plain_update_did_not_fall_back():
+    w, state = nn.Parameter(torch.ones(2)), XSAMState()
+
+    def gradient():
+        (w * math.nan).sum().backward()
+        return torch.tensor(math.nan)
+
+    update = xsam_gradient([w], gradient, gradient, XSAMArguments(rho=0.0), state)
+    assert update.fell_back.dtype == torch.bool and not update.fell_back and update.grad_norm_first.isnan()

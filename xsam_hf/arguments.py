@@ -167,10 +167,10 @@ class XSAMArguments:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        ours = {f.name: f.type for f in fields(XSAMArguments)}
-        own = {name: kind if isinstance(kind, str) else inspect.formatannotation(kind)
-               for name, kind in inspect.get_annotations(cls).items()}  # fmt: skip
-        both = [(name, cls.__name__) for name in ours if own.get(name, ours[name]) != ours[name]]
+        ours = inspect.get_annotations(XSAMArguments)  # as written; HfArgumentParser changes the types of fields
+        own = {name: _written(kind) for name, kind in inspect.get_annotations(cls).items() if name in ours}
+        # The same type is another default, another type another meaning.
+        both = [(name, cls.__name__) for name, kind in own.items() if kind != ours[name]]
         for base in (base for base in cls.__mro__ if not issubclass(base, XSAMArguments)):
             both += [(name, base.__name__) for name in ours if name in getattr(base, "__dataclass_fields__", {})]
         if both:
@@ -269,6 +269,10 @@ class XSAMArguments:
         if not isinstance(arguments, XSAMArguments):
             return cls()
         return cls(**{f.name: getattr(arguments, f.name) for f in fields(XSAMArguments)})
+
+
+def _written(kind: Any) -> str:
+    return kind if isinstance(kind, str) else inspect.formatannotation(kind)
 
 
 @cache

@@ -14,8 +14,6 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from ..arguments import XSAMArguments
-from ..weights import perturbed_and_excluded
 from .callback import XSAMCallback
 
 
@@ -92,10 +90,9 @@ class CheckpointMixin(_Trainer):
         # Read by the first update: the callback that is to have the averages may be replaced until then.
         self._xsam_checkpoint = checkpoint
 
-    def _xsam_read_average(self, weights: Mapping[str, Tensor], arguments: XSAMArguments) -> None:
+    def _xsam_read_average(self, weights: Mapping[str, Tensor]) -> None:
         if self._xsam_checkpoint is not None:
-            perturbed, _ = perturbed_and_excluded(weights, arguments.rho_exclude)
-            self._xsam_callback.xsam.average = load_average(Path(self._xsam_checkpoint), perturbed)
+            self._xsam_callback.xsam.average = load_average(Path(self._xsam_checkpoint), weights)
             self._xsam_checkpoint = None
 
 
@@ -141,20 +138,19 @@ def load_average(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Tenso
     """
     Reads it back, each tensor to the device of the weight that it belongs to, and sharded like it.
 
-    The average of a weight that is not perturbed now (frozen, or in `rho_exclude`) is dropped: should the weight come back, it
-    begins anew.
+    Args:
+        folder (`Path`): the checkpoint.
+        weights (`Mapping[str, torch.Tensor]`): by name, also those that are frozen for now.
 
     Raises:
-        `ValueError`: a tensor has another shape than its weight.
+        `ValueError`: a tensor belongs to no weight, or to one of another shape.
     """
     average: dict[str, Tensor] = {}
     if not (folder / FILE).is_file():
         return average
     for name, tensor in load_file(folder / FILE).items():
         weight = weights.get(name)
-        if weight is None:
-            continue
-        if weight.shape != tensor.shape:
+        if weight is None or weight.shape != tensor.shape:
             raise ValueError(
                 f"{folder / FILE} belongs to another model, in which {name!r} has the shape {tuple(tensor.shape)}: resume with the "
                 "model of the run that wrote it, or delete the file to begin its averages anew."

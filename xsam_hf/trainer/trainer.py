@@ -115,7 +115,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
     def _xsam_update(self, model: nn.Module, micro_batches: Sequence[MicroBatch], arguments: XSAMArguments) -> None:
         """One XSAM update from micro-batches whose gradients at θ_0 are in `p.grad` already."""
         callback, (weights, unstepped) = self._xsam_callback, self._xsam_weights()
-        self._xsam_read_average(weights, arguments)
+        self._xsam_read_average({**self._xsam_named, **weights})
         share = sum(micro_batch.share for micro_batch in micro_batches) / len(micro_batches)
         first = [torch.stack([micro_batch.loss for micro_batch in micro_batches]).sum()]
         to_come, end = arguments.ascent_steps + 1, None
