@@ -193,8 +193,9 @@ def test_resume_is_as_exact_as_the_plain_trainers(encoder, tmp_path, name, exact
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
     assert torch.equal(trained_weights(whole), trained_weights(resumed)) == exact
     if not plain:
-        averages = resumed._xsam_callback.xsam.average.values()
-        assert [part.shape for part in averages] == [weight.shape for weight in resumed.loss.parameters()]
+        averages, (weights, _) = resumed._xsam_callback.xsam.average, resumed._xsam_weights()
+        assert {name: part.shape for name, part in averages.items()} == {name: w.shape for name, w in weights.items()}
+        assert len(weights) == len(list(resumed.loss.parameters()))
 
 
 def test_weights_of_the_losss_own_need_one_process(encoder, tmp_path, monkeypatch):

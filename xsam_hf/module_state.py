@@ -172,20 +172,25 @@ class StateFollower:
                 elif _has_moved(record, by_content):
                     self.moving.add(key)
                 elif record.size is not None and self._first and len(old) != record.size:
-                    strangers.append(place.called(name))
+                    strangers.append(key)
             elif place.kind == "parameters":
                 _refuse(f"puts another parameter in the place of {place.called(name)!r}")
             elif place.kind == "buffers" or isinstance(value, _FOLLOWED) or isinstance(old, _FOLLOWED):
                 self.moving.add(key)
-            elif place.kind == "attributes" and not name.startswith("_") and name != "training":
-                strangers.append(place.called(name))
+            else:
+                strangers.append(key)
         if self._first:
             self._first = False
             self._forget_what_stands_still(before)
-            if strangers:
+            named = {
+                place.called(name)
+                for place, name in strangers
+                if place.kind == "attributes" and not name.startswith("_") and name != "training"
+            }
+            if named:
                 logger.warning(
-                    f"A forward pass changes {', '.join(sorted(strangers)[:5])}, and later passes of the update find it changed: if "
-                    "the loss depends on it, keep it in a buffer, which XSAM puts back between passes."
+                    f"A forward pass changes {', '.join(sorted(named)[:5])}, and later passes of the update find it changed: if the "
+                    "loss depends on it, keep it in a buffer, which XSAM puts back between passes."
                 )
 
     def _trained(self) -> Iterator[nn.Parameter]:
