@@ -40,7 +40,11 @@ class XSAMCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict:
         # Tensors go into a file of their own: see checkpoint.py.
-        numbers = {f.name: getattr(self.xsam, f.name) for f in dataclasses.fields(XSAMState) if f.name != "average"}
+        numbers = {
+            f.name: getattr(self.xsam, f.name)
+            for f in dataclasses.fields(XSAMState)
+            if f.name not in ("average", "memory")
+        }
         return {"args": {}, "attributes": {"xsam": numbers}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
