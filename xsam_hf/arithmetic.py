@@ -21,14 +21,22 @@ _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def copy_(y: Sequence[Tensor], x: Sequence[Tensor]) -> None:
     r"""$y \leftarrow x$."""
-    for ys, xs in _groups(y, x):
+    for ys, xs in groups(y, x):
         torch._foreach_copy_(ys, xs)
+
+
+def clone(x: Sequence[Tensor]) -> list[Tensor]:
+    """A copy of x."""
+    parts = local(x)
+    if len({(part.device, part.dtype) for part in parts}) == 1:
+        return list(torch._foreach_clone(parts))
+    return [part.clone() for part in parts]
 
 
 def scale_(x: Sequence[Tensor], factor: Tensor | float) -> None:
     r"""$x \leftarrow a\,x$, rounded once."""
-    for (xs,) in _groups(x):
-        a = _number(factor)
+    for (xs,) in groups(x):
+        a = number_or_tensor(factor)
         if not isinstance(a, Tensor):
             torch._foreach_mul_(xs, a)
         elif xs[0].dtype in (torch.float32, torch.float64):
@@ -48,8 +56,8 @@ def add_(y: Sequence[Tensor], x: Sequence[Tensor], factor: Tensor | float = 1.0,
         factor (`torch.Tensor` or `float`, *optional*, defaults to 1.0): a.
         keep (`bool`, *optional*, defaults to `False`): leave x as it is; otherwise it is used up.
     """
-    a = _number(factor)
-    for ys, xs in _groups(y, x):
+    a = number_or_tensor(factor)
+    for ys, xs in groups(y, x):
         if not isinstance(a, Tensor):
             torch._foreach_add_(ys, xs, alpha=a)
         elif not keep:
@@ -60,11 +68,12 @@ def add_(y: Sequence[Tensor], x: Sequence[Tensor], factor: Tensor | float = 1.0,
                 scaled = torch._foreach_clone(others)
                 scale_(scaled, a)
                 torch._foreach_add_(some, scaled)
+                del scaled  # before the next one is made
 
 
 def subtract_(y: Sequence[Tensor], x: Sequence[Tensor]) -> None:
     r"""$y \leftarrow y - x$."""
-    for ys, xs in _groups(y, x):
+    for ys, xs in groups(y, x):
         torch._foreach_sub_(ys, xs)
 
 
@@ -74,7 +83,7 @@ def zero_unless(condition: Tensor, x: Sequence[Tensor]) -> None:
 
     A product with 0 would keep NaN; that of the bits, read as a whole number, with 0 or 1 does not.
     """
-    for (xs,) in _groups(x):
+    for (xs,) in groups(x):
         if condition.device.type == "cpu":
             if not number(condition):
                 torch._foreach_zero_(xs)
@@ -93,29 +102,32 @@ def average_(d: Sequence[Tensor], g: Sequence[Tensor], share: float, condition: 
         condition (`torch.Tensor`): whether g is finite.
         less (`float`, *optional*, defaults to 0.0): b.
     """
-    for ds, gs in _groups(d, g):
+    for ds, gs in groups(d, g):
         for some, others in together(ds, gs):
             change = torch._foreach_sub(others, some)
             zero_unless(condition, change)
             if less:
                 torch._foreach_add_(others, some, alpha=-less)
             torch._foreach_add_(some, change, alpha=share)
+            del change
 
 
 def multiply_by_sizes_(g: Sequence[Tensor], w: Sequence[Tensor], plus: float) -> None:
     r"""$g \leftarrow (|w| + \eta)\,g$, element by element."""
-    for gs, ws in _groups(g, w):
+    for gs, ws in groups(g, w):
         for some, others in together(gs, ws):
             sizes = torch._foreach_abs(others)
             torch._foreach_add_(sizes, plus)
             torch._foreach_mul_(some, sizes)
+            del sizes
 
 
-def _number(factor: Tensor | float) -> Tensor | float:
+def number_or_tensor(factor: Tensor | float) -> Tensor | float:
+    """A factor that lives on a CPU as a number, another one as it is."""
     return number(factor) if isinstance(factor, Tensor) and factor.device.type == "cpu" else factor
 
 
-def _groups(*vectors: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
+def groups(*vectors: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
     """The local parts of some vectors, those of one device and one dtype of the first together."""
     parts = [local(vector) for vector in vectors]
     kinds = {(part.device, part.dtype) for part in parts[0]}

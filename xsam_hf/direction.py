@@ -83,7 +83,9 @@ class Trail:
             return c, d
         zero_unless(self.finite, arc.gradient)  # 0 · NaN would stay NaN
         back = self.norms[0] / arc.displacement_norm
-        return torch.where(self.finite, c, back), torch.where(self.finite, d, torch.zeros_like(back))
+        if isinstance(d, Tensor):
+            d = torch.where(self.finite, d, torch.zeros_like(d))
+        return torch.where(self.finite, c, back), d
 
     @property
     def fell_back(self) -> Tensor:

@@ -7,7 +7,7 @@ tensor or 64 MiB. Sums are taken in float32 or better; float64 stays float64.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 
 # Elements of a temporary: on a CPU in the cache; on another device many, for few kernels, 64 MiB in float32 at most.
-_BLOCK, _PIECE, _TOGETHER = 2**16, 2**22, 2**24
+_BLOCK, _PIECE, _TOGETHER = 2**16, 2**23, 2**24
 
 
 def local(vector: Sequence[Tensor]) -> list[Tensor]:
@@ -123,16 +123,22 @@ def _on_a_device(
     x: list[Tensor], y: list[Tensor], ratio: Tensor, dtype: torch.dtype
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The same with few kernels: one call for many tensors. Half precision is put together in pieces of float32."""
-    if x[0].dtype in (torch.float32, torch.float64):
-        parts: Iterable[tuple[list[Tensor], ...]] = together(x, y)
+    if x[0].dtype == dtype:
+        for some, others in together(x, y):
+            scaled = torch._foreach_mul(some, ratio)
+            torch._foreach_sub_(scaled, others)
+            apart = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(scaled, 2)))
+            torch._foreach_add_(scaled, others, alpha=2)
+            sizes = torch._foreach_norm(scaled, 2)
+            del scaled  # before the next one is made
+            yield apart, torch.linalg.vector_norm(torch.stack(sizes))
     else:
-        parts = (([a], [b]) for a, b in _blocks(x, y, _PIECE, dtype))
-    for some, others in parts:
-        scaled = torch._foreach_mul(some, ratio)
-        torch._foreach_sub_(scaled, others)
-        apart = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(scaled, 2)))
-        torch._foreach_add_(scaled, others, alpha=2)
-        yield apart, torch.linalg.vector_norm(torch.stack(torch._foreach_norm(scaled, 2)))
+        for a, b in _blocks(x, y, _PIECE, x[0].dtype):
+            piece = a.to(dtype).mul_(ratio).sub_(b)
+            apart = torch.linalg.vector_norm(piece)
+            size = torch.linalg.vector_norm(piece.add_(b, alpha=2))
+            del piece, a, b
+            yield apart, size
 
 
 def _blocks(x: list[Tensor], y: list[Tensor], size: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
@@ -156,6 +162,8 @@ def _blocks(x: list[Tensor], y: list[Tensor], size: int, dtype: torch.dtype) -> 
 
 def _joined(pieces: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     first, second = zip(*pieces, strict=True)
+    if len(pieces) == 1:
+        return first[0].to(dtype), second[0].to(dtype)
     return torch.cat(first).to(dtype), torch.cat(second).to(dtype)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import XSAMArguments
-from .arithmetic import add_, copy_, subtract_
+from .arithmetic import add_, clone, copy_, subtract_
 from .geometry import local
 from .rounding import add_rounded
 
@@ -196,12 +196,13 @@ def weights_kept(weights: Sequence[Tensor], memory: list[Tensor] | None = None) 
         `list[torch.Tensor]`: the copy, this process's part of each weight. One parameter-sized buffer.
     """
     shards = local(weights)
-    origin = list(memory or ())
-    if [(part.shape, part.dtype, part.device) for part in origin] != [(w.shape, w.dtype, w.device) for w in shards]:
-        origin = [torch.empty_like(shard) for shard in shards]
-        if memory is not None:
-            memory[:] = [part for part in origin if part.device.type == "cpu"]
-    copy_(origin, shards)
+    if memory is None or shards[0].device.type != "cpu":
+        origin = clone(shards)
+    else:
+        if [(part.shape, part.dtype) for part in memory] != [(w.shape, w.dtype) for w in shards]:
+            memory[:] = [torch.empty_like(shard) for shard in shards]
+        origin = list(memory)
+        copy_(origin, shards)
     try:
         yield origin
     finally:
