@@ -31,12 +31,13 @@ from tasks.methods import METHODS, flags, name_of
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "tasks" / "image_classification" / "train.py"
+MODULE = "tasks.image_classification.train"
 RECIPES = sorted((SCRIPT.parent / "recipes").glob("*.yaml"))
 SHORT = ["--dataset", "digits", "--max_steps", "6", "--per_device_train_batch_size", "500", "--threads", "1"]
 
 
 def run(output_dir, *flags, **options):
-    command = [sys.executable, str(SCRIPT), *SHORT, "--output_dir", str(output_dir), "--report_to", "none", *flags]
+    command = [sys.executable, "-m", MODULE, *SHORT, "--output_dir", str(output_dir), "--report_to", "none", *flags]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
 
@@ -171,12 +172,11 @@ def check_pictures(parts):
 
 
 def test_cifar_archive_folder_and_tar(tmp_path, cifar_folder):
-    columns = data.DATASETS["cifar100"].columns
-    check_pictures(archives.read("cifar100", cifar_folder, columns))
+    check_pictures(archives.read("cifar100", cifar_folder))
     with tarfile.open(tmp_path / "cifar-100-python.tar.gz", "w:gz") as archive:
         archive.add(cifar_folder, "cifar-100-python")
-    check_pictures(archives.read("cifar100", tmp_path, columns))
-    check_pictures(archives.read("cifar100", tmp_path / "cifar-100-python.tar.gz", columns))
+    check_pictures(archives.read("cifar100", tmp_path))
+    check_pictures(archives.read("cifar100", tmp_path / "cifar-100-python.tar.gz"))
     splits = data.load("cifar100", str(cifar_folder), validation_share=0)
     assert len(splits["train"]) == 4 and splits["test"][0]["pixel_values"].shape == (3, 32, 32)
 
@@ -190,9 +190,9 @@ def test_parquet_folder_as_on_the_hub(tmp_path):
     (tmp_path / "cifar100").mkdir()
     rows([0, 1, 2, 3]).to_parquet(tmp_path / "cifar100" / "train-00000-of-00001.parquet")
     rows([4, 5]).to_parquet(tmp_path / "cifar100" / "test-00000-of-00001.parquet")
-    check_pictures(archives.read("cifar100", tmp_path, ("img", "fine_label")))
-    with pytest.raises(ValueError, match="no `train` split with columns `img` and `coarse`"):
-        archives.read("cifar100", tmp_path, ("img", "coarse"))
+    check_pictures(archives.read("cifar100", tmp_path))
+    with pytest.raises(ValueError, match="has the columns img, fine_label: expected img and label"):
+        archives.read("cifar10", tmp_path)
 
 
 class Hostile:
@@ -216,7 +216,7 @@ def test_hostile_and_damaged_batches_are_refused_and_not_run(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     (cifar_folder / "train").write_bytes(payload)
     with pytest.raises(ValueError, match="is not a batch of CIFAR"):
-        archives.read("cifar100", cifar_folder, ("img", "fine_label"))
+        archives.read("cifar100", cifar_folder)
     assert not list(tmp_path.rglob("hostile-was-here"))
 
 
@@ -452,7 +452,8 @@ def test_two_processes(tmp_path):
         "--nproc_per_node",
         "2",
         "--standalone",
-        str(SCRIPT),
+        "-m",
+        MODULE,
         *SHORT,
     ]
     flags = ["--report_to", "none", "--use_cpu", "true", "--output_dir"]

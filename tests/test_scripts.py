@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -12,16 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from scripts import growth, run_seeds, summarize, table
+from scripts import report as report_script
+from tasks import command
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-sys.path.insert(0, str(SCRIPTS))
 
-import growth  # noqa: E402
-import report as report_script  # noqa: E402
-import run_seeds  # noqa: E402
-import summarize  # noqa: E402
-import table  # noqa: E402
-
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "scripts"
 
 # Notes every call; obeys --then, and otherwise leaves what a real task leaves.
 TASK = """
@@ -78,9 +76,27 @@ def root(tmp_path, monkeypatch):
         recipes.mkdir(parents=True)
         (recipes / f"{recipe}.yaml").write_text("num_train_epochs: 2\n")
         (recipes.parent / "train.py").write_text(TASK)
+    for shared in (ROOT / "tasks").glob("*.py"):
+        shutil.copy(shared, tmp_path / "tasks")
     shutil.copytree(SCRIPTS, tmp_path / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(run_seeds, "ROOT", tmp_path)
+    monkeypatch.setattr(summarize, "ROOT", tmp_path)
     return tmp_path
+
+
+def script(root, name, *arguments, **options):
+    """Runs a script as `scripts/run` does, without the set-up."""
+    environment = {**os.environ, "PYTHONPATH": str(root), **options.pop("env", {})}
+    line = [sys.executable, str(root / "scripts" / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(
+        line, cwd=options.pop("cwd", root), env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def refusal(main, *arguments):
+    with pytest.raises(ValueError) as refused:
+        main([str(argument) for argument in arguments])
+    return command.sentence(refused.value)
 
 
 def make_run(name="SAM", seed=0, flags=""):
@@ -244,10 +260,11 @@ def is_alive(pid):
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes through /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interruption_stops_the_runs_and_their_children(root, number):
-    command = [sys.executable, "scripts/run_seeds.py", "fake", "tiny", "--group", "group", "--jobs", "2"]
+    line = [sys.executable, "scripts/run_seeds.py", "fake", "tiny", "--group", "group", "--jobs", "2"]
     process = subprocess.Popen(
-        [*command, "--seeds", "0", "1", "2", "--", "SAM=--then sleep"],
+        [*line, "--seeds", "0", "1", "2", "--", "SAM=--then sleep"],
         cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
         stderr=subprocess.PIPE,
         text=True,
         # A shell that starts the tests in the background makes them, and so this process, ignore Ctrl-C.
@@ -276,13 +293,20 @@ def test_an_interruption_stops_the_runs_and_their_children(root, number):
         (["fake", "tiny", "a/b=--rho 0"], "should read NAME="),
         (["fake", "tiny", "SAM=", "--jobs", "0"], "--jobs starts at 1"),
         (["fake", "tiny", "SAM=", "SAM=--rho 1"], "two methods have the same name"),
+        (["fake", "tiny", "a=--x 'b"], "the flags of a cannot be taken apart: No closing quotation"),
+        (
+            ["fake", "tiny", "a=--rho 1 --seed 3"],
+            "--seed stands among the flags of a, and run_seeds gives it to each run",
+        ),
+        (["fake", "tiny", "a=--output-dir=x"], "--output_dir stands among the flags of a"),
+        (["fake", "tiny", "SAM=", "--seeds", "1", "2", "1"], "--seeds are 1 2 1: give each once"),
+        (["../fake", "tiny", "SAM="], "task is '../fake': give a name, not a path"),
+        (["fake", "tiny", "replaced-1="], "'replaced-1' is how replaced runs are called"),
+        (["fake", "tiny", "SAM=", "--see", "1"], "there is no flag --see; did you mean --seeds?"),
     ],
 )
-def test_wrong_arguments_are_refused(root, monkeypatch, capsys, arguments, sentence):
-    monkeypatch.setattr(sys, "argv", ["run_seeds.py", *arguments, "--group", "group"])
-    with pytest.raises(SystemExit):
-        run_seeds.main()
-    assert sentence in capsys.readouterr().err and calls(root) == []
+def test_wrong_arguments_are_refused(root, arguments, sentence):
+    assert sentence in refusal(run_seeds.main, *arguments, "--group", "group") and calls(root) == []
 
 
 def test_a_name_alone_is_the_tasks_method():
@@ -290,15 +314,13 @@ def test_a_name_alone_is_the_tasks_method():
     assert run_seeds.parse_method("mine=") == ("mine", "") and run_seeds.parse_method("a=--rho 1") == ("a", "--rho 1")
 
 
-def test_results_survive_the_file_and_make_the_same_table(root, capsys, monkeypatch):
+def test_results_survive_the_file_and_make_the_same_table(root, capsys):
     for name, flags in (("plain", "--rho 0"), ("SAM", "--alpha 1")):
         run_seeds.run_all([make_run(name, seed, flags) for seed in (0, 1, 3)])
     run_seeds.run_all([make_run("SAM", 4, "--then nothing")])
-    monkeypatch.setattr(summarize, "ROOT", root)
     tables = []
     for source in (root / "runs" / "group", root / "results" / "group.json"):
-        monkeypatch.setattr(sys, "argv", ["summarize", str(source), "--baselines", "plain"])
-        summarize.main()
+        summarize.main([str(source), "--baselines", "plain"])
         tables.append(capsys.readouterr().out.rpartition("left out: SAM seed 4.\n\n")[2])
     assert tables[0] == tables[1] and "| SAM    | 91.33 ± 1.53  | +0.00 ± –" in tables[0]
     kept = json.loads((root / "results" / "group.json").read_text())
@@ -317,7 +339,7 @@ def test_what_is_common_is_kept_once():
     assert [summarize.merged(common, row) for row in short] == rows
 
 
-def test_the_command_fails_if_a_run_does(root, monkeypatch):
+def test_the_command_fails_if_a_run_does(root):
     arguments = [
         "fake",
         "tiny",
@@ -329,11 +351,10 @@ def test_the_command_fails_if_a_run_does(root, monkeypatch):
         "bad=--then die",
         "good=--alpha 1 --rho 0.1",
     ]
-    monkeypatch.setattr(sys, "argv", ["run_seeds.py", *arguments])
     with pytest.raises(SystemExit, match="1 of 2 runs failed"):
-        run_seeds.main()
+        run_seeds.main(arguments)
     assert calls(root)[1][-4:] == ["--alpha", "1", "--rho", "0.1"]
-    run_seeds.main()
+    run_seeds.main(arguments)
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
@@ -376,7 +397,7 @@ def test_report(root, capsys, seeds):
         for name, value in Page(page).attributes
         if name in ("src", "href", "xlink:href")
     )
-    assert "python tasks/fake/train.py tasks/fake/recipes/tiny.yaml --seed 0" in page
+    assert "python -m tasks.fake.train tasks/fake/recipes/tiny.yaml --seed 0" in page
     assert f"α between 2.00 and 2.00, 2.00 on average over {2 * len(seeds)} searches, 100% of them at an end" in page
 
 
@@ -399,10 +420,10 @@ def test_report_of_losses_that_are_all_null(root):
 
 
 def test_report_of_nothing(root):
-    with pytest.raises(SystemExit, match="There is no finished run in"):
+    with pytest.raises(ValueError, match="There is no finished run in"):
         report_script.report(root / "runs/group", "accuracy", [])
     run_seeds.run_all([make_run()])
-    with pytest.raises(SystemExit, match="no finished run of the baseline AdamW"):
+    with pytest.raises(ValueError, match="no finished run of the baseline AdamW"):
         report_script.report(root / "runs/group", "accuracy", ["AdamW"])
 
 
@@ -430,14 +451,14 @@ class Shell:
         self.root, self.log = root, root / "log"
         self.bin = root / "bin"
         self.bin.mkdir()
-        for tool in ("bash", "env", "dirname", "cat", "cksum", "rm", "mkdir", "touch", "cp"):
+        for tool in ("bash", "env", "dirname", "cat", "cksum", "rm", "mkdir", "touch", "cp", "sed", "grep", "paste"):
             (self.bin / tool).symlink_to(shutil.which(tool))
         self.add_python(self.bin / "python3")
         (root / "setup.cfg").write_text("[metadata]\n")
         (root / "pyproject.toml").write_text("")
         (root / "scripts").mkdir()
-        for script in ("setup_venv", "test", "demo"):
-            shutil.copy(SCRIPTS / script, root / "scripts")
+        for name in ("setup_venv", "test", "demo", "run", "demo.py", "run_seeds.py", "table.py"):
+            shutil.copy(SCRIPTS / name, root / "scripts")
 
     def add_python(self, path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -453,8 +474,8 @@ class Shell:
         )
         return done, [line for line in self.log.read_text().splitlines() if not line.startswith("-c")]
 
-    def setup(self, extra="tasks", **variables):
-        return self(self.root / "scripts/setup_venv", extra, **variables)
+    def setup(self, extra="checkout", *options, **variables):
+        return self(self.root / "scripts/setup_venv", extra, *options, **variables)
 
 
 @pytest.fixture
@@ -469,37 +490,37 @@ INSTALL = "-m pip install --quiet --disable-pip-version-check --editable .[{}]"
 def test_setup_installs_once_and_again_when_outdated(shell):
     done, asked = shell.setup()
     assert done.returncode == 0 and "some minutes" in done.stderr
-    assert asked == [VENV, PIP, INSTALL.format("tasks")]
+    assert asked == [VENV, PIP, INSTALL.format("checkout")]
     assert shell.setup()[1] == []
     (shell.root / "setup.cfg").write_text("[metadata]\nname = new\n")
-    assert shell.setup()[1] == [PIP, INSTALL.format("tasks")]
+    assert shell.setup()[1] == [PIP, INSTALL.format("checkout")]
     assert shell.setup()[1] == []
 
 
-def test_the_test_extra_serves_the_tasks_but_not_the_other_way_round(shell):
-    shell.setup("tasks")
+def test_the_test_extra_serves_the_checkout_but_not_the_other_way_round(shell):
+    shell.setup("checkout")
     assert shell.setup("test")[1] == [PIP, INSTALL.format("test")]
-    assert shell.setup("tasks")[1] == []
+    assert shell.setup("checkout")[1] == []
 
 
 def test_setup_repairs_an_interrupted_installation(shell):
     done, _ = shell.setup(STUB_FAIL="pip install")
     assert done.returncode != 0
     (shell.root / ".venv/half-a-package").touch()
-    assert shell.setup()[1] == [VENV, PIP, INSTALL.format("tasks")]
+    assert shell.setup()[1] == [VENV, PIP, INSTALL.format("checkout")]
     assert not (shell.root / ".venv/half-a-package").exists()
     # After an update that failed nothing looks finished, not what was there before either, but the environment is kept.
     shell.setup("test", STUB_FAIL="pip install")
-    assert shell.setup("tasks")[1] == [PIP, INSTALL.format("tasks")]
+    assert shell.setup("checkout")[1] == [PIP, INSTALL.format("checkout")]
     (shell.root / "setup.cfg").write_text("[metadata]\nname = new\n")
     shell.setup(STUB_FAIL="pip install")
-    assert shell.setup()[1] == [PIP, INSTALL.format("tasks")]
+    assert shell.setup()[1] == [PIP, INSTALL.format("checkout")]
 
 
 def test_setup_keeps_a_venv_made_by_hand(shell):
     shell.add_python(shell.root / ".venv/bin/python")
     (shell.root / ".venv/torch").touch()
-    assert shell.setup(STUB_WITHOUT_PIP="1")[1] == [PIP, "-m ensurepip", INSTALL.format("tasks")]
+    assert shell.setup(STUB_WITHOUT_PIP="1")[1] == [PIP, "-m ensurepip", INSTALL.format("checkout")]
     assert (shell.root / ".venv/torch").exists()
 
 
@@ -508,7 +529,7 @@ def test_setup_finds_another_python_and_says_when_there_is_none(shell):
     assert done.returncode == 1 and done.stderr.startswith("xsam_hf needs Python 3.10 or newer, and none of")
     assert asked == [] and not (shell.root / ".venv").exists()
     (shell.bin / "python3").rename(shell.bin / "python3.11")
-    assert shell.setup()[1] == [VENV, PIP, INSTALL.format("tasks")]
+    assert shell.setup()[1] == [VENV, PIP, INSTALL.format("checkout")]
 
 
 def test_scripts_test_runs_every_part_and_names_those_that_failed(shell):
@@ -523,13 +544,13 @@ def test_scripts_test_runs_every_part_and_names_those_that_failed(shell):
 
 def test_demo_sets_up_and_starts(shell):
     done, asked = shell(shell.root / "scripts/demo")
-    assert done.returncode == 0 and asked == [VENV, PIP, INSTALL.format("tasks"), "scripts/demo.py"]
+    assert done.returncode == 0
+    assert asked == [VENV, PIP, INSTALL.format("checkout"), f"{shell.root}/scripts/demo.py"]
 
 
 def test_demo_compares_at_equal_passes(root):
-    done = subprocess.run(
-        [sys.executable, "scripts/demo.py"], cwd=root, capture_output=True, text=True, timeout=60, check=True
-    )
+    done = script(root, "demo")
+    assert done.returncode == 0, done.stderr
     lines = [[text.strip() for text in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
     assert [(line[0], line[5]) for line in lines[2:]] == [
         ("AdamW", "20"),
@@ -542,18 +563,10 @@ def test_demo_compares_at_equal_passes(root):
 
 def test_the_benchmark_times_all_on_the_same_batch_and_says_what_is_our_own(tmp_path):
     output = tmp_path / "result.json"
-    command = [
-        sys.executable,
-        str(SCRIPTS / "benchmark.py"),
-        "--configuration",
-        "gpt2-1m",
-        "--steps",
-        "2",
-        "--warm_up",
-        "1",
-    ]
-    command += ["--accumulation", "2", "--methods", "plain", "rho=0", "sam", "xsam, search", "--output", str(output)]
-    subprocess.run(command, check=True, capture_output=True)
+    arguments = ["--configuration", "gpt2-1m", "--steps", "2", "--warm_up", "1", "--accumulation", "2"]
+    arguments += ["--methods", "plain", "rho=0", "sam", "xsam, search", "--output", output]
+    done = script(ROOT, "benchmark", *arguments)
+    assert done.returncode == 0, done.stderr
     result = json.loads(output.read_text())
     assert (result["threads"], result["processes"], result["accumulation"]) == (1, 1, 2)
     rows = result["rows"]

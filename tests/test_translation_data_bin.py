@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.translation import fairseq
+from tasks.translation import fairseq_format as fairseq
 from tasks.translation.data import DataArguments, load
 
 

@@ -9,7 +9,8 @@ import torch
 from datasets import Dataset
 from translation_toys import pairs, write
 
-from tasks.translation import fairseq, sources
+from tasks.translation import fairseq_format as fairseq
+from tasks.translation import sources
 from tasks.translation.data import DataArguments, load
 from tasks.translation.vocabulary import Vocabulary
 

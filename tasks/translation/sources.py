@@ -80,13 +80,13 @@ def ding(source: str, target: str) -> dict[str, Pairs]:
 
 def read_lines(file: Path) -> list[str]:
     """
-    Lines of a UTF-8 text file; only the line feed ends a line, as for Moses and fairseq.
+    Lines of a UTF-8 text file; only the line feed ends a line, as for Moses and fairseq. A byte-order mark is no part of it.
 
     Raises:
         `ValueError`: no such file, or not UTF-8.
     """
     try:
-        text = file.read_bytes().decode("utf-8")
+        text = file.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise ValueError(f"{file} is missing: a folder of text has train, valid and test in both languages.") from None
     except UnicodeDecodeError as error:
@@ -213,6 +213,8 @@ def from_datasets(name: str, config: str | None, source: str, target: str) -> di
     path = Path(name)
     try:
         if path.is_file():
+            if config is not None:
+                raise ValueError(f"`dataset_config` is {config!r}, and a file has none: leave it out")
             loaded = load_dataset(FORMATS[path.suffix], data_files=name)
         else:
             loaded = load_dataset(name, config)
