@@ -30,24 +30,39 @@ class XSAMCallback(TrainerCallback, ExportableState):
 
     def __init__(self):
         self.xsam = XSAMState()
+        self.tensors_saved: list[str] = []  # the kinds that the checkpoint's tensors are to be of
         self._resumed_inside_epoch = False
         self._scheduled: int | None = None
 
     def state(self) -> dict:
         # Tensors go into a file of their own: see checkpoint.py.
         numbers = {f.name: getattr(self.xsam, f.name) for f in dataclasses.fields(XSAMState) if f.name != "tensors"}
-        return {"args": {}, "attributes": {"xsam": numbers}}
+        return {"args": {}, "attributes": {"xsam": numbers, "tensors_saved": sorted(self.xsam.tensors)}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self._scheduled = None
         name = type(self).__name__
         states: Any = state.stateful_callbacks
         saved = states.get(name) if state.global_step > 0 else None
+        self.tensors_saved = []
         if saved is None:  # a new run, or one that a plain Trainer began
+            if state.global_step > 0 and any(key.startswith("xsam/") for entry in state.log_history for key in entry):
+                raise ValueError(
+                    f"The checkpoint of update {state.global_step} was written by XSAM, and its trainer_state.json lacks XSAM's own "
+                    "state, α among it: resume from another checkpoint."
+                )
             self.xsam = XSAMState(updates=state.global_step)
             self._resumed_inside_epoch = False
         else:
-            self.xsam = XSAMState(**saved["attributes"]["xsam"])
+            numbers = saved.get("attributes", {}).get("xsam", {})
+            missing = {f.name for f in dataclasses.fields(XSAMState)} - {"tensors"} - numbers.keys()
+            if missing:
+                raise ValueError(
+                    f"The checkpoint of update {state.global_step} lacks {', '.join(sorted(missing))} of XSAM's own state in its "
+                    "trainer_state.json: resume from another checkpoint."
+                )
+            self.xsam = XSAMState(**numbers)
+            self.tensors_saved = saved["attributes"].get("tensors_saved", [])
             self._resumed_inside_epoch = state.epoch is not None and state.epoch % 1 != 0
         states[name] = self.state()  # the Trainer saves only what is listed here
         if state.is_world_process_zero and XSAMArguments.of(args).rho > 0:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -33,7 +34,7 @@ def last_whole_checkpoint(folder: Path) -> str:
         try:
             json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
             return str(checkpoint)
-        except (FileNotFoundError, json.JSONDecodeError):
+        except (OSError, ValueError):  # not there, a folder, not JSON, not UTF-8
             logger.warning(f"Passing over {checkpoint}: its last file, {TRAINER_STATE_NAME}, is missing or cut off.")
     raise ValueError(f"No valid checkpoint found in output directory ({folder}): none was written to its end.")
 
@@ -56,17 +57,28 @@ def save_tensors(tensors: dict[str, list[Tensor]], folder: Path, write: bool) ->
         save_file(whole, folder / FILE)
 
 
-def load_tensors(folder: Path, weights: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+def load_tensors(folder: Path, weights: Sequence[Tensor], kinds: Sequence[str] = ()) -> dict[str, list[Tensor]]:
     """
     Reads them back, each to the device of the weight that it belongs to, and sharded like it.
 
+    Args:
+        folder (`Path`): the checkpoint.
+        weights (`Sequence[torch.Tensor]`): those that are perturbed.
+        kinds (`Sequence[str]`): what must be there.
+
     Raises:
-        `ValueError`: they belong to other weights.
+        `ValueError`: the file is missing although it should be there, is damaged, or belongs to other weights.
     """
-    if not (folder / FILE).is_file():
-        return {}
+    try:
+        whole = load_file(folder / FILE) if (folder / FILE).is_file() else {}
+    except SafetensorError as error:
+        raise ValueError(f"{folder / FILE} is damaged ({error}): resume from another checkpoint.") from error
+    missing = [kind for kind in kinds if f"{kind}.0" not in whole]
+    if missing:
+        raise ValueError(
+            f"{folder / FILE} is missing or lacks {', '.join(missing)}, which the run had remembered: resume from another checkpoint."
+        )
     tensors: dict[str, list[Tensor]] = {}
-    whole = load_file(folder / FILE)
     for key in sorted(whole, key=lambda key: (key.split(".")[0], int(key.split(".")[1]))):
         kind, i = key.split(".")
         part = whole[key].to(weights[0].device)

@@ -203,7 +203,8 @@ class XSAMMixin(ReplayMixin):
     def _load_tensors(self, arguments: XSAMArguments) -> None:
         if self._tensors_to_load is not None:
             weights, _ = perturbed_and_excluded(self._trained_module(arguments), arguments.rho_exclude)
-            self._xsam_callback.xsam.tensors = load_tensors(Path(self._tensors_to_load), weights)
+            callback = self._xsam_callback
+            callback.xsam.tensors = load_tensors(Path(self._tensors_to_load), weights, callback.tensors_saved)
             self._tensors_to_load = None
 
     @property
