@@ -11,7 +11,6 @@ import struct
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import datasets
@@ -42,7 +41,7 @@ def run(output_dir, *flags, **options):
 
 
 def finish(process):
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=500)
     assert process.returncode == 0, output[-3000:]
     return output
 
@@ -395,18 +394,43 @@ def final_weights(folder):
     return load_file(folder / "model.safetensors")
 
 
+# The command, which waits for the signal once checkpoint 4 is written.
+WAITING = """
+import signal
+from tasks.command import run
+from tasks.image_classification import data, train
+
+class Waiting(data.EpochCallback):
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            print("checkpoint 4 is written", flush=True)
+            signal.pause()
+
+data.EpochCallback = Waiting
+run(train.main)
+"""
+
+
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_goes_on_exactly(tmp_path, sent):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(run(whole, *KILL))
-    process = run(killed, *KILL)
-    deadline = time.time() + 120
-    while not (killed / "checkpoint-4" / "trainer_state.json").exists():
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.01)
-    process.send_signal(sent)
-    process.wait(60)
-    assert process.returncode != 0 and not (killed / "result.json").exists()
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING, *SHORT, "--report_to", "none", "--output_dir", str(killed), *KILL],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A shell that starts the tests in the background makes them, and so this process, ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    with process.stdout as output:
+        assert any("checkpoint 4 is written" in line for line in output)
+        process.send_signal(sent)
+        process.wait(300)
+    assert process.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 128 + signal.SIGINT}[sent]
+    assert (killed / "checkpoint-4").exists() and not (killed / "checkpoint-6").exists()
+    assert not (killed / "result.json").exists()
     finish(run(killed, *KILL, "--resume_from_checkpoint", "true"))
     for name, value in final_weights(whole).items():
         assert torch.equal(value, final_weights(killed)[name]), name
@@ -458,7 +482,7 @@ def test_two_processes(tmp_path):
     ]
     flags = ["--report_to", "none", "--use_cpu", "true", "--output_dir"]
     done = subprocess.run([*launch, *flags, str(tmp_path / "two"), "--per_device_train_batch_size", "250"], cwd=ROOT,
-                          capture_output=True, text=True, timeout=240)  # fmt: skip
+                          capture_output=True, text=True, timeout=500)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     finish(run(tmp_path / "one"))
     two, one = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("two", "one"))
