@@ -103,9 +103,9 @@ def _what_must_agree(one: FinishedRun, other: FinishedRun) -> dict[str, tuple[An
     agree = {name: (one.result[name], other.result[name]) for name in ("task", "dataset")}
     agree["recipe"] = (one.recipe, other.recipe)
     # The images or sentences that scores are of; methods may differ in what they train on.
-    data = [run.result.get("identity", {}).get("data", {}) for run in (one, other)]
-    for split in ("validation", "test"):
-        agree[f"{split} data"] = (data[0].get(split), data[1].get(split))
+    identities = [run.result.get("identity", {}) for run in (one, other)]
+    for name in ("validation_data", "test_data"):
+        agree[name] = (identities[0].get(name), identities[1].get(name))
     return agree
 
 

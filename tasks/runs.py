@@ -89,7 +89,8 @@ def identity(name: str, task: TaskArguments, args: TrainingArguments, data: Mapp
     }
     size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     cut = {"micro_batch": args.per_device_train_batch_size} if args.ascent_scope == "micro" else {}
-    whole = {"task": name, "method": name_of(args), "data": dict(data), "seed": args.seed, "update_batch": size, **cut}
+    prints = {f"{split}_data": digits for split, digits in data.items()}
+    whole = {"task": name, "method": name_of(args), **prints, "seed": args.seed, "update_batch": size, **cut}
     return json.loads(json.dumps({**whole, **matter}, default=str))
 
 
@@ -256,12 +257,4 @@ def compare(ours: dict, theirs: dict | None, where: str, args: TrainingArguments
     for name in dict.fromkeys([*ours, *theirs]):
         mine, other = (kept.get(name, defaults.get(name)) for kept in (ours, theirs))
         if mine != other:
-            raise ValueError(
-                f"{where} another run: its `{name}` is {_short(other)}, this one's {_short(mine)}. {way_out}"
-            )
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {part}" for name, part in value.items())
-    return str(value)
+            raise ValueError(f"{where} another run: its `{name}` is {other}, this one's {mine}. {way_out}")

@@ -10,6 +10,7 @@ Every field of a recipe is a flag as well, and the command line comes before the
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import EvalPrediction, set_seed
 
 from tasks import metric, recipes, runs
 from tasks.arguments import CheckedArguments, TaskArguments
-from tasks.command import refusals, run
+from tasks.command import refusals, run, sentence
 from tasks.image_classification import data, models
 from tasks.image_classification.top_k_accuracy import TopKAccuracy
 from tasks.results import CostMeter, write_result
@@ -96,8 +97,11 @@ def train(task: ImageArguments, args: TrainingArguments) -> Path:
     if trainer.is_world_process_zero():
         facts = {"task": "image_classification", "dataset": task.dataset, "model": task.model, "metrics": scores}
         result = write_result(trainer, meter, task, identity, **facts)
-        trainer.create_model_card(dataset=task.dataset, tasks="image-classification")
         print(result)
+        try:
+            trainer.create_model_card(dataset=task.dataset, tasks="image-classification")
+        except (OSError, UnicodeError) as error:  # a folder's name, for instance, that the locale has no letters for
+            print(f"There is no model card: {sentence(error)}.", file=sys.stderr)
     return result
 
 
