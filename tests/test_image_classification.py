@@ -22,8 +22,9 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from tasks import recipes
+from tasks import metric, recipes
 from tasks.image_classification import archives, data, models
+from tasks.image_classification.top_k_accuracy import TopKAccuracy
 from tasks.image_classification.train import ImageArguments, TrainingArguments
 from tasks.methods import METHODS, flags, name_of
 
@@ -190,7 +191,9 @@ def test_parquet_folder_as_on_the_hub(tmp_path):
     rows([0, 1, 2, 3]).to_parquet(tmp_path / "cifar100" / "train-00000-of-00001.parquet")
     rows([4, 5]).to_parquet(tmp_path / "cifar100" / "test-00000-of-00001.parquet")
     check_pictures(archives.read("cifar100", tmp_path))
-    with pytest.raises(ValueError, match="has the columns img, fine_label: expected img and label"):
+    with pytest.raises(
+        ValueError, match="train.* is no parquet file of images: it has the columns img, fine_label, not img and label"
+    ):
         archives.read("cifar10", tmp_path)
 
 
@@ -281,12 +284,34 @@ def test_bad_input_is_named(tmp_path):
 
 
 def test_metric_by_hand():
-    metric = evaluate.load(str(SCRIPT.with_name("top_k_accuracy.py")), keep_in_memory=True)
+    loaded = evaluate.load(str(SCRIPT.with_name("top_k_accuracy.py")), keep_in_memory=True)
     logits = np.tile(np.arange(8.0), (4, 1))  # the last class is ahead of all others, the first behind seven
-    scores = metric.compute(predictions=logits, references=[7, 6, 3, 0])
+    scores = loaded.compute(predictions=logits, references=[7, 6, 3, 0])
     assert scores["accuracy"] == 0.25 and scores["top5_accuracy"] == 0.75
     log_sum = np.log(np.exp(np.arange(8.0)).sum())
     assert scores["loss"] == pytest.approx(np.mean([log_sum - value for value in (7, 6, 3, 0)]))
+
+
+@pytest.mark.parametrize("classes", [8, 3])
+def test_ties_and_numbers_that_are_not_finite_count_as_wrong(classes):
+    def score(*rows):
+        return metric.compute(TopKAccuracy, predictions=np.array(rows), references=[classes - 1] * len(rows))
+
+    right = np.arange(float(classes))
+    assert score(right)["accuracy"] == score(right)["top5_accuracy"] == 1
+    for value in (np.nan, np.inf, -np.inf, 0.0):
+        found = score(np.full(classes, value), np.full(classes, value))
+        assert found["accuracy"] == 0 and found["top5_accuracy"] == (0 if value or classes > 5 else 1), value
+    for place in (0, classes - 1):
+        for value in (np.nan, np.inf, -np.inf):
+            row = right.copy()
+            row[place] = value
+            assert score(row)["accuracy"] == 0 == score(row)["top5_accuracy"]
+    tied = right.copy()
+    tied[0] = tied[-1]
+    assert score(tied)["accuracy"] == 0 and score(tied)["top5_accuracy"] == 1  # ahead of all but one
+    assert score(tied, right)["accuracy"] == 0.5
+    assert np.isnan(score(np.full(classes, np.nan))["loss"])
 
 
 # --- recipes and flags -----------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import io
 import pickle
 import re
 import reprlib
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -84,23 +85,22 @@ def _joined(parts: list[Arrays]) -> Arrays:
 
 def _parquet(file: Path, images: Images) -> Arrays:
     try:
-        # As a stream: nothing is copied into a cache.
-        rows = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
-        names = rows.column_names or list(next(iter(rows)))
-        if set(images.columns) <= set(names):
+        # As a stream, which copies nothing into a cache, but wants a folder for one.
+        with tempfile.TemporaryDirectory() as cache:
+            rows = datasets.load_dataset(
+                "parquet", data_files=str(file), split="train", streaming=True, cache_dir=cache
+            )
+            names = rows.column_names or list(next(iter(rows), {}))
+            if not set(images.columns) <= set(names):
+                raise ValueError(f"it has the columns {', '.join(names)}, not {' and '.join(images.columns)}")
             rows = rows.select_columns(list(images.columns)).cast_column(
                 images.columns[0], datasets.Image(decode=False)
             )
             return pictures(rows, images, str(file))
-    except StopIteration:
-        raise ValueError(f"{file} holds no images.") from None
-    except ValueError as error:
-        if str(file) in str(error):
-            raise
-        raise ValueError(f"{file} is no parquet file of images: {sentence(error)}") from error
     except Exception as error:  # pyarrow's and datasets' many
-        raise ValueError(f"{file} is no parquet file of images: {sentence(error)}") from error
-    raise ValueError(f"{file} has the columns {', '.join(names)}: expected {' and '.join(images.columns)}.")
+        if str(error).startswith(str(file)):  # by row
+            raise
+        raise ValueError(f"{file} is no parquet file of images: {sentence(error)}.") from error
 
 
 def from_hub(name: str) -> tuple[Arrays, Arrays]:
@@ -177,7 +177,7 @@ def checked_labels(labels: Iterable[Any], images: Images, where: str) -> np.ndar
     """
     kept = []
     for number, label in enumerate(labels):
-        whole = isinstance(label, int | np.integer) and not isinstance(label, bool)
+        whole = isinstance(label, int) and not isinstance(label, bool)
         if not (whole and 0 <= label < images.classes):
             raise ValueError(
                 f"{where}, row {number} has the label {reprlib.repr(label)}: expected a whole number from 0 to {images.classes - 1}."
@@ -202,8 +202,7 @@ def idx(path: Path) -> np.ndarray:
         raise ValueError(f"{path} is not a whole idx file: {error}") from error
     rank = data[3] if len(data) > 3 else 0
     shape = np.frombuffer(data, ">u4", rank, offset=4).tolist() if len(data) >= 4 + 4 * rank else []
-    size = int(np.prod(shape, dtype=object)) if shape else -1
-    if data[:3] != b"\0\0\x08" or len(data) - 4 - 4 * rank != size:
+    if not shape or data[:3] != b"\0\0\x08" or len(data) - 4 - 4 * rank != int(np.prod(shape, dtype=object)):
         raise ValueError(f"{path} is not a whole idx file of unsigned bytes. Fetch it again.")
     return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape).copy()
 
@@ -222,7 +221,7 @@ def _idx_pair(folder: Path, split: str, images: Images) -> Arrays:
         raise ValueError(
             f"{files[1]} holds an array of {y.shape}, and {files[0]} {len(x)} images: the two do not belong together."
         )
-    return x[..., None], checked_labels(y, images, str(files[1]))
+    return x[..., None], checked_labels(y.tolist(), images, str(files[1]))
 
 
 # --- CIFAR's python archive ------------------------------------------------------------------------------------------
@@ -275,7 +274,8 @@ def unpickle(data: bytes, where: str) -> dict[str, Any]:
     try:
         batch = _BatchUnpickler(io.BytesIO(data), encoding="latin1").load()
     except Exception as error:  # of the unpickler: whatever the bytes make it stumble over
-        reason = "it is cut off" if isinstance(error, EOFError) else sentence(error)
+        told = isinstance(error, pickle.UnpicklingError)
+        reason = sentence(error) if told else f"it is cut off or damaged ({sentence(error)})"
         raise ValueError(
             f"{where} is not a batch of CIFAR: {reason}. Nothing of it was run; do not use it."
         ) from error
