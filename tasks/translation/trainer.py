@@ -98,7 +98,7 @@ class TranslationTrainer(XSAMSeq2SeqTrainer):
         for name, why in instead.items():
             value = getattr(args, name, None)
             if name in defaults and value != defaults[name]:
-                raise ValueError(f"`{name}` is {value!r}, but {why}: leave it out.")
+                raise ValueError(f"`{name}` is {value}, but {why}: leave it out.")
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **kwargs):
         inputs = self._prepare_inputs(inputs)
