@@ -357,6 +357,177 @@ def test_the_command_fails_if_a_run_does(root):
     run_seeds.main(arguments)
 
 
+# --- what does not belong into one table, and what is damaged ----------------------------------------------------------
+
+
+def finished(root, *names, seeds=(0, 1)):
+    runs = [make_run(name, seed, "--alpha 1") for seed in seeds for name in names]
+    assert run_seeds.run_all(runs) == []
+    return root / "runs" / "group"
+
+
+def change(folder, name="result.json", **changes):
+    found = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**found, **changes}))
+
+
+BAD_RUNS = {
+    "another data set": (
+        lambda f: change(f, dataset="fashion_mnist"),
+        r"differ in their dataset \(digits and fashion_mnist\)",
+    ),
+    "another task": (lambda f: change(f, task="translation"), "differ in their task"),
+    "another recipe": (lambda f: change(f, "request.json", recipe="rho: 0.3\n"), "differ in their recipe"),
+    "other test images": (
+        lambda f: change(f, identity={"test_data": "abc"}),
+        r"differ in their test_data \(None and abc\)",
+    ),
+    "another seed": (lambda f: change(f, seed=0), "SAM/seed-1 holds a result of seed 0"),
+    "a seed that is none": (lambda f: change(f, seed="1"), "result.json is damaged"),
+    "nan": (
+        lambda f: change(f, metrics={"test": {"accuracy": float("nan")}}),
+        "SAM, seed 1 has diverged .test accuracy nan.",
+    ),
+    "null": (lambda f: change(f, metrics={"test": {"accuracy": None}}), "SAM, seed 1 has diverged"),
+    "diverged": (lambda f: change(f, diverged=True), "SAM, seed 1 has diverged"),
+    "no test scores": (
+        lambda f: change(f, metrics={"validation": {"accuracy": 1.0}}),
+        "SAM, seed 1 has no scores of test: it has valid",
+    ),
+    "no passes": (lambda f: change(f, passes={}), "result.json is damaged .KeyError: 'forward'.: delete its folder"),
+    "no time": (lambda f: change(f, seconds=None), "result.json is damaged"),
+    "cut off": (lambda f: (f / "result.json").write_text('{"seed": 1, '), "result.json is damaged"),
+    "empty": (lambda f: (f / "result.json").write_text(""), "result.json is damaged"),
+    "a list": (lambda f: (f / "result.json").write_text("[]"), "result.json is damaged"),
+    "no text": (lambda f: (f / "result.json").write_bytes(b"\xff\xfe"), "result.json is damaged"),
+    "a request cut off": (lambda f: (f / "request.json").write_text("{"), "request.json is damaged"),
+    "a history cut off": (lambda f: (f / "trainer_state.json").write_text('{"log'), "trainer_state.json is damaged"),
+    "searches cut off": (
+        lambda f: (f / "xsam_search.jsonl").write_text('{"step": 1}\n{"st'),
+        "xsam_search.jsonl is damaged",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_RUNS)
+@pytest.mark.parametrize("main", [summarize.main, report_script.main], ids=["summarize", "report"])
+def test_what_does_not_belong_into_one_table_is_refused_and_nothing_is_written(root, kind, main):
+    folder = finished(root, "SAM", "XSAM")
+    (root / "results").mkdir()
+    (root / "results" / "group.json").write_text("the earlier table")
+    damage, words = BAD_RUNS[kind]
+    damage(folder / "SAM" / "seed-1")
+    with pytest.raises(ValueError, match=words):
+        main([str(folder)])
+    assert (root / "results" / "group.json").read_text() == "the earlier table"
+    assert not (folder / "report.html").exists() and not list(root.rglob("*.part"))
+
+
+def test_a_wrong_name_leaves_the_earlier_table(root):
+    folder = finished(root, "SAM")
+    for flags, words in (
+        (["--metric", "bleu"], "There is no metric bleu: choose one of accuracy"),
+        (["--baselines", "XSAM"], "no run of the baseline XSAM"),
+        (["--split", "validation"], "has no scores of validation"),
+        (["--split", "train"], "--split: invalid choice: 'train'"),
+    ):
+        assert words in refusal(summarize.main, folder, *flags)
+    assert not (root / "results").exists()
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("", "is not a file that summarize wrote"),
+        ("[]", "is not a file that summarize wrote"),
+        ('{"common": {}, "runs": [{}]}', "is not a file that summarize wrote: KeyError: 'seed'"),
+        ('{"common": {}, "runs": []}', "holds no runs"),
+    ],
+)
+def test_a_file_that_is_no_table_is_refused(root, content, words):
+    (root / "x.json").write_text(content)
+    assert words in refusal(summarize.main, root / "x.json")
+    assert "there is no nowhere, here or in" in refusal(summarize.main, "nowhere")
+
+
+def test_a_file_with_one_seed_twice_is_refused(root, capsys):
+    summarize.main([str(finished(root, "SAM"))])
+    file = root / "results" / "group.json"
+    kept = json.loads(file.read_text())
+    kept["runs"].append(kept["runs"][0])
+    file.write_text(json.dumps(kept))
+    assert "SAM has two results of seed 0" in refusal(summarize.main, file)
+
+
+def test_summarize_finds_its_group_from_anywhere(root, tmp_path, capsys):
+    finished(root, "SAM")
+    away = tmp_path / "away"
+    away.mkdir()
+    for cwd, source in (
+        (root, "runs/group"),
+        (away, "runs/group"),
+        (root / "runs", "group"),
+        (root / "runs/group", "."),
+    ):
+        (root / "results" / "group.json").unlink(missing_ok=True)
+        done = script(root, "summarize", source, cwd=cwd)
+        assert done.returncode == 0 and "| SAM    |" in done.stdout, done.stderr
+        assert (root / "results" / "group.json").exists()
+    assert not any(away.iterdir())
+
+
+DAMAGES = {
+    "a result cut off": lambda f: (f / "result.json").write_text('{"seed"'),
+    "a result that is no text": lambda f: (f / "result.json").write_bytes(b"\xff"),
+    "a request that is no text": lambda f: (f / "request.json").write_bytes(b"\xff"),
+    "a request that is a folder": lambda f: ((f / "request.json").unlink(), (f / "request.json").mkdir()),
+    "checkpoint-last": lambda f: ((f / "result.json").unlink(), (f / "checkpoint-last").mkdir()),
+    "a checkpoint that is a file": lambda f: ((f / "result.json").unlink(), (f / "checkpoint-7").write_text("")),
+    "a state that is no text": lambda f: (
+        (f / "result.json").unlink(),
+        (f / "checkpoint-7").mkdir(),
+        (f / "checkpoint-7" / "trainer_state.json").write_bytes(b"\xff\xfe"),
+    ),
+    "a folder that is a file": lambda f: (shutil.rmtree(f), f.write_text("")),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_run_is_made_again_and_the_others_go_on(root, kind):
+    folder = finished(root, "SAM", seeds=(0, 1))
+    DAMAGES[kind](folder / "SAM" / "seed-0")
+    assert run_seeds.run_all([make_run("SAM", seed, "--alpha 1") for seed in range(3)]) == []
+    assert [call[call.index("--seed") + 1] for call in calls(root)] == ["0", "1", "0", "2"]
+    assert "--resume_from_checkpoint" not in calls(root)[-2]
+    assert json.loads((folder / "SAM/seed-0/result.json").read_text())["seed"] == 0
+
+
+def test_a_run_that_cannot_begin_does_not_end_the_others(root, capsys):
+    (root / "runs" / "group").mkdir(parents=True)
+    (root / "runs" / "group" / "bad").write_text("in the way")
+    runs = [make_run("bad"), make_run("good")]
+    assert run_seeds.run_all(runs, jobs=2) == runs[:1]
+    assert "bad seed 0 failed: [Errno" in capsys.readouterr().out and runs[1].is_finished
+
+
+def test_a_secret_is_in_no_file_of_a_group(root, capsys):
+    task = root / "tasks/fake/train.py"
+    task.write_text(
+        task.read_text().replace(
+            'parser.add_argument("--rho"', 'parser.add_argument("--hub_token")\nparser.add_argument("--rho"'
+        )
+    )
+    for flags in ("--hub_token s3cret", "--hub_token=s3cret"):
+        assert run_seeds.run_all([make_run("SAM", 0, flags)]) == []
+    assert "s3cret" in calls(root)[0][-1]  # the task got it
+    (root / "calls.jsonl").unlink()
+    summarize.main([str(root / "runs" / "group")])
+    report_script.report(root / "runs" / "group", "accuracy", [])
+    for path in root.rglob("*"):
+        assert not path.is_file() or b"s3cret" not in path.read_bytes(), path
+    assert "s3cret" not in "".join(capsys.readouterr())
+
+
 # --- the report ------------------------------------------------------------------------------------------------------
 
 
@@ -435,10 +606,10 @@ echo "$*" >> "$STUB_LOG"
 [[ "$*" == "-c "* && -n "${STUB_OLD:-}" ]] && exit 1
 [[ "$*" == "-m pip --version" && -n "${STUB_WITHOUT_PIP:-}" ]] && exit 1
 [[ -n "${STUB_FAIL:-}" && "$*" == *"$STUB_FAIL"* ]] && exit 1
-if [[ "$*" == "-m venv --clear .venv" ]]; then
-    rm -rf .venv
-    mkdir -p .venv/bin
-    cp "$0" .venv/bin/python
+if [[ "$*" == "-m venv --clear "* ]]; then
+    rm -rf "$4"
+    mkdir -p "$4/bin"
+    cp "$0" "$4/bin/python"
 fi
 exit 0
 """
@@ -530,6 +701,65 @@ def test_setup_finds_another_python_and_says_when_there_is_none(shell):
     assert asked == [] and not (shell.root / ".venv").exists()
     (shell.bin / "python3").rename(shell.bin / "python3.11")
     assert shell.setup()[1] == [VENV, PIP, INSTALL.format("checkout")]
+
+
+def test_setup_without_ensurepip_takes_another_way_or_says_which_there_are(shell):
+    """Debian's python3 without the package python3-venv."""
+    done, asked = shell.setup(STUB_FAIL="import ensurepip")
+    assert done.returncode == 1 and asked == [] and not (shell.root / ".venv").exists()
+    assert done.stderr.startswith(
+        "python3 cannot make a virtual environment: install its venv module (python3-venv on Debian"
+    )
+    assert len(done.stderr.splitlines()) == 1
+    for tool, made in (
+        ("virtualenv", "--quiet --python python3 .venv"),
+        ("uv", "venv --quiet --seed --python python3 .venv"),
+    ):
+        # Plays the tool; its environment has pip.
+        (shell.bin / tool).write_text(
+            '#!/usr/bin/env bash\necho "$*" >> "$STUB_LOG"\nmkdir -p .venv/bin\ncp "$STUB_BIN/python3" .venv/bin/python\n'
+        )
+        (shell.bin / tool).chmod(0o755)
+        done, asked = shell.setup(STUB_FAIL="import ensurepip", STUB_BIN=str(shell.bin))
+        assert done.returncode == 0 and asked == [made, PIP, INSTALL.format("checkout")], done.stderr
+        shutil.rmtree(shell.root / ".venv")
+    # Another Python that has it comes before both.
+    shell.add_python(shell.bin / "python3.12")
+    (shell.bin / "python3").write_text(PYTHON.replace("exit 0", '[[ "$*" == *ensurepip* ]] && exit 1\nexit 0'))
+    done, asked = shell.setup()
+    assert asked == [VENV, PIP, INSTALL.format("checkout")]
+
+
+def test_the_lowest_versions_get_an_environment_of_their_own(shell):
+    (shell.root / "setup.cfg").write_text(
+        "[options]\ninstall_requires =\n    torch>=2.8\n    a.b-c>=1.0.2; python_version<'4'\n    numpy\n"
+    )
+    shell.add_python(shell.bin / "python3.10")
+    done, asked = shell(shell.root / "scripts/test", "--lowest", "-k", "xsam")
+    assert done.returncode == 0, done.stderr
+    install = (
+        "-m pip install --quiet --disable-pip-version-check --constraint .venv-lowest/lowest.txt --editable .[test]"
+    )
+    assert asked == [
+        "-m venv --clear .venv-lowest",
+        PIP,
+        install,
+        "-m pytest -n 2 -k xsam",
+    ]  # no lint: its tools' versions matter
+    assert (shell.root / ".venv-lowest/lowest.txt").read_text() == "torch==2.8\na.b-c==1.0.2\n"
+    assert not (shell.root / ".venv").exists()
+
+
+def test_scripts_run_names_the_scripts_there_are(shell):
+    for arguments in ((), ("nowhere",), ("table",), ("../setup",), ("demo.py",), ("--help",)):
+        done, asked = shell(shell.root / "scripts/run", *arguments)
+        assert done.returncode == 2 and asked == []
+        assert (
+            done.stderr
+            == "error: scripts/run takes the name of a script and then its arguments; there are: demo run_seeds.\n"
+        )
+    done, asked = shell(shell.root / "scripts/run", "run_seeds", "a b", "--group", "x")
+    assert done.returncode == 0 and asked[-1] == f"{shell.root}/scripts/run_seeds.py a b --group x"
 
 
 def test_scripts_test_runs_every_part_and_names_those_that_failed(shell):
