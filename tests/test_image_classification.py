@@ -21,12 +21,15 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import Trainer
+from transformers import TrainingArguments as HFArguments
 
 from tasks import metric, recipes
 from tasks.image_classification import archives, data, models
 from tasks.image_classification.top_k_accuracy import TopKAccuracy
 from tasks.image_classification.train import ImageArguments, TrainingArguments
 from tasks.methods import METHODS, flags, name_of
+from xsam_hf import XSAMTrainer, XSAMTrainingArguments
 
 
 ROOT = Path(__file__).parents[1]
@@ -491,6 +494,51 @@ def test_crops_of_a_resumed_run_are_those_of_the_uninterrupted_one(tmp_path, cif
         checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
         finish(run(tmp_path / f"again-{step}", *flags, "--resume_from_checkpoint", str(checkpoint)))
         assert all(torch.equal(v, reference[n]) for n, v in final_weights(tmp_path / f"again-{step}").items()), step
+
+
+class Augmented(torch.utils.data.Dataset):
+    """Points with noise: of the process's own stream, or of one that depends on the index alone."""
+
+    def __init__(self, own):
+        self.own = own
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, i):
+        generator = None if self.own else torch.Generator().manual_seed(i)
+        return {
+            "x": torch.full((2,), float(i)) + torch.randn(2, generator=generator),
+            "labels": torch.tensor(float(i % 2)),
+        }
+
+
+class Line(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = torch.nn.Linear(2, 1)
+
+    def forward(self, x, labels):
+        return {"loss": (self.layer(x)[:, 0] - labels).square().mean()}
+
+
+@pytest.mark.parametrize("trainer, arguments", [(Trainer, HFArguments), (XSAMTrainer, XSAMTrainingArguments)])
+@pytest.mark.parametrize("own", [True, False])
+def test_augmentation_from_the_processs_stream_resumes_otherwise_in_the_plain_trainer_too(
+    tmp_path, trainer, arguments, own
+):
+    def train(resume=None):
+        args = arguments(
+            str(tmp_path), num_train_epochs=2, per_device_train_batch_size=4, save_strategy="steps", save_steps=1, report_to="none",
+            use_cpu=True, disable_tqdm=True, learning_rate=0.01,
+        )  # fmt: skip
+        run = trainer(model=Line(), args=args, train_dataset=Augmented(own))
+        run.train(resume_from_checkpoint=resume)
+        return run.model.layer.weight.detach().clone()
+
+    whole, again = train(), train(str(tmp_path / "checkpoint-3"))
+    assert torch.equal(whole, again) == (not own)
 
 
 def test_two_processes(tmp_path):
