@@ -163,6 +163,8 @@ def make_page(
 
 
 def report(group: Path, metric: str, baselines: Sequence[str]) -> None:
+    if not group.is_dir():
+        raise ValueError(f"There is no folder {group}: give one of runs/.")
     runs, unfinished = load_group(group)
     if not runs:
         raise ValueError(f"There is no finished run in {group}.")

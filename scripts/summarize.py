@@ -110,10 +110,12 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     source = next((path for path in (args.source, ROOT / args.source) if path.exists()), None)
     if source is None:
-        parser.error(f"there is no {args.source}, here or in {ROOT}")
+        raise ValueError(
+            f"There is no {args.source}, here or in {ROOT}: give a folder of runs/, or a file of results/."
+        )
     kept, results = collect(source) if source.is_dir() else (None, read(source))
     if missing := [name for name in args.baselines if name not in results]:
-        parser.error(f"no run of the baseline {', '.join(missing)}")
+        raise ValueError(f"There is no run of the baseline {', '.join(missing)}: choose among {', '.join(results)}.")
     check_metric(results, args.metric, args.split)
     table = to_markdown(
         make_cells(make_rows(results, args.metric, args.split), args.metric, args.baselines, args.split)

@@ -25,7 +25,7 @@ class Parser(ArgumentParser):
         self.add_argument("--traceback", action="store_true", help="Show where in the code a refusal comes from.")
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message.removeprefix('argument ')}. --help lists all flags.")
+        raise ValueError(f"{message.removeprefix('argument ').rstrip('.')}. --help lists all flags.")
 
     def refuse_unknown(self, rest: Sequence[str]) -> None:
         """Refuses what `parse_known_args` has left over, and names the flag that was probably meant."""

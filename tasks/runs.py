@@ -116,6 +116,30 @@ class RunIdentity(TrainerCallback, ExportableState):
         self.training = True
 
 
+def check_output(args: TrainingArguments, metrics: Iterable[str]) -> None:
+    """
+    Refuses what would end a run after its first epoch: a folder that cannot be written to, a best model by no metric of ours.
+
+    Args:
+        args: the Trainer's.
+        metrics (`Iterable[str]`): what an evaluation measures, without `eval_`.
+
+    Raises:
+        `ValueError`: so it is.
+    """
+    folder = Path(args.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise ValueError(f"`output_dir` is {folder}, which cannot be written to ({error}): give another.") from error
+    best = args.metric_for_best_model
+    known = [*metrics, "loss"]
+    if best is not None and best.removeprefix("eval_") not in known:
+        raise ValueError(f"`metric_for_best_model` is {best}: choose one of {', '.join(dict.fromkeys(known))}.")
+
+
 def start(trainer: Trainer, whole: dict) -> None:
     """
     Trains, from the beginning or from `resume_from_checkpoint` (`true`: the last whole one in `output_dir`), and saves the model.
@@ -134,7 +158,6 @@ def start(trainer: Trainer, whole: dict) -> None:
         check_parts(checkpoint, args)
         compare(whole, _identity_of_checkpoint(checkpoint), f"`resume_from_checkpoint` {checkpoint} belongs to", args)
     refuse_other_runs(folder, whole, args)
-    folder.mkdir(parents=True, exist_ok=True)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except Exception:

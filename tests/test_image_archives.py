@@ -398,3 +398,21 @@ def test_digits_come_from_nowhere_else(tmp_path):
 def test_shares_that_leave_a_class_out_are_named(changes, words):
     with pytest.raises(ValueError, match=words):
         data.load("digits", **changes)
+
+
+def test_pixels_of_another_data_set_are_warned_about(tmp_path, monkeypatch):
+    """MNIST's files have the names and the form of Fashion-MNIST's."""
+    said = []
+    monkeypatch.setattr(data.logger, "warning", said.append)
+    rng = np.random.default_rng(0)
+    for mean, warned in ((0.286, False), (0.131, True)):
+        pixels = (rng.random((40, 28, 28)) < mean).astype(np.uint8) * 255
+        data.load(
+            "fashion_mnist",
+            str(fashion(tmp_path, train_images=idx(pixels), train_labels=idx(np.arange(40, dtype=np.uint8) % 10))),
+            0,
+        )
+        assert bool(said) == warned
+    assert "and that of fashion_mnist [0.286]: is it that data set?" in said[0]
+    data.load("digits")
+    assert len(said) == 1

@@ -227,6 +227,19 @@ def test_what_to_resume_from_must_be_there(tmp_path, flag):
         train(tmp_path, resume_from_checkpoint="true")
 
 
+def test_what_would_end_a_run_later_is_refused_before(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run", "/proc/nowhere"):
+        with pytest.raises(ValueError, match="`output_dir` is .*, which cannot be written to .*: give another"):
+            train(folder)
+    options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    with pytest.raises(
+        ValueError, match="`metric_for_best_model` is bleu: choose one of accuracy, top5_accuracy, loss"
+    ):
+        train(tmp_path / "run", metric_for_best_model="bleu", **options)
+    assert train(tmp_path / "run", metric_for_best_model="eval_top5_accuracy", **options)["diverged"] is False
+
+
 # --- a run that diverged ---------------------------------------------------------------------------------------------
 
 

@@ -427,7 +427,7 @@ def test_a_wrong_name_leaves_the_earlier_table(root):
     folder = finished(root, "SAM")
     for flags, words in (
         (["--metric", "bleu"], "There is no metric bleu: choose one of accuracy"),
-        (["--baselines", "XSAM"], "no run of the baseline XSAM"),
+        (["--baselines", "XSAM"], "There is no run of the baseline XSAM: choose among SAM."),
         (["--split", "validation"], "has no scores of validation"),
         (["--split", "train"], "--split: invalid choice: 'train'"),
     ):
@@ -447,7 +447,7 @@ def test_a_wrong_name_leaves_the_earlier_table(root):
 def test_a_file_that_is_no_table_is_refused(root, content, words):
     (root / "x.json").write_text(content)
     assert words in refusal(summarize.main, root / "x.json")
-    assert "there is no nowhere, here or in" in refusal(summarize.main, "nowhere")
+    assert "There is no nowhere, here or in" in refusal(summarize.main, "nowhere")
 
 
 def test_a_file_with_one_seed_twice_is_refused(root, capsys):
@@ -591,6 +591,9 @@ def test_report_of_losses_that_are_all_null(root):
 
 
 def test_report_of_nothing(root):
+    with pytest.raises(ValueError, match="There is no folder .*group: give one of runs/"):
+        report_script.report(root / "runs/group", "accuracy", [])
+    (root / "runs/group").mkdir(parents=True)
     with pytest.raises(ValueError, match="There is no finished run in"):
         report_script.report(root / "runs/group", "accuracy", [])
     run_seeds.run_all([make_run()])

@@ -241,3 +241,28 @@ def test_a_file_of_merges_that_is_none_names_itself(tmp_path, content):
     file.write_text(content)
     with pytest.raises(ValueError, match=f"{file} is not a file of BPE merges"):
         Subwords.read(file)
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ('{"de": ["a"], "en": "b"}', r"row 0 has \['a'\] in de: expected text"),
+        ('{"de": "a", "en": 5}', "row 0 has 5 in en: expected text"),
+        ('{"translation": {"de": {"x": "a"}, "en": "b"}}', "row 0 has {'x': 'a'} in de: expected text"),
+        ('{"de": "a"\n', "could not load it: .*JSON"),
+    ],
+)
+def test_cells_that_are_no_text_are_refused(tmp_path, row, words):
+    (tmp_path / "train.jsonl").write_text(f"{row}\n" * 30)
+    with pytest.raises(ValueError, match=words):
+        load(DataArguments(dataset=str(tmp_path / "train.jsonl")))
+
+
+@pytest.mark.parametrize("name, language", [("test", "en"), ("valid", "de")])
+def test_a_held_out_set_without_text_on_one_side_is_refused(tmp_path, name, language):
+    for split in ("train", "valid", "test"):
+        write(tmp_path, split, pairs(10))
+    load(DataArguments(dataset=str(tmp_path), bpe_merges=20))
+    (tmp_path / f"{name}.{language}").write_text("\n \n" * 5)
+    with pytest.raises(ValueError, match="no text in the (source|target) language: all of its 10 sentences are empty"):
+        load(DataArguments(dataset=str(tmp_path), bpe_merges=20))

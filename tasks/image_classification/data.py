@@ -11,11 +11,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from tasks.image_classification import archives
 from tasks.image_classification.archives import Arrays
 from tasks.image_classification.catalogue import DATASETS, Images
 from tasks.runs import fingerprint
+
+
+logger = logging.get_logger(__name__)
 
 
 class Split(Dataset):
@@ -101,6 +105,11 @@ def load(
             f"`data_dir` is {data_dir}, but digits come with scikit-learn: leave it out, or give another `dataset`."
         )
     (x, y), test = _digits() if name == "digits" else _read(name, data_dir)
+    mean = (x.mean(axis=(0, 1, 2)) / 255).round(3)
+    if np.abs(mean - images.mean).max() > 0.05:  # MNIST's files, for instance, have the names of Fashion-MNIST's
+        logger.warning(
+            f"The pixels' mean is {mean.tolist()}, and that of {name} {list(images.mean)}: is it that data set?"
+        )
     rows = np.arange(len(y))
     held_out = rows[:0]
     if validation_share:

@@ -60,6 +60,7 @@ def score(prediction: EvalPrediction) -> dict[str, float]:
 def train(task: ImageArguments, args: TrainingArguments) -> Path:
     """Trains, scores the test split once, and returns the path of `result.json`."""
     task.use_threads()
+    runs.check_output(args, ("accuracy", "top5_accuracy"))
     if task.validation_share == 0 and args.eval_strategy != "no":
         raise ValueError("`validation_share` is 0, so there is nothing to evaluate on: set `eval_strategy` to `no`.")
     splits = data.load(

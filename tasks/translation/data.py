@@ -256,10 +256,15 @@ def build(ids: list, tokens: sources.Pairs, text: sources.Pairs, held_out: bool)
     One split as a data set; a held-out one sorted by source length, so that its batches hold little padding.
 
     Raises:
-        `ValueError`: no sentences, or one too long for the model.
+        `ValueError`: no sentences, no text on one side, or a sentence too long for the model.
     """
     if not ids:
         raise ValueError("A split of `dataset` holds no sentences: train, validation and test need one at least.")
+    for side, name in enumerate(("source", "target")):
+        if not any(pair[side].strip() for pair in tokens):
+            raise ValueError(
+                f"A split of `dataset` has no text in the {name} language: all of its {len(ids)} sentences are empty."
+            )
     for number, pair in enumerate(ids, start=1):
         if max(map(len, pair)) > POSITIONS:
             raise ValueError(

@@ -191,6 +191,7 @@ def to_hugging_face(checkpoint: Path, dictionaries: Path, folder: Path, language
     Raises:
         `ValueError`: the dictionaries are another model's, or see [`read_checkpoint`].
     """
+    _check_destination(folder)
     model = read_checkpoint(checkpoint)
     vocabularies = read_dictionaries(dictionaries, *languages)
     sizes = model.config.src_vocab_size, model.config.tgt_vocab_size
@@ -204,8 +205,14 @@ def to_hugging_face(checkpoint: Path, dictionaries: Path, folder: Path, language
     write_dictionaries(folder, languages, vocabularies)
 
 
+def _check_destination(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is there and no folder: give another destination.")
+
+
 def to_fairseq(model: Path, folder: Path, languages: tuple[str, str]) -> None:
     """A folder that `train.py` or [`to_hugging_face`] wrote as `checkpoint.pt` and dictionaries of fairseq's."""
+    _check_destination(folder)
     vocabularies = read_dictionaries(model, *languages)
     folder.mkdir(parents=True, exist_ok=True)
     write_checkpoint(load(model), folder / "checkpoint.pt", *languages)

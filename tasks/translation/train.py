@@ -78,6 +78,7 @@ def train(task: TranslationArguments, args: TrainingArguments) -> Path:
     check_averaging(task.average_checkpoints, args)
     TranslationTrainer.refuse_ignored(args)
     task.use_threads()
+    runs.check_output(args, metrics.NAMES)
     corpus = data.load(task)
     set_seed(args.seed)
     model = build_model(task, corpus)
