@@ -233,18 +233,7 @@ def test_no_recipe_of_ours_fixes_its_folder():
 COMMANDS = {
     "image": ["-m", "tasks.image_classification.train"],
     "translation": ["-m", "tasks.translation.train"],
-    **{
-        name: [f"scripts/{name}.py"]
-        for name in (
-            "run_seeds",
-            "summarize",
-            "report",
-            "prepare_iwslt14",
-            "convert_fairseq",
-            "draw_schedules",
-            "demo",
-        )
-    },
+    **{name: [f"scripts/{name}.py"] for name in ("run_seeds", "summarize", "prepare_iwslt14", "convert_fairseq")},
 }
 
 

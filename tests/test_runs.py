@@ -333,6 +333,14 @@ def test_a_token_is_in_no_file_of_a_run(tmp_path, monkeypatch, capfd):
     assert "hf_s3cret" not in "".join(capfd.readouterr())
 
 
+def test_other_secrets_are_in_no_result_either(tmp_path, monkeypatch):
+    real = images.TrainingArguments.to_dict
+    monkeypatch.setattr(images.TrainingArguments, "to_dict", lambda args: {**real(args), "some_api_key": "s3cret"})
+    result = train(tmp_path)
+    assert result["arguments"]["some_api_key"] == "<some_api_key>" and "some_api_key" not in result["identity"]
+    assert "s3cret" not in (tmp_path / "result.json").read_text()
+
+
 # --- the result is always left ---------------------------------------------------------------------------------------
 
 
