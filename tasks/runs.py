@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -130,8 +131,8 @@ def check_output(args: TrainingArguments, metrics: Iterable[str]) -> None:
     folder = Path(args.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
+        with tempfile.TemporaryFile(dir=folder):  # of this process's own
+            pass
     except OSError as error:
         raise ValueError(f"`output_dir` is {folder}, which cannot be written to ({error}): give another.") from error
     best = args.metric_for_best_model
