@@ -156,7 +156,7 @@ def start(trainer: Trainer, whole: dict) -> None:
     folder = Path(args.output_dir)
     checkpoint = resume_point(args.resume_from_checkpoint, folder)
     if checkpoint is not None:
-        check_parts(checkpoint, args)
+        check_parts(checkpoint, args, scaled=trainer.accelerator.scaler is not None)
         compare(whole, _identity_of_checkpoint(checkpoint), f"`resume_from_checkpoint` {checkpoint} belongs to", args)
     refuse_other_runs(folder, whole, args)
     try:
@@ -189,9 +189,14 @@ def resume_point(flag: str | bool | None, folder: Path) -> Path | None:
     return Path(str(flag))
 
 
-def check_parts(checkpoint: Path, args: TrainingArguments) -> None:
+def check_parts(checkpoint: Path, args: TrainingArguments, scaled: bool = False) -> None:
     """
     Refuses a checkpoint that the Trainer would go on from without saying what is missing.
+
+    Args:
+        checkpoint (`Path`): the folder.
+        args: tell how many processes there are, and whether they hold shards.
+        scaled (`bool`): whether a GradScaler is at work, whose scale is a part too.
 
     Raises:
         `ValueError`: model, optimizer, schedule, random state or trainer state is missing, cut off or another kind of file.
@@ -202,6 +207,7 @@ def check_parts(checkpoint: Path, args: TrainingArguments) -> None:
         ("model.safetensors", "model.safetensors.index.json", *["pytorch_model_fsdp_0"] * sharded),
         ("optimizer.pt", *["optimizer_0"] * sharded),
         ("scheduler.pt",),
+        *[("scaler.pt",)] * scaled,
         *((name,) for name in ranks),
         ("trainer_state.json",),
     ]

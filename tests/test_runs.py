@@ -219,6 +219,15 @@ def test_xsams_own_state_is_a_part_too(tmp_path):
         train(tmp_path, perturbation="vasso", alpha=1, resume_from_checkpoint="true")
 
 
+def test_the_parts_of_two_processes_and_of_a_scaler_are_looked_for(killed, tmp_path, monkeypatch):
+    _, args = parse(tmp_path)
+    with pytest.raises(ValueError, match="has no scaler.pt"):
+        runs.check_parts(killed / "checkpoint-2", args, scaled=True)
+    monkeypatch.setattr(images.TrainingArguments, "world_size", 2)
+    with pytest.raises(ValueError, match="has no rng_state_0.pth"):
+        runs.check_parts(killed / "checkpoint-2", args)
+
+
 @pytest.mark.parametrize("flag", ["nowhere", "yes", "checkpoint-2"])
 def test_what_to_resume_from_must_be_there(tmp_path, flag):
     with pytest.raises(ValueError, match=f"`resume_from_checkpoint` is {flag}, which is no folder"):
