@@ -13,6 +13,7 @@ import re
 import reprlib
 import tempfile
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,19 +38,24 @@ CIFAR = {
 MODES = {1: "L", 3: "RGB"}
 
 
-def read(name: str, folder: Path) -> tuple[Arrays, Arrays]:
+def read(name: str, folder: Path, columns: tuple[str, str] | None = None) -> tuple[Arrays, Arrays]:
     """
     The training and the test images in a folder (or a CIFAR .tar.gz file).
 
     The folder holds one of: parquet files whose names (or folders) say `train` and `test`, as on the hub; for CIFAR the
     extracted python archive or its `cifar-10(0)-python.tar.gz`; for Fashion-MNIST the four `*-ubyte.gz` files.
 
+    Args:
+        name (`str`): one of `DATASETS`.
+        folder (`Path`): or the archive.
+        columns (`tuple[str, str]`, *optional*): the image's and the label's in parquet files, if not those of the hub.
+
     Raises:
         `ValueError`: there is nothing of the kind, or it is damaged, or it is not the data set of that name.
     """
     if not folder.exists():
         raise ValueError(f"`data_dir` is {folder}, which does not exist: give a folder with the files of {name}.")
-    images = DATASETS[name]
+    images = DATASETS[name] if columns is None else replace(DATASETS[name], columns=columns)
     parquet = {
         split: [file for file in sorted(folder.rglob("*.parquet")) if _says(split, file, folder)]
         for split in ("train", "test")
