@@ -1,8 +1,7 @@
-#!/usr/bin/env python
 """
 Times one update of the plain Trainer, of XSAMTrainer, and of another library's SAM, interleaved in one process.
 
-    scripts/benchmark --configuration vit-ti --steps 12 --threads 1
+    scripts/run benchmark --configuration vit-ti --steps 12 --threads 1
 
 Every round makes one update with each of them, on the same batch and in another order, so that whatever slows the machine down
 slows all of them; what is reported is the median over the rounds, and the median of each round's ratio to the plain Trainer. The
@@ -12,16 +11,14 @@ results/benchmark-CONFIGURATION.json. The peers, `pytorch_optimizer` and Compose
 Under `torchrun` every process trains with DDP, and the first one reports.
 """
 
-import argparse
 import json
 import os
 import platform
 import random
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -30,16 +27,15 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
+from scripts.table import to_markdown
+from tasks.command import Parser, run, sentence
+from tasks.files import write_whole
+from tasks.image_classification import models
+from tasks.translation.model import build as build_translation
+from xsam_hf import XSAMTrainer, XSAMTrainingArguments
+
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from table import to_markdown  # noqa: E402
-
-from tasks.image_classification import models  # noqa: E402
-from tasks.translation.model import build as build_translation  # noqa: E402
-from xsam_hf import XSAMTrainer, XSAMTrainingArguments  # noqa: E402
-
 
 METHODS = {
     "plain": {"rho": None},
@@ -179,8 +175,8 @@ class AdamWStep:
         self.optimizer.step()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> None:
+    parser = Parser(description=__doc__)
     parser.add_argument("--configuration", choices=CONFIGURATIONS)
     parser.add_argument("--steps", type=int, default=12, help="rounds that count")
     parser.add_argument("--warm_up", type=int, default=3, help="rounds before them")
@@ -189,11 +185,14 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--output", type=Path, help="default: results/benchmark-CONFIGURATION.json")
     parser.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="time nothing: the table of such files")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.table:
-        return print(table([json.loads(path.read_text()) for path in args.table]))
+        return print(table([load(path) for path in args.table]))
     if args.configuration is None:
         parser.error("give a --configuration, or files for a --table")
+    for name in ("steps", "threads", "accumulation"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} starts at 1")
     torch.set_num_threads(args.threads)
     processes = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -247,9 +246,24 @@ def main() -> None:
         "rows": rows,
     }
     path = args.output or ROOT / "results" / f"benchmark-{args.configuration}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(result, indent=1) + "\n")
     print(table([result]))
+
+
+def load(path: Path) -> dict:
+    """
+    A file that this script wrote.
+
+    Raises:
+        `ValueError`: it is none.
+    """
+    try:
+        result = json.loads(path.read_bytes())
+        table([result])
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a benchmark's result: {sentence(error)}.") from error
+    return result
 
 
 def table(results: list[dict]) -> str:
@@ -276,4 +290,4 @@ def copy_bandwidth() -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

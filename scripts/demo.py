@@ -1,15 +1,19 @@
 """`bash scripts/demo` without its set-up: a small ViT on digits, with AdamW once more at the passes that SAM and XSAM take."""
 
-import yaml
-from report import report
-from run_seeds import ROOT, Run, run_or_exit
+from collections.abc import Sequence
+
+from scripts.report import report
+from scripts.run_seeds import ROOT, Run, run_or_exit
+from tasks import recipes
+from tasks.command import Parser, run
 
 
 TASK, RECIPE = "image_classification", "digits-vit-small"
 
 
-def main() -> None:
-    recipe = yaml.safe_load((ROOT / "tasks" / TASK / "recipes" / f"{RECIPE}.yaml").read_text())
+def main(argv: Sequence[str]) -> None:
+    Parser(description=__doc__).parse_args(argv)
+    recipe = recipes.read(ROOT / "tasks" / TASK / "recipes" / f"{RECIPE}.yaml")
     methods = {
         "AdamW": "--rho 0",
         "AdamW-2x": f"--rho 0 --num_train_epochs {2 * recipe['num_train_epochs']}",
@@ -22,4 +26,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

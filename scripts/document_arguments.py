@@ -1,23 +1,17 @@
-#!/usr/bin/env python
 """Writes docs/arguments.md: every field of XSAMArguments with its choices, its default and its help."""
 
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from xsam_hf import XSAMArguments  # noqa: E402
+from xsam_hf import XSAMArguments
 
 
-PAGE = ROOT / "docs" / "arguments.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "arguments.md"
 HEAD = """# The method's arguments
 
 Fields of `XSAMArguments`, and so of `XSAMTrainingArguments` and `XSAMSeq2SeqTrainingArguments`: keyword arguments, and flags of the
-command line through `HfArgumentParser`. *`python scripts/document_arguments.py` writes this page.*
+command line through `HfArgumentParser`. *`scripts/run document_arguments` writes this page.*
 
 | field | default | meaning |
 |---|---|---|

@@ -1,18 +1,18 @@
-"""Draws docs/method.svg: one XSAM update on the quadratic L(x, y) = (x² + 10 y²)/2, computed by xsam_hf."""
+"""
+Draws docs/method.svg: one XSAM update on the quadratic L(x, y) = (x² + 10 y²)/2, computed by xsam_hf.
+
+    scripts/run draw_method
+"""
 
 import math
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 
+from scripts import svg
+from tasks.command import Parser, run
 from xsam_hf import XSAMArguments, XSAMState, xsam_gradient
-
-
-matplotlib.use("svg")
-matplotlib.rcParams["svg.hashsalt"] = "xsam_hf"  # the same file from the same numbers
-import matplotlib.pyplot as plt  # noqa: E402
 
 
 START, RHO, RHO_MAX = (1.0, 0.1), 0.5, 1.0
@@ -46,11 +46,11 @@ def arrow(axes, start, direction, length, color, label):
     axes.plot([], [], color=color, lw=2, label=label)
 
 
-def main():
+def main(argv):
+    Parser(description=__doc__).parse_args(argv)
     (theta, climbed), (g0, g1), direction, seen = update()
     search, psi = seen.search, float(seen.angle)
-    figure, (plane, curve) = plt.subplots(1, 2, figsize=(10, 4.4), width_ratios=[1.15, 1], layout="constrained")
-    figure.patch.set_facecolor("white")
+    figure, (plane, curve) = svg.make(2, figsize=(10, 4.4), width_ratios=[1.15, 1])
 
     x, y = np.meshgrid(np.linspace(0, 2.2, 60), np.linspace(-0.65, 1.3, 60))
     plane.contourf(x, y, loss(x, y), levels=16, cmap="YlOrBr", alpha=0.7)
@@ -89,8 +89,8 @@ def main():
         xlabel="$\\alpha$", ylabel="$L(\\theta_0 + \\rho_{max}\\, v(\\alpha))$", title="Its search: 21 forward passes"
     )
     curve.legend()
-    figure.savefig(Path(__file__).parents[1] / "docs" / "method.svg", metadata={"Date": None})
+    svg.save(figure, Path(__file__).parents[1] / "docs" / "method.svg")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

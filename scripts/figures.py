@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib
 import numpy as np
-from group import FinishedRun
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+
+from scripts import svg
+from scripts.group import FinishedRun
 
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, the palest two left out.
@@ -19,7 +21,7 @@ COLORS = ["#56B4E9", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00"]
 TEXT_COLOR = "#010203"
 STYLE = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "xsam",
+    **svg.SALT,
     "font.family": "sans-serif",
     "axes.spines.top": False,
     "axes.spines.right": False,

@@ -1,25 +1,45 @@
-"""Reads a group of runs back, as `run_seeds.py` leaves them."""
+"""Reads a group of runs back, as `run_seeds` leaves them, and refuses to put side by side what cannot be compared."""
+
+from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from tasks.command import sentence
 
 
 @dataclass(frozen=True)
 class FinishedRun:
+    folder: Path
     command: list[str]
+    recipe: str
     result: dict
     history: list[dict]
     searches: list[dict]
 
     @classmethod
-    def load(cls, folder: Path) -> "FinishedRun":
+    def load(cls, folder: Path) -> FinishedRun:
+        """
+        One run's files.
+
+        Raises:
+            `ValueError`: one of them is damaged, or the result is of another seed than its folder.
+        """
         state, searches = folder / "trainer_state.json", folder / "xsam_search.jsonl"
+        request = _read(folder / "request.json", lambda found: (list(found["command"]), str(found["recipe"])))
+        result = _read(folder / "result.json", _check_result)
+        if f"seed-{result['seed']}" != folder.name:
+            raise ValueError(f"{folder} holds a result of seed {result['seed']}: run this seed again.")
         return cls(
-            command=json.loads((folder / "request.json").read_text())["command"],
-            result=json.loads((folder / "result.json").read_text()),
-            history=json.loads(state.read_text())["log_history"] if state.exists() else [],
-            searches=[json.loads(line) for line in searches.read_text().splitlines()] if searches.exists() else [],
+            folder,
+            *request,
+            result=result,
+            history=_read(state, lambda found: list(found["log_history"])) if state.exists() else [],
+            searches=_read(searches, list, lines=True) if searches.exists() else [],
         )
 
     def curve(self, key: str) -> tuple[list[float], list[float]]:
@@ -29,8 +49,33 @@ class FinishedRun:
         return [passes_a_step * step for step, _ in points], [value for _, value in points]
 
 
+def _read(file: Path, take: Callable[[Any], Any], lines: bool = False) -> Any:
+    try:
+        text = file.read_text(encoding="utf-8")
+        return take([json.loads(line) for line in text.splitlines()] if lines else json.loads(text))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is damaged ({sentence(error)}): delete its folder and run this seed again."
+        ) from error
+
+
+def _check_result(result: dict) -> dict:
+    whole = type(result["seed"]) is int and all(isinstance(scores, dict) for scores in result["metrics"].values())
+    numbers = (result["passes"]["forward"], result["passes"]["backward"], result["seconds"])
+    if not whole or not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+        raise ValueError("its numbers are none")
+    for name in ("task", "dataset", "model", "versions", "device", "threads"):
+        result[name]  # noqa: B018  (a KeyError otherwise)
+    return result
+
+
 def load_group(group: Path) -> tuple[dict[str, list[FinishedRun]], list[str]]:
-    """The finished runs of each method, by seed, and the names of the others."""
+    """
+    The finished runs of each method, by seed, and the names of the others.
+
+    Raises:
+        `ValueError`: a run is damaged, or two are of different recipes or data: their scores do not belong into one table.
+    """
     runs: dict[str, list[FinishedRun]] = {}
     unfinished = []
     for request in sorted(group.glob("*/seed-*/request.json")):
@@ -41,4 +86,56 @@ def load_group(group: Path) -> tuple[dict[str, list[FinishedRun]], list[str]]:
             unfinished.append(f"{folder.parent.name} {folder.name.replace('-', ' ')}")
     for seeds in runs.values():
         seeds.sort(key=lambda run: run.result["seed"])
+    every = [run for seeds in runs.values() for run in seeds]
+    for run in every[1:]:
+        first = every[0]
+        for name, (ours, theirs) in _what_must_agree(first, run).items():
+            if ours != theirs:
+                shown = "" if name == "recipe" else f" ({ours} and {theirs})"
+                raise ValueError(
+                    f"{first.folder} and {run.folder} differ in their {name}{shown}, so that their scores do not belong into one "
+                    "table: take one of them out of the group."
+                )
     return runs, unfinished
+
+
+def _what_must_agree(one: FinishedRun, other: FinishedRun) -> dict[str, tuple[Any, Any]]:
+    agree = {name: (one.result[name], other.result[name]) for name in ("task", "dataset")}
+    agree["recipe"] = (one.recipe, other.recipe)
+    # The images or sentences that scores are of; methods may differ in what they train on.
+    identities = [run.result.get("identity", {}) for run in (one, other)]
+    for name in ("validation_data", "test_data"):
+        agree[name] = (identities[0].get(name), identities[1].get(name))
+    return agree
+
+
+def check_metric(results: Mapping[str, Sequence[dict]], metric: str, split: str) -> None:
+    """
+    Refuses a metric that not every run has as a number.
+
+    Args:
+        results (`Mapping[str, Sequence[dict]]`): the results of each method.
+        metric, split (`str`): its name, and of which images or sentences.
+
+    Raises:
+        `ValueError`: a run has no such metric, or has diverged, or a method has two runs of one seed.
+    """
+    for name, runs in results.items():
+        seeds = [run["seed"] for run in runs]
+        if len(set(seeds)) < len(seeds):
+            twice = next(seed for seed in seeds if seeds.count(seed) > 1)
+            raise ValueError(f"{name} has two results of seed {twice}: take one of them out.")
+        for run in runs:
+            scores = run["metrics"].get(split)
+            if scores is None:
+                raise ValueError(
+                    f"{name}, seed {run['seed']} has no scores of {split}: it has {', '.join(run['metrics'])}."
+                )
+            if metric not in scores:
+                raise ValueError(f"There is no metric {metric}: choose one of {', '.join(scores)}.")
+            value = scores[metric]
+            if run.get("diverged") or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(
+                    f"{name}, seed {run['seed']} has diverged ({split} {metric} {value}), and a mean with it means nothing: take the "
+                    "method out of the group, or change it."
+                )

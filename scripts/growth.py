@@ -1,27 +1,23 @@
-#!/usr/bin/env python
 """
-How XSAM's own cost of an update grows with weights, processes and accumulation: benchmark.py, over and over.
+How XSAM's own cost of an update grows with weights, processes and accumulation: `benchmark`, over and over.
 
-    python scripts/growth.py              # results/growth.json, docs/growth.svg, and a table
-    python scripts/growth.py --draw       # the figure and the table again, from the file
+    scripts/run growth              # results/growth.json, docs/growth.svg, and a table
+    scripts/run growth --draw       # the figure and the table again, from the file
 
 Run it on a machine that does nothing else. Two processes take one thread each, as one does.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-from table import to_markdown
-
-
-matplotlib.use("svg")
-matplotlib.rcParams["svg.hashsalt"] = "xsam_hf"  # the same file from the same numbers
-import matplotlib.pyplot as plt  # noqa: E402
+from scripts import svg
+from scripts.table import to_markdown
+from tasks.command import Parser, run
+from tasks.files import write_whole
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,11 +36,11 @@ def measure(configuration: str, processes: int, accumulation: int, steps: int) -
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "result.json")
         command = [
-            sys.executable, *(launcher if processes > 1 else []), str(ROOT / "scripts" / "benchmark.py"),
+            sys.executable, *(launcher if processes > 1 else []), "-m", "scripts.benchmark",
             *("--configuration", configuration, "--accumulation", str(accumulation), "--steps", str(steps)),
             *("--methods", "plain", "sam", "xsam, alpha kept", "--output", str(output)),
         ]  # fmt: skip
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
         return json.loads(output.read_text())
 
 
@@ -71,8 +67,7 @@ def cells(results: list[dict]) -> list[list[str]]:
 
 
 def draw(results: list[dict]) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    figure.patch.set_facecolor("white")
+    figure, (left, right) = svg.make(2, figsize=(10, 4))
     for processes, marker in ((1, "o-"), (2, "s--")):
         points = [r for r in results if r["processes"] == processes and r["accumulation"] == 1]
         sizes = [r["parameters"] for r in points]
@@ -92,21 +87,21 @@ def draw(results: list[dict]) -> None:
     right.set_xscale("log", base=2)
     right.set_ylim(bottom=0)
     right.legend()
-    figure.savefig(FIGURE, metadata={"Date": None})
+    svg.save(figure, FIGURE)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> None:
+    parser = Parser(description=__doc__)
     parser.add_argument("--steps", type=int, default=10, help="rounds that count, at each point")
     parser.add_argument("--draw", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not args.draw:
         results = [measure(*point, args.steps) for point in POINTS]
-        RESULT.write_text(json.dumps(results, indent=1) + "\n")
-    results = json.loads(RESULT.read_text())
+        write_whole(RESULT, json.dumps(results, indent=1) + "\n")
+    results = json.loads(RESULT.read_text(encoding="utf-8"))
     draw(results)
     print(to_markdown(cells(results)))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,26 +1,29 @@
-#!/usr/bin/env python
 """
 Which operations XSAM's arithmetic on GPT-2's 124 million weights spends its time in: one update whose passes cost nothing.
 
-    python scripts/profile_arithmetic.py     # results/profile-124m.json, and a table
+    scripts/run profile_arithmetic     # results/profile-124m.json, and a table
 """
 
 import json
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from benchmark import copy_bandwidth, gpt2
-from table import to_markdown
 from torch.profiler import ProfilerActivity, profile
 
+from scripts.benchmark import copy_bandwidth, gpt2
+from scripts.table import to_markdown
+from tasks.command import Parser, run
+from tasks.files import write_whole
 from xsam_hf import XSAMArguments, XSAMState, xsam_gradient
 
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
+    Parser(description=__doc__).parse_args(argv)
     torch.set_num_threads(1)
     model, _ = gpt2(1, 1)
     weights = list(model.parameters())
@@ -52,10 +55,10 @@ def main() -> None:
         "all_ms": sum(event.self_cpu_time_total for event in events) / 1000,
         "operations": rows,
     }
-    (ROOT / "results" / "profile-124m.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_whole(ROOT / "results" / "profile-124m.json", json.dumps(result, indent=1) + "\n")
     cells = [[name, f"{row['ms']:.0f}", str(row["calls"])] for name, row in rows.items()]
     print(to_markdown([["operation", "ms", "calls"], *cells, ["all", f"{result['all_ms']:.0f}", ""]]))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

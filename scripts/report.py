@@ -1,13 +1,11 @@
-#!/usr/bin/env python
 """
-Turns the runs of a group, as `run_seeds.py` leaves them, into a table on the terminal and a page of HTML beside them.
+Turns the runs of a group, as `run_seeds` leaves them, into a table on the terminal and a page of HTML beside them.
 
-    scripts/report.py runs/demo --baselines AdamW-2x SAM
+    scripts/run report runs/demo --baselines AdamW-2x SAM
 
 The page holds everything in itself: table, training curves, what the search for α saw, commands and versions.
 """
 
-import argparse
 import shlex
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -15,12 +13,15 @@ from pathlib import Path
 from string import Template
 
 import numpy as np
-from figures import draw, plot_curves, plot_searches
-from group import FinishedRun, load_group
-from table import Row, equal_passes, make_cells, make_rows, paired_difference, to_markdown
+
+from scripts.figures import draw, plot_curves, plot_searches
+from scripts.group import FinishedRun, check_metric, load_group
+from scripts.table import Row, equal_passes, make_cells, make_rows, paired_difference, to_markdown
+from tasks.command import Parser, run
+from tasks.files import write_whole
 
 
-PAGE = Template((Path(__file__).parent / "report.html").read_text())
+PAGE = Template((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
 
 
 def join(names: Sequence[str]) -> str:
@@ -162,24 +163,27 @@ def make_page(
 
 
 def report(group: Path, metric: str, baselines: Sequence[str]) -> None:
+    if not group.is_dir():
+        raise ValueError(f"There is no folder {group}: give one of runs/.")
     runs, unfinished = load_group(group)
     if not runs:
-        raise SystemExit(f"There is no finished run in {group}.")
+        raise ValueError(f"There is no finished run in {group}.")
     if missing := [name for name in baselines if name not in runs]:
-        raise SystemExit(f"There is no finished run of the baseline {join(missing)} in {group}.")
+        raise ValueError(f"There is no finished run of the baseline {join(missing)} in {group}.")
+    check_metric({name: [run.result for run in seeds] for name, seeds in runs.items()}, metric, "test")
     text, page = make_page(runs, unfinished, metric, baselines)
-    (group / "report.html").write_text(page)
+    write_whole(group / "report.html", page)
     print(f"{text}\n\nWith the curves: {group / 'report.html'}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> None:
+    parser = Parser(description=__doc__)
     parser.add_argument("group", type=Path, help="a folder of runs/")
     parser.add_argument("--metric", default="accuracy")
     parser.add_argument("--baselines", nargs="+", default=[], metavar="NAME", help="methods to take differences to")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     report(args.group, args.metric, args.baselines)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

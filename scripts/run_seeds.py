@@ -1,9 +1,8 @@
-#!/usr/bin/env python
 """
 Trains one recipe with several methods and seeds. Each run is a process of its own and fills
 `runs/<group>/<name>/seed-<seed>`; what it prints goes to `seed-<seed>.log` beside that folder.
 
-    scripts/run_seeds image_classification digits-vit-small sam xsam wide="--method xsam --rho 0.2" \\
+    scripts/run run_seeds image_classification digits-vit-small sam xsam wide="--method xsam --rho 0.2" \\
         --group radius --seeds 0 1 2 --jobs 2
 
 A name alone is the task's `--method`.
@@ -21,13 +20,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
+from tasks.command import Parser, run, sentence
+from tasks.files import write_whole
+from tasks.secret import without_secret_flags
+
 
 ROOT = Path(__file__).resolve().parent.parent
+NAME = r"\w[\w.+-]*"  # fit for a folder
+OURS = ("--seed", "--output_dir", "--resume_from_checkpoint")  # flags that this script gives itself
 
 
 @dataclass(frozen=True)
@@ -53,24 +59,31 @@ class Run:
         return self.folder.with_suffix(".log")
 
     @property
-    def command(self) -> list[str]:
-        script, recipe = f"tasks/{self.task}/train.py", f"tasks/{self.task}/recipes/{self.recipe}.yaml"
-        return [script, recipe, "--seed", str(self.seed), "--output_dir", str(self.folder), *shlex.split(self.flags)]
+    def recipe_file(self) -> Path:
+        return Path("tasks", self.task, "recipes", f"{self.recipe}.yaml")
 
     @property
-    def request(self) -> str:
-        """What is asked for: results made by another command, or with another text of the recipe, answer another question."""
-        recipe = (ROOT / self.command[1]).read_text()
-        return json.dumps({"command": self.command, "recipe": recipe}, indent=2)
+    def command(self) -> list[str]:
+        own = ["--seed", str(self.seed), "--output_dir", str(self.folder)]
+        return ["-m", f"tasks.{self.task}.train", str(self.recipe_file), *own, *shlex.split(self.flags)]
+
+    @property
+    def request(self) -> bytes:
+        """
+        What is asked for: results made by another command, or with another text of the recipe, answer another question.
+        Secrets are left out.
+        """
+        recipe = (ROOT / self.recipe_file).read_text(encoding="utf-8")
+        return json.dumps({"command": without_secret_flags(self.command), "recipe": recipe}, indent=2).encode()
 
     @property
     def is_ours(self) -> bool:
         request = ROOT / self.folder / "request.json"
-        return request.exists() and request.read_text() == self.request
+        return request.is_file() and request.read_bytes() == self.request
 
     @property
     def is_finished(self) -> bool:
-        return self.is_ours and (ROOT / self.folder / "result.json").exists()
+        return self.is_ours and is_json(ROOT / self.folder / "result.json")
 
     def start(self, one_thread: bool) -> subprocess.Popen:
         folder = ROOT / self.folder
@@ -87,13 +100,10 @@ class Run:
                 folder.rename(old)
                 tqdm.write(f"{self}: {self.folder} was made with other arguments and is now {old.relative_to(ROOT)}")
             folder.mkdir(exist_ok=True)
-            (folder / "request.json").write_text(self.request)
-            # The Trainer writes trainer_state.json last: a checkpoint without it, or with half of it, is half written.
-            states = filter(is_json, folder.glob("checkpoint-*/trainer_state.json"))
-            checkpoints = sorted((state.parent for state in states), key=lambda path: int(path.name.split("-")[1]))
-            resume = ["--resume_from_checkpoint", str(checkpoints[-1].relative_to(ROOT))] if checkpoints else []
+            write_whole(folder / "request.json", self.request)
+            (folder / "result.json").unlink(missing_ok=True)  # a damaged one: a whole one would have been kept
             return subprocess.Popen(
-                [sys.executable, *self.command, *resume],
+                [sys.executable, *self.command, *resume_flags(folder)],
                 cwd=ROOT,
                 env={**os.environ, **({"OMP_NUM_THREADS": "1"} if one_thread else {})},
                 stdin=subprocess.DEVNULL,
@@ -103,17 +113,36 @@ class Run:
             )
 
 
+def resume_flags(folder: Path) -> list[str]:
+    """From the last whole checkpoint of a run, if there is one."""
+    if not any(folder.glob("checkpoint-*")):
+        return []
+    from xsam_hf.trainer.checkpoint import last_whole_checkpoint  # which imports torch, some seconds
+
+    try:
+        checkpoint = Path(last_whole_checkpoint(folder))
+    except ValueError:
+        return []
+    return ["--resume_from_checkpoint", str(checkpoint.relative_to(ROOT))]
+
+
 def is_json(path: Path) -> bool:
     try:
-        json.loads(path.read_text())
-    except json.JSONDecodeError:
+        return isinstance(json.loads(path.read_bytes()), dict)
+    except (OSError, ValueError):
         return False
-    return True
+
+
+def is_finished(run: Run) -> bool:
+    try:
+        return run.is_finished
+    except (OSError, ValueError):  # it will say so when it is started
+        return False
 
 
 def run_all(runs: list[Run], jobs: int = 1) -> list[Run]:
     """Trains the runs that are not finished, `jobs` at a time, and returns those that failed."""
-    waiting = [run for run in runs if not run.is_finished]
+    waiting = [run for run in runs if not is_finished(run)]
     running: dict[Run, subprocess.Popen] = {}
     failed = []
     # The clock moves on every five seconds, which a log file can bear too.
@@ -131,8 +160,8 @@ def run_all(runs: list[Run], jobs: int = 1) -> list[Run]:
                     run = waiting.pop(0)
                     try:
                         running[run] = run.start(one_thread=jobs > 1)
-                    except (OSError, RuntimeError) as error:
-                        settle(run, str(error))
+                    except (OSError, RuntimeError, ValueError) as error:  # of this run's files: the others go on
+                        settle(run, sentence(error))
                 if (names := ", ".join(map(str, running))) != bar.postfix:
                     bar.set_postfix_str(names)
                 bar.update(0)
@@ -143,7 +172,7 @@ def run_all(runs: list[Run], jobs: int = 1) -> list[Run]:
                         if process.returncode:
                             settle(run, f"exit status {process.returncode}")
                         else:
-                            settle(run, None if run.is_finished else "it ended without a result.json")
+                            settle(run, None if is_finished(run) else "it ended without a result.json")
         finally:
             # Each child leads a session of its own, so that its data-loading processes end with it.
             for process in running.values():
@@ -157,7 +186,7 @@ def run_all(runs: list[Run], jobs: int = 1) -> list[Run]:
 
 
 def run_or_exit(runs: list[Run], jobs: int) -> None:
-    """`run_all` for a command: what is left to do ends it with a sentence."""
+    """`run_all` for a command: what is left to do ends it with a sentence and status 1."""
     # A polite kill and a closed terminal stop the runs as Ctrl-C does, unless the caller (`nohup`) ignores them.
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:
@@ -171,36 +200,62 @@ def run_or_exit(runs: list[Run], jobs: int) -> None:
 
 
 def parse_method(text: str) -> tuple[str, str]:
+    """
+    A method of the command line: its name and its flags.
+
+    Raises:
+        `argparse.ArgumentTypeError`: the name is not fit for a folder, a quotation mark is not closed, or a flag is ours to give.
+    """
     name, equals, flags = text.partition("=")
-    if not re.fullmatch(r"\w[\w.+-]*", name):
+    if not re.fullmatch(NAME, name):
         raise argparse.ArgumentTypeError(f'{text!r} should read NAME="--flag value ...", the name fit for a folder')
+    if name.startswith("replaced-"):
+        raise argparse.ArgumentTypeError(f"{name!r} is how replaced runs are called: give another name")
+    try:
+        parts = shlex.split(flags)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"the flags of {name} cannot be taken apart: {error}") from error
+    for part in parts:
+        flag = part.partition("=")[0].replace("-", "_").replace("__", "--", 1)
+        if flag in OURS:
+            raise argparse.ArgumentTypeError(
+                f"{flag} stands among the flags of {name}, and run_seeds gives it to each run"
+            )
     return name, flags if equals else f"--method {name}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> None:
+    parser = Parser(description=__doc__)
     parser.add_argument("task", help="a folder of tasks/")
     parser.add_argument("recipe", help="a file of the task's recipes/, without .yaml")
     parser.add_argument("methods", nargs="+", type=parse_method, metavar='NAME[="--flag value ..."]')
     parser.add_argument("--group", required=True, help="the folder of runs/ to fill")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; with more than one, each has one thread")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error("--jobs starts at 1")
-    if not (ROOT / "tasks" / args.task / "recipes" / f"{args.recipe}.yaml").exists():
-        parser.error(f"there is no recipe tasks/{args.task}/recipes/{args.recipe}.yaml")
+    for name in ("task", "recipe", "group"):
+        if not re.fullmatch(NAME, getattr(args, name)):
+            parser.error(f"{name} is {getattr(args, name)!r}: give a name, not a path")
+    recipe = Path("tasks", args.task, "recipes", f"{args.recipe}.yaml")
+    if not (ROOT / recipe).is_file():
+        parser.error(f"there is no recipe {recipe}")
     if len(dict(args.methods)) < len(args.methods):
         parser.error("two methods have the same name")
+    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
+        parser.error(f"--seeds are {' '.join(map(str, args.seeds))}: give each once, 0 or more")
 
     # Seeds outside, methods inside: an interrupted comparison holds pairs.
-    runs = [
-        Run(args.task, args.recipe, args.group, name, seed, flags)
-        for seed in args.seeds
-        for name, flags in args.methods
-    ]
-    run_or_exit(runs, args.jobs)
+    run_or_exit(
+        [
+            Run(args.task, args.recipe, args.group, name, seed, flags)
+            for seed in args.seeds
+            for name, flags in args.methods
+        ],
+        args.jobs,
+    )
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,21 +1,23 @@
-#!/usr/bin/env python
 """
 Keeps the results of a group of runs in one JSON file and prints them as a Markdown table: mean ± std over the seeds, paired
 differences to baselines with half of their 95 % interval, passes, seconds.
 
-    scripts/summarize runs/digits                                   # writes results/digits.json
-    scripts/summarize results/digits.json --baselines sgd-2x sam    # the table again, from the file
+    scripts/run summarize runs/digits                                   # writes results/digits.json
+    scripts/run summarize results/digits.json --baselines sgd-2x sam    # the table again, from the file
 
-What all runs have in common (versions, most arguments) stands in the file once.
+What all runs have in common (versions, most arguments) stands in the file once. A path is looked for where you are, then in the
+root of the repository.
 """
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from group import load_group
-from table import make_cells, make_rows, to_markdown
+from scripts.group import check_metric, load_group
+from scripts.table import make_cells, make_rows, to_markdown
+from tasks.command import Parser, run, sentence
+from tasks.files import write_whole
+from tasks.secret import without_secrets
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,52 +58,74 @@ def merged(common: Mapping, row: Mapping) -> dict:
     return whole
 
 
-def collect(group: Path) -> dict:
-    """The finished runs of a group as one object: `common`, and `runs` with what is special about each."""
+def collect(group: Path) -> tuple[dict, dict[str, list[dict]]]:
+    """
+    The finished runs of a group as one object (`common`, and `runs` with what is special about each), and whole by method.
+
+    Raises:
+        `ValueError`: there is none, or see [`~scripts.group.load_group`].
+    """
     found, unfinished = load_group(group)
     if not found:
-        raise SystemExit(f"There is no finished run in {group}.")
+        raise ValueError(f"There is no finished run in {group}.")
     if unfinished:
         print(f"Not finished, and so left out: {', '.join(unfinished)}.\n")
-    runs = [{"name": name, "command": run.command, **run.result} for name, seeds in found.items() for run in seeds]
+    results = {
+        name: [without_secrets({"name": name, "command": r.command, **r.result}) for r in seeds]
+        for name, seeds in found.items()
+    }
+    runs = [result for seeds in results.values() for result in seeds]
     common = common_part(runs) if len(runs) > 1 else {}
-    return {"common": common, "runs": [without(run, common) for run in runs]}
+    return {"common": common, "runs": [without(run, common) for run in runs]}, results
 
 
 def read(path: Path) -> dict[str, list[dict]]:
-    """The whole results of each method in a file that `collect` made."""
-    kept = json.loads(path.read_text())
+    """
+    The whole results of each method in a file that `collect` made.
+
+    Raises:
+        `ValueError`: it is no such file.
+    """
     results: dict[str, list[dict]] = {}
-    for row in kept["runs"]:
-        run = merged(kept["common"], row)
-        results.setdefault(run["name"], []).append(run)
+    try:
+        kept = json.loads(path.read_bytes())
+        for row in kept["runs"]:
+            run = merged(kept["common"], row)
+            for name in ("seed", "metrics", "passes", "seconds"):
+                run[name]  # noqa: B018  (a KeyError otherwise)
+            results.setdefault(run["name"], []).append(run)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a file that summarize wrote: {sentence(error)}.") from error
+    if not results:
+        raise ValueError(f"{path} holds no runs.")
     return results
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> None:
+    parser = Parser(description=__doc__)
     parser.add_argument("source", type=Path, help="a folder of runs/, or a file of results/")
     parser.add_argument("--metric", default="accuracy")
     parser.add_argument("--split", default="test", choices=["validation", "test"])
     parser.add_argument("--baselines", nargs="+", default=[], metavar="NAME", help="methods to take differences to")
-    args = parser.parse_args()
-    path = args.source
-    if args.source.is_dir():
-        path = ROOT / "results" / f"{args.source.resolve().name}.json"
-        content = json.dumps(collect(args.source), indent=1)
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(content + "\n")
-    elif not args.source.is_file():
-        parser.error(f"there is no {args.source}")
-    results = read(path)
+    args = parser.parse_args(argv)
+    source = next((path for path in (args.source, ROOT / args.source) if path.exists()), None)
+    if source is None:
+        raise ValueError(
+            f"There is no {args.source}, here or in {ROOT}: give a folder of runs/, or a file of results/."
+        )
+    kept, results = collect(source) if source.is_dir() else (None, read(source))
     if missing := [name for name in args.baselines if name not in results]:
-        parser.error(f"no run of the baseline {', '.join(missing)}")
-    metrics = next(iter(results.values()))[0]["metrics"][args.split]
-    if args.metric not in metrics:
-        parser.error(f"there is no metric {args.metric}: choose one of {', '.join(metrics)}")
-    rows = make_rows(results, args.metric, args.split)
-    print(to_markdown(make_cells(rows, args.metric, args.baselines, args.split)))
+        raise ValueError(f"There is no run of the baseline {', '.join(missing)}: choose among {', '.join(results)}.")
+    check_metric(results, args.metric, args.split)
+    table = to_markdown(
+        make_cells(make_rows(results, args.metric, args.split), args.metric, args.baselines, args.split)
+    )
+    if kept is not None:
+        path = ROOT / "results" / f"{source.resolve().name}.json"
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, json.dumps(kept, indent=1) + "\n")
+    print(table)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -42,3 +42,8 @@ def name_of(args: Any) -> str:
     if args.perturbation == "sam":
         return name
     return args.perturbation if name == "sam" else f"{name}+{args.perturbation}"
+
+
+def is_method(name: str, args: Any) -> bool:
+    """Whether some arguments still are the method of that name, whatever else they tune."""
+    return args.rho == 0 if name == "sgd" else name_of(args) == name

@@ -1,11 +1,13 @@
 """What every task leaves behind: `result.json`, from which each figure can be traced, and what the run cost."""
 
 import json
+import math
 import platform
 import subprocess
+import sys
 import time
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,10 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from tasks.files import write_whole
 from tasks.methods import name_of
+from tasks.runs import RESULT
+from tasks.secret import without_secrets
 
 
 PACKAGES = ("transformers", "accelerate", "datasets", "evaluate", "xsam_hf")
@@ -74,21 +79,29 @@ class CostMeter(TrainerCallback, ExportableState):
         self.seconds, self._started = self.elapsed, None
 
 
-def write_result(trainer: Trainer, meter: CostMeter, arguments: Any, **facts: Any) -> Path:
+def write_result(trainer: Trainer, meter: CostMeter, arguments: Any, identity: dict, **facts: Any) -> Path:
     """
     Writes `output_dir/result.json`: the facts (task, dataset, model, metrics ...), all arguments, cost, versions, commit.
+
+    Numbers that are not finite are null. If a loss is among them, the run has diverged: the file says so (`diverged`), and so
+    does a line on the terminal.
 
     Args:
         trainer (`Trainer`): after training.
         meter ([`CostMeter`]): that watched it.
-        arguments (dataclass): the task's own arguments; the trainer's are added.
+        arguments (dataclass): the task's own arguments; the trainer's are added, without secrets.
+        identity (`dict`): [`~tasks.runs.identity`] of the run.
+        facts: `metrics` among them, `{split: {name: value}}` with a `loss` for each split.
 
     Returns:
         `Path`: the file.
     """
     args = trainer.args
+    losses = {split: scores["loss"] for split, scores in facts["metrics"].items()}
+    diverged = not all(map(math.isfinite, losses.values()))
     result = {
         **facts,
+        "diverged": diverged,
         "method": name_of(args),
         "passes": meter.passes,
         "seconds": round(meter.elapsed, 2),
@@ -100,20 +113,42 @@ def write_result(trainer: Trainer, meter: CostMeter, arguments: Any, **facts: An
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            **{name: version(name) for name in PACKAGES},
+            **{name: _version(name) for name in PACKAGES},
         },
         "git_commit": git_commit(),
-        "arguments": {**asdict(arguments), **args.to_sanitized_dict()},
+        "arguments": without_secrets({**asdict(arguments), **args.to_sanitized_dict()}),
+        "identity": identity,
     }
-    path = Path(args.output_dir) / "result.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")
-    partial.replace(path)  # whoever finds the file finds it whole
+    path = Path(args.output_dir) / RESULT
+    write_whole(path, json.dumps(_finite(result), indent=2, default=str, allow_nan=False) + "\n")
+    if diverged:
+        told = ", ".join(f"{split} {loss}" for split, loss in losses.items())
+        print(f"The run diverged, and its scores mean nothing: the final loss is {told}.", file=sys.stderr)
     return path
 
 
+def _finite(value: Any) -> Any:
+    """Nested values with null for every number that JSON has no word for."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _version(package: str) -> str | None:
+    """The version of an installed package; `None` where it can be imported but nothing says which it is."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def git_commit() -> str | None:
-    """The checkout's commit, with `-dirty` if files differ from it; `None` outside a checkout."""
+    """The checkout's commit, with `-dirty` if files differ from it; `None` outside a checkout or without git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
     return done.stdout.strip() or None if done.returncode == 0 else None

@@ -96,7 +96,7 @@ def start_process(work):
         os._exit(status)
 
 
-def end_process(child, reading, seconds=60):
+def end_process(child, reading, seconds=300):
     """Its exit status, negative for a signal, and its report. One that hangs fails the test."""
     deadline = time.time() + seconds
     while not (ended := os.waitpid(child, os.WNOHANG))[0]:
@@ -145,6 +145,14 @@ def _little_garbage_collection():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _interrupts_are_delivered():
+    """A shell that starts the tests in the background (`&`, `nohup`) makes them ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")
@@ -417,7 +425,7 @@ def test_torchrun_restarts_a_killed_process_exactly(tmp_path, whole_of_two):
         "1"  # else gloo finds the addresses of the processes that are gone
     )
     command = [sys.executable, *command, str(Path(__file__).with_name("fault_worker.py")), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-5000:]
     killed = tmp_path / "killed"
     assert killed.read_text() == "rank 1, update 5"

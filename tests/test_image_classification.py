@@ -11,7 +11,6 @@ import struct
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import datasets
@@ -22,26 +21,31 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import Trainer
+from transformers import TrainingArguments as HFArguments
 
-from tasks import recipes
+from tasks import metric, recipes
 from tasks.image_classification import archives, data, models
+from tasks.image_classification.top_k_accuracy import TopKAccuracy
 from tasks.image_classification.train import ImageArguments, TrainingArguments
 from tasks.methods import METHODS, flags, name_of
+from xsam_hf import XSAMTrainer, XSAMTrainingArguments
 
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "tasks" / "image_classification" / "train.py"
+MODULE = "tasks.image_classification.train"
 RECIPES = sorted((SCRIPT.parent / "recipes").glob("*.yaml"))
 SHORT = ["--dataset", "digits", "--max_steps", "6", "--per_device_train_batch_size", "500", "--threads", "1"]
 
 
 def run(output_dir, *flags, **options):
-    command = [sys.executable, str(SCRIPT), *SHORT, "--output_dir", str(output_dir), "--report_to", "none", *flags]
+    command = [sys.executable, "-m", MODULE, *SHORT, "--output_dir", str(output_dir), "--report_to", "none", *flags]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
 
 def finish(process):
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=500)
     assert process.returncode == 0, output[-3000:]
     return output
 
@@ -171,12 +175,11 @@ def check_pictures(parts):
 
 
 def test_cifar_archive_folder_and_tar(tmp_path, cifar_folder):
-    columns = data.DATASETS["cifar100"].columns
-    check_pictures(archives.read("cifar100", cifar_folder, columns))
+    check_pictures(archives.read("cifar100", cifar_folder))
     with tarfile.open(tmp_path / "cifar-100-python.tar.gz", "w:gz") as archive:
         archive.add(cifar_folder, "cifar-100-python")
-    check_pictures(archives.read("cifar100", tmp_path, columns))
-    check_pictures(archives.read("cifar100", tmp_path / "cifar-100-python.tar.gz", columns))
+    check_pictures(archives.read("cifar100", tmp_path))
+    check_pictures(archives.read("cifar100", tmp_path / "cifar-100-python.tar.gz"))
     splits = data.load("cifar100", str(cifar_folder), validation_share=0)
     assert len(splits["train"]) == 4 and splits["test"][0]["pixel_values"].shape == (3, 32, 32)
 
@@ -190,9 +193,11 @@ def test_parquet_folder_as_on_the_hub(tmp_path):
     (tmp_path / "cifar100").mkdir()
     rows([0, 1, 2, 3]).to_parquet(tmp_path / "cifar100" / "train-00000-of-00001.parquet")
     rows([4, 5]).to_parquet(tmp_path / "cifar100" / "test-00000-of-00001.parquet")
-    check_pictures(archives.read("cifar100", tmp_path, ("img", "fine_label")))
-    with pytest.raises(ValueError, match="no `train` split with columns `img` and `coarse`"):
-        archives.read("cifar100", tmp_path, ("img", "coarse"))
+    check_pictures(archives.read("cifar100", tmp_path))
+    with pytest.raises(
+        ValueError, match="train.* is no parquet file of images: it has the columns img, fine_label, not img and label"
+    ):
+        archives.read("cifar10", tmp_path)
 
 
 class Hostile:
@@ -216,7 +221,7 @@ def test_hostile_and_damaged_batches_are_refused_and_not_run(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     (cifar_folder / "train").write_bytes(payload)
     with pytest.raises(ValueError, match="is not a batch of CIFAR"):
-        archives.read("cifar100", cifar_folder, ("img", "fine_label"))
+        archives.read("cifar100", cifar_folder)
     assert not list(tmp_path.rglob("hostile-was-here"))
 
 
@@ -282,12 +287,34 @@ def test_bad_input_is_named(tmp_path):
 
 
 def test_metric_by_hand():
-    metric = evaluate.load(str(SCRIPT.with_name("top_k_accuracy.py")), keep_in_memory=True)
+    loaded = evaluate.load(str(SCRIPT.with_name("top_k_accuracy.py")), keep_in_memory=True)
     logits = np.tile(np.arange(8.0), (4, 1))  # the last class is ahead of all others, the first behind seven
-    scores = metric.compute(predictions=logits, references=[7, 6, 3, 0])
+    scores = loaded.compute(predictions=logits, references=[7, 6, 3, 0])
     assert scores["accuracy"] == 0.25 and scores["top5_accuracy"] == 0.75
     log_sum = np.log(np.exp(np.arange(8.0)).sum())
     assert scores["loss"] == pytest.approx(np.mean([log_sum - value for value in (7, 6, 3, 0)]))
+
+
+@pytest.mark.parametrize("classes", [8, 3])
+def test_ties_and_numbers_that_are_not_finite_count_as_wrong(classes):
+    def score(*rows):
+        return metric.compute(TopKAccuracy, predictions=np.array(rows), references=[classes - 1] * len(rows))
+
+    right = np.arange(float(classes))
+    assert score(right)["accuracy"] == score(right)["top5_accuracy"] == 1
+    for value in (np.nan, np.inf, -np.inf, 0.0):
+        found = score(np.full(classes, value), np.full(classes, value))
+        assert found["accuracy"] == 0 and found["top5_accuracy"] == (0 if value or classes > 5 else 1), value
+    for place in (0, classes - 1):
+        for value in (np.nan, np.inf, -np.inf):
+            row = right.copy()
+            row[place] = value
+            assert score(row)["accuracy"] == 0 == score(row)["top5_accuracy"]
+    tied = right.copy()
+    tied[0] = tied[-1]
+    assert score(tied)["accuracy"] == 0 and score(tied)["top5_accuracy"] == 1  # ahead of all but one
+    assert score(tied, right)["accuracy"] == 0.5
+    assert np.isnan(score(np.full(classes, np.nan))["loss"])
 
 
 # --- recipes and flags -----------------------------------------------------------------------------------------------
@@ -395,18 +422,43 @@ def final_weights(folder):
     return load_file(folder / "model.safetensors")
 
 
+# The command, which waits for the signal once checkpoint 4 is written.
+WAITING = """
+import signal
+from tasks.command import run
+from tasks.image_classification import data, train
+
+class Waiting(data.EpochCallback):
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            print("checkpoint 4 is written", flush=True)
+            signal.pause()
+
+data.EpochCallback = Waiting
+run(train.main)
+"""
+
+
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_goes_on_exactly(tmp_path, sent):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(run(whole, *KILL))
-    process = run(killed, *KILL)
-    deadline = time.time() + 120
-    while not (killed / "checkpoint-4" / "trainer_state.json").exists():
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.01)
-    process.send_signal(sent)
-    process.wait(60)
-    assert process.returncode != 0 and not (killed / "result.json").exists()
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING, *SHORT, "--report_to", "none", "--output_dir", str(killed), *KILL],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A shell that starts the tests in the background makes them, and so this process, ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    with process.stdout as output:
+        assert any("checkpoint 4 is written" in line for line in output)
+        process.send_signal(sent)
+        process.wait(300)
+    assert process.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 128 + signal.SIGINT}[sent]
+    assert (killed / "checkpoint-4").exists() and not (killed / "checkpoint-6").exists()
+    assert not (killed / "result.json").exists()
     finish(run(killed, *KILL, "--resume_from_checkpoint", "true"))
     for name, value in final_weights(whole).items():
         assert torch.equal(value, final_weights(killed)[name]), name
@@ -444,6 +496,51 @@ def test_crops_of_a_resumed_run_are_those_of_the_uninterrupted_one(tmp_path, cif
         assert all(torch.equal(v, reference[n]) for n, v in final_weights(tmp_path / f"again-{step}").items()), step
 
 
+class Augmented(torch.utils.data.Dataset):
+    """Points with noise: of the process's own stream, or of one that depends on the index alone."""
+
+    def __init__(self, own):
+        self.own = own
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, i):
+        generator = None if self.own else torch.Generator().manual_seed(i)
+        return {
+            "x": torch.full((2,), float(i)) + torch.randn(2, generator=generator),
+            "labels": torch.tensor(float(i % 2)),
+        }
+
+
+class Line(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = torch.nn.Linear(2, 1)
+
+    def forward(self, x, labels):
+        return {"loss": (self.layer(x)[:, 0] - labels).square().mean()}
+
+
+@pytest.mark.parametrize("trainer, arguments", [(Trainer, HFArguments), (XSAMTrainer, XSAMTrainingArguments)])
+@pytest.mark.parametrize("own", [True, False])
+def test_augmentation_from_the_processs_stream_resumes_otherwise_in_the_plain_trainer_too(
+    tmp_path, trainer, arguments, own
+):
+    def train(resume=None):
+        args = arguments(
+            str(tmp_path), num_train_epochs=2, per_device_train_batch_size=4, save_strategy="steps", save_steps=1, report_to="none",
+            use_cpu=True, disable_tqdm=True, learning_rate=0.01,
+        )  # fmt: skip
+        run = trainer(model=Line(), args=args, train_dataset=Augmented(own))
+        run.train(resume_from_checkpoint=resume)
+        return run.model.layer.weight.detach().clone()
+
+    whole, again = train(), train(str(tmp_path / "checkpoint-3"))
+    assert torch.equal(whole, again) == (not own)
+
+
 def test_two_processes(tmp_path):
     launch = [
         sys.executable,
@@ -452,12 +549,13 @@ def test_two_processes(tmp_path):
         "--nproc_per_node",
         "2",
         "--standalone",
-        str(SCRIPT),
+        "-m",
+        MODULE,
         *SHORT,
     ]
     flags = ["--report_to", "none", "--use_cpu", "true", "--output_dir"]
     done = subprocess.run([*launch, *flags, str(tmp_path / "two"), "--per_device_train_batch_size", "250"], cwd=ROOT,
-                          capture_output=True, text=True, timeout=240)  # fmt: skip
+                          capture_output=True, text=True, timeout=500)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     finish(run(tmp_path / "one"))
     two, one = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("two", "one"))

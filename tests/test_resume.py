@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from toys import Classifier, Points, arguments, train, weights_of
 from transformers import Trainer
 
@@ -95,10 +96,52 @@ def test_the_test_would_notice_a_lost_alpha(tmp_path, whole):
 
 def test_the_test_would_notice_a_lost_average(tmp_path):
     whole = train(tmp_path / "whole", model(), **SETTINGS, perturbation="vasso")
-    checkpoint = tmp_path / "whole" / "checkpoint-5"
-    (checkpoint / "xsam_state.safetensors").unlink()
-    run = train(tmp_path / "again", model(), resume=str(checkpoint), **SETTINGS, perturbation="vasso")
+    file = tmp_path / "whole" / "checkpoint-5" / "xsam_state.safetensors"
+    save_file({key: torch.zeros_like(tensor) for key, tensor in load_file(file).items()}, file)
+    run = train(tmp_path / "again", model(), resume=str(file.parent), **SETTINGS, perturbation="vasso")
     assert not torch.equal(weights_of(run), weights_of(whole))
+
+
+def test_a_lost_average_is_refused(tmp_path):
+    settings = {**SETTINGS, **VARIANTS["vasso"]}
+    train(tmp_path, model(), **settings)
+    file = tmp_path / "checkpoint-5" / "xsam_state.safetensors"
+    whole = load_file(file)
+    for damage, words in (
+        (lambda: file.unlink(), "is missing or lacks"),
+        (lambda: save_file({k: t for k, t in whole.items() if k != "first.bias"}, file), "lacks 1 of 6 averages"),
+        (lambda: file.write_bytes(b"12345678{"), "xsam_state.safetensors is damaged"),
+    ):
+        damage()
+        with pytest.raises(ValueError, match=f"{words}.* resume from another checkpoint"):
+            train(tmp_path / "again", model(), resume=str(file.parent), **settings)
+
+
+def test_a_checkpoint_of_ours_that_lacks_our_state_is_refused(tmp_path):
+    train(tmp_path, model(), **SETTINGS)
+    file = tmp_path / "checkpoint-5" / "trainer_state.json"
+    whole = json.loads(file.read_text())
+
+    def resume_without(change):
+        state = json.loads(json.dumps(whole))
+        change(state["stateful_callbacks"])
+        file.write_text(json.dumps(state))
+        train(tmp_path / "again", model(), resume=str(file.parent), **SETTINGS)
+
+    for change, words in (
+        (
+            lambda callbacks: callbacks.pop("XSAMCallback"),
+            "was written by XSAM, and its trainer_state.json lacks XSAM's own state",
+        ),
+        (
+            lambda callbacks: callbacks["XSAMCallback"]["attributes"]["xsam"].pop("alpha"),
+            "lacks alpha of XSAM's own state",
+        ),
+        (lambda callbacks: callbacks["XSAMCallback"].pop("attributes"), "lacks alpha, .* of XSAM's own state"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            resume_without(change)
+    resume_without(lambda callbacks: None)
 
 
 def test_averages_of_other_weights_are_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -12,16 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from scripts import growth, run_seeds, summarize, table
+from scripts import report as report_script
+from tasks import command
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-sys.path.insert(0, str(SCRIPTS))
 
-import growth  # noqa: E402
-import report as report_script  # noqa: E402
-import run_seeds  # noqa: E402
-import summarize  # noqa: E402
-import table  # noqa: E402
-
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "scripts"
 
 # Notes every call; obeys --then, and otherwise leaves what a real task leaves.
 TASK = """
@@ -78,9 +76,27 @@ def root(tmp_path, monkeypatch):
         recipes.mkdir(parents=True)
         (recipes / f"{recipe}.yaml").write_text("num_train_epochs: 2\n")
         (recipes.parent / "train.py").write_text(TASK)
+    for shared in (ROOT / "tasks").glob("*.py"):
+        shutil.copy(shared, tmp_path / "tasks")
     shutil.copytree(SCRIPTS, tmp_path / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(run_seeds, "ROOT", tmp_path)
+    monkeypatch.setattr(summarize, "ROOT", tmp_path)
     return tmp_path
+
+
+def script(root, name, *arguments, **options):
+    """Runs a script as `scripts/run` does, without the set-up."""
+    environment = {**os.environ, "PYTHONPATH": str(root), **options.pop("env", {})}
+    line = [sys.executable, str(root / "scripts" / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(
+        line, cwd=options.pop("cwd", root), env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def refusal(main, *arguments):
+    with pytest.raises(ValueError) as refused:
+        main([str(argument) for argument in arguments])
+    return command.sentence(refused.value)
 
 
 def make_run(name="SAM", seed=0, flags=""):
@@ -244,24 +260,25 @@ def is_alive(pid):
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes through /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interruption_stops_the_runs_and_their_children(root, number):
-    command = [sys.executable, "scripts/run_seeds.py", "fake", "tiny", "--group", "group", "--jobs", "2"]
+    line = [sys.executable, "scripts/run_seeds.py", "fake", "tiny", "--group", "group", "--jobs", "2"]
     process = subprocess.Popen(
-        [*command, "--seeds", "0", "1", "2", "--", "SAM=--then sleep"],
+        [*line, "--seeds", "0", "1", "2", "--", "SAM=--then sleep"],
         cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
         stderr=subprocess.PIPE,
         text=True,
-        # A shell that starts the tests in the background makes them, and so this process, ignore Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        # A shell that starts the tests with `nohup` or `&` makes them, and so this process, ignore some of these.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while len(pids := " ".join(p.read_text() for p in root.glob("runs/group/SAM/*/pids")).split()) < 4:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     assert all(map(is_alive, pids))
     process.send_signal(number)
-    _, said = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=60)
     assert process.returncode == 1 and "the same command goes on from here" in said
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while any(map(is_alive, pids)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -276,13 +293,20 @@ def test_an_interruption_stops_the_runs_and_their_children(root, number):
         (["fake", "tiny", "a/b=--rho 0"], "should read NAME="),
         (["fake", "tiny", "SAM=", "--jobs", "0"], "--jobs starts at 1"),
         (["fake", "tiny", "SAM=", "SAM=--rho 1"], "two methods have the same name"),
+        (["fake", "tiny", "a=--x 'b"], "the flags of a cannot be taken apart: No closing quotation"),
+        (
+            ["fake", "tiny", "a=--rho 1 --seed 3"],
+            "--seed stands among the flags of a, and run_seeds gives it to each run",
+        ),
+        (["fake", "tiny", "a=--output-dir=x"], "--output_dir stands among the flags of a"),
+        (["fake", "tiny", "SAM=", "--seeds", "1", "2", "1"], "--seeds are 1 2 1: give each once"),
+        (["../fake", "tiny", "SAM="], "task is '../fake': give a name, not a path"),
+        (["fake", "tiny", "replaced-1="], "'replaced-1' is how replaced runs are called"),
+        (["fake", "tiny", "SAM=", "--see", "1"], "there is no flag --see; did you mean --seeds?"),
     ],
 )
-def test_wrong_arguments_are_refused(root, monkeypatch, capsys, arguments, sentence):
-    monkeypatch.setattr(sys, "argv", ["run_seeds.py", *arguments, "--group", "group"])
-    with pytest.raises(SystemExit):
-        run_seeds.main()
-    assert sentence in capsys.readouterr().err and calls(root) == []
+def test_wrong_arguments_are_refused(root, arguments, sentence):
+    assert sentence in refusal(run_seeds.main, *arguments, "--group", "group") and calls(root) == []
 
 
 def test_a_name_alone_is_the_tasks_method():
@@ -290,15 +314,13 @@ def test_a_name_alone_is_the_tasks_method():
     assert run_seeds.parse_method("mine=") == ("mine", "") and run_seeds.parse_method("a=--rho 1") == ("a", "--rho 1")
 
 
-def test_results_survive_the_file_and_make_the_same_table(root, capsys, monkeypatch):
+def test_results_survive_the_file_and_make_the_same_table(root, capsys):
     for name, flags in (("plain", "--rho 0"), ("SAM", "--alpha 1")):
         run_seeds.run_all([make_run(name, seed, flags) for seed in (0, 1, 3)])
     run_seeds.run_all([make_run("SAM", 4, "--then nothing")])
-    monkeypatch.setattr(summarize, "ROOT", root)
     tables = []
     for source in (root / "runs" / "group", root / "results" / "group.json"):
-        monkeypatch.setattr(sys, "argv", ["summarize", str(source), "--baselines", "plain"])
-        summarize.main()
+        summarize.main([str(source), "--baselines", "plain"])
         tables.append(capsys.readouterr().out.rpartition("left out: SAM seed 4.\n\n")[2])
     assert tables[0] == tables[1] and "| SAM    | 91.33 ± 1.53  | +0.00 ± –" in tables[0]
     kept = json.loads((root / "results" / "group.json").read_text())
@@ -317,7 +339,7 @@ def test_what_is_common_is_kept_once():
     assert [summarize.merged(common, row) for row in short] == rows
 
 
-def test_the_command_fails_if_a_run_does(root, monkeypatch):
+def test_the_command_fails_if_a_run_does(root):
     arguments = [
         "fake",
         "tiny",
@@ -329,11 +351,181 @@ def test_the_command_fails_if_a_run_does(root, monkeypatch):
         "bad=--then die",
         "good=--alpha 1 --rho 0.1",
     ]
-    monkeypatch.setattr(sys, "argv", ["run_seeds.py", *arguments])
     with pytest.raises(SystemExit, match="1 of 2 runs failed"):
-        run_seeds.main()
+        run_seeds.main(arguments)
     assert calls(root)[1][-4:] == ["--alpha", "1", "--rho", "0.1"]
-    run_seeds.main()
+    run_seeds.main(arguments)
+
+
+# --- what does not belong into one table, and what is damaged ----------------------------------------------------------
+
+
+def finished(root, *names, seeds=(0, 1)):
+    runs = [make_run(name, seed, "--alpha 1") for seed in seeds for name in names]
+    assert run_seeds.run_all(runs) == []
+    return root / "runs" / "group"
+
+
+def change(folder, name="result.json", **changes):
+    found = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**found, **changes}))
+
+
+BAD_RUNS = {
+    "another data set": (
+        lambda f: change(f, dataset="fashion_mnist"),
+        r"differ in their dataset \(digits and fashion_mnist\)",
+    ),
+    "another task": (lambda f: change(f, task="translation"), "differ in their task"),
+    "another recipe": (lambda f: change(f, "request.json", recipe="rho: 0.3\n"), "differ in their recipe"),
+    "other test images": (
+        lambda f: change(f, identity={"test_data": "abc"}),
+        r"differ in their test_data \(None and abc\)",
+    ),
+    "another seed": (lambda f: change(f, seed=0), "SAM/seed-1 holds a result of seed 0"),
+    "a seed that is none": (lambda f: change(f, seed="1"), "result.json is damaged"),
+    "nan": (
+        lambda f: change(f, metrics={"test": {"accuracy": float("nan")}}),
+        "SAM, seed 1 has diverged .test accuracy nan.",
+    ),
+    "null": (lambda f: change(f, metrics={"test": {"accuracy": None}}), "SAM, seed 1 has diverged"),
+    "diverged": (lambda f: change(f, diverged=True), "SAM, seed 1 has diverged"),
+    "no test scores": (
+        lambda f: change(f, metrics={"validation": {"accuracy": 1.0}}),
+        "SAM, seed 1 has no scores of test: it has valid",
+    ),
+    "no passes": (lambda f: change(f, passes={}), "result.json is damaged .KeyError: 'forward'.: delete its folder"),
+    "no time": (lambda f: change(f, seconds=None), "result.json is damaged"),
+    "cut off": (lambda f: (f / "result.json").write_text('{"seed": 1, '), "result.json is damaged"),
+    "empty": (lambda f: (f / "result.json").write_text(""), "result.json is damaged"),
+    "a list": (lambda f: (f / "result.json").write_text("[]"), "result.json is damaged"),
+    "no text": (lambda f: (f / "result.json").write_bytes(b"\xff\xfe"), "result.json is damaged"),
+    "a request cut off": (lambda f: (f / "request.json").write_text("{"), "request.json is damaged"),
+    "a history cut off": (lambda f: (f / "trainer_state.json").write_text('{"log'), "trainer_state.json is damaged"),
+    "searches cut off": (
+        lambda f: (f / "xsam_search.jsonl").write_text('{"step": 1}\n{"st'),
+        "xsam_search.jsonl is damaged",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_RUNS)
+@pytest.mark.parametrize("main", [summarize.main, report_script.main], ids=["summarize", "report"])
+def test_what_does_not_belong_into_one_table_is_refused_and_nothing_is_written(root, kind, main):
+    folder = finished(root, "SAM", "XSAM")
+    (root / "results").mkdir()
+    (root / "results" / "group.json").write_text("the earlier table")
+    damage, words = BAD_RUNS[kind]
+    damage(folder / "SAM" / "seed-1")
+    with pytest.raises(ValueError, match=words):
+        main([str(folder)])
+    assert (root / "results" / "group.json").read_text() == "the earlier table"
+    assert not (folder / "report.html").exists() and not list(root.rglob("*.part"))
+
+
+def test_a_wrong_name_leaves_the_earlier_table(root):
+    folder = finished(root, "SAM")
+    for flags, words in (
+        (["--metric", "bleu"], "There is no metric bleu: choose one of accuracy"),
+        (["--baselines", "XSAM"], "There is no run of the baseline XSAM: choose among SAM."),
+        (["--split", "validation"], "has no scores of validation"),
+        (["--split", "train"], "--split: invalid choice: 'train'"),
+    ):
+        assert words in refusal(summarize.main, folder, *flags)
+    assert not (root / "results").exists()
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("", "is not a file that summarize wrote"),
+        ("[]", "is not a file that summarize wrote"),
+        ('{"common": {}, "runs": [{}]}', "is not a file that summarize wrote: KeyError: 'seed'"),
+        ('{"common": {}, "runs": []}', "holds no runs"),
+    ],
+)
+def test_a_file_that_is_no_table_is_refused(root, content, words):
+    (root / "x.json").write_text(content)
+    assert words in refusal(summarize.main, root / "x.json")
+    assert "There is no nowhere, here or in" in refusal(summarize.main, "nowhere")
+
+
+def test_a_file_with_one_seed_twice_is_refused(root, capsys):
+    summarize.main([str(finished(root, "SAM"))])
+    file = root / "results" / "group.json"
+    kept = json.loads(file.read_text())
+    kept["runs"].append(kept["runs"][0])
+    file.write_text(json.dumps(kept))
+    assert "SAM has two results of seed 0" in refusal(summarize.main, file)
+
+
+def test_summarize_finds_its_group_from_anywhere(root, tmp_path, capsys):
+    finished(root, "SAM")
+    away = tmp_path / "away"
+    away.mkdir()
+    for cwd, source in (
+        (root, "runs/group"),
+        (away, "runs/group"),
+        (root / "runs", "group"),
+        (root / "runs/group", "."),
+    ):
+        (root / "results" / "group.json").unlink(missing_ok=True)
+        done = script(root, "summarize", source, cwd=cwd)
+        assert done.returncode == 0 and "| SAM    |" in done.stdout, done.stderr
+        assert (root / "results" / "group.json").exists()
+    assert not any(away.iterdir())
+
+
+DAMAGES = {
+    "a result cut off": lambda f: (f / "result.json").write_text('{"seed"'),
+    "a result that is no text": lambda f: (f / "result.json").write_bytes(b"\xff"),
+    "a request that is no text": lambda f: (f / "request.json").write_bytes(b"\xff"),
+    "a request that is a folder": lambda f: ((f / "request.json").unlink(), (f / "request.json").mkdir()),
+    "checkpoint-last": lambda f: ((f / "result.json").unlink(), (f / "checkpoint-last").mkdir()),
+    "a checkpoint that is a file": lambda f: ((f / "result.json").unlink(), (f / "checkpoint-7").write_text("")),
+    "a state that is no text": lambda f: (
+        (f / "result.json").unlink(),
+        (f / "checkpoint-7").mkdir(),
+        (f / "checkpoint-7" / "trainer_state.json").write_bytes(b"\xff\xfe"),
+    ),
+    "a folder that is a file": lambda f: (shutil.rmtree(f), f.write_text("")),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_run_is_made_again_and_the_others_go_on(root, kind):
+    folder = finished(root, "SAM", seeds=(0, 1))
+    DAMAGES[kind](folder / "SAM" / "seed-0")
+    assert run_seeds.run_all([make_run("SAM", seed, "--alpha 1") for seed in range(3)]) == []
+    assert [call[call.index("--seed") + 1] for call in calls(root)] == ["0", "1", "0", "2"]
+    assert "--resume_from_checkpoint" not in calls(root)[-2]
+    assert json.loads((folder / "SAM/seed-0/result.json").read_text())["seed"] == 0
+
+
+def test_a_run_that_cannot_begin_does_not_end_the_others(root, capsys):
+    (root / "runs" / "group").mkdir(parents=True)
+    (root / "runs" / "group" / "bad").write_text("in the way")
+    runs = [make_run("bad"), make_run("good")]
+    assert run_seeds.run_all(runs, jobs=2) == runs[:1]
+    assert "bad seed 0 failed: [Errno" in capsys.readouterr().out and runs[1].is_finished
+
+
+def test_a_secret_is_in_no_file_of_a_group(root, capsys):
+    task = root / "tasks/fake/train.py"
+    task.write_text(
+        task.read_text().replace(
+            'parser.add_argument("--rho"', 'parser.add_argument("--hub_token")\nparser.add_argument("--rho"'
+        )
+    )
+    for flags in ("--hub_token s3cret", "--hub_token=s3cret"):
+        assert run_seeds.run_all([make_run("SAM", 0, flags)]) == []
+    assert "s3cret" in calls(root)[0][-1]  # the task got it
+    (root / "calls.jsonl").unlink()
+    summarize.main([str(root / "runs" / "group")])
+    report_script.report(root / "runs" / "group", "accuracy", [])
+    for path in root.rglob("*"):
+        assert not path.is_file() or b"s3cret" not in path.read_bytes(), path
+    assert "s3cret" not in "".join(capsys.readouterr())
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
@@ -376,7 +568,7 @@ def test_report(root, capsys, seeds):
         for name, value in Page(page).attributes
         if name in ("src", "href", "xlink:href")
     )
-    assert "python tasks/fake/train.py tasks/fake/recipes/tiny.yaml --seed 0" in page
+    assert "python -m tasks.fake.train tasks/fake/recipes/tiny.yaml --seed 0" in page
     assert f"α between 2.00 and 2.00, 2.00 on average over {2 * len(seeds)} searches, 100% of them at an end" in page
 
 
@@ -399,10 +591,13 @@ def test_report_of_losses_that_are_all_null(root):
 
 
 def test_report_of_nothing(root):
-    with pytest.raises(SystemExit, match="There is no finished run in"):
+    with pytest.raises(ValueError, match="There is no folder .*group: give one of runs/"):
+        report_script.report(root / "runs/group", "accuracy", [])
+    (root / "runs/group").mkdir(parents=True)
+    with pytest.raises(ValueError, match="There is no finished run in"):
         report_script.report(root / "runs/group", "accuracy", [])
     run_seeds.run_all([make_run()])
-    with pytest.raises(SystemExit, match="no finished run of the baseline AdamW"):
+    with pytest.raises(ValueError, match="no finished run of the baseline AdamW"):
         report_script.report(root / "runs/group", "accuracy", ["AdamW"])
 
 
@@ -414,10 +609,10 @@ echo "$*" >> "$STUB_LOG"
 [[ "$*" == "-c "* && -n "${STUB_OLD:-}" ]] && exit 1
 [[ "$*" == "-m pip --version" && -n "${STUB_WITHOUT_PIP:-}" ]] && exit 1
 [[ -n "${STUB_FAIL:-}" && "$*" == *"$STUB_FAIL"* ]] && exit 1
-if [[ "$*" == "-m venv --clear .venv" ]]; then
-    rm -rf .venv
-    mkdir -p .venv/bin
-    cp "$0" .venv/bin/python
+if [[ "$*" == "-m venv --clear "* ]]; then
+    rm -rf "$4"
+    mkdir -p "$4/bin"
+    cp "$0" "$4/bin/python"
 fi
 exit 0
 """
@@ -430,14 +625,14 @@ class Shell:
         self.root, self.log = root, root / "log"
         self.bin = root / "bin"
         self.bin.mkdir()
-        for tool in ("bash", "env", "dirname", "cat", "cksum", "rm", "mkdir", "touch", "cp"):
+        for tool in ("bash", "env", "dirname", "cat", "cksum", "rm", "mkdir", "touch", "cp", "sed", "grep", "paste"):
             (self.bin / tool).symlink_to(shutil.which(tool))
         self.add_python(self.bin / "python3")
         (root / "setup.cfg").write_text("[metadata]\n")
         (root / "pyproject.toml").write_text("")
         (root / "scripts").mkdir()
-        for script in ("setup_venv", "test", "demo"):
-            shutil.copy(SCRIPTS / script, root / "scripts")
+        for name in ("setup_venv", "test", "demo", "run", "demo.py", "run_seeds.py", "table.py"):
+            shutil.copy(SCRIPTS / name, root / "scripts")
 
     def add_python(self, path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -449,12 +644,12 @@ class Shell:
         self.log.write_text("")
         environment = {"PATH": str(self.bin), "STUB_LOG": str(self.log), **variables}
         done = subprocess.run(
-            [self.bin / "bash", *command], cwd="/", env=environment, capture_output=True, text=True, timeout=20
+            [self.bin / "bash", *command], cwd="/", env=environment, capture_output=True, text=True, timeout=60
         )
         return done, [line for line in self.log.read_text().splitlines() if not line.startswith("-c")]
 
-    def setup(self, extra="tasks", **variables):
-        return self(self.root / "scripts/setup_venv", extra, **variables)
+    def setup(self, extra="checkout", *options, **variables):
+        return self(self.root / "scripts/setup_venv", extra, *options, **variables)
 
 
 @pytest.fixture
@@ -469,46 +664,105 @@ INSTALL = "-m pip install --quiet --disable-pip-version-check --editable .[{}]"
 def test_setup_installs_once_and_again_when_outdated(shell):
     done, asked = shell.setup()
     assert done.returncode == 0 and "some minutes" in done.stderr
-    assert asked == [VENV, PIP, INSTALL.format("tasks")]
+    assert asked == [VENV, PIP, INSTALL.format("checkout")]
     assert shell.setup()[1] == []
     (shell.root / "setup.cfg").write_text("[metadata]\nname = new\n")
-    assert shell.setup()[1] == [PIP, INSTALL.format("tasks")]
+    assert shell.setup()[1] == [PIP, INSTALL.format("checkout")]
     assert shell.setup()[1] == []
 
 
-def test_the_test_extra_serves_the_tasks_but_not_the_other_way_round(shell):
-    shell.setup("tasks")
+def test_the_test_extra_serves_the_checkout_but_not_the_other_way_round(shell):
+    shell.setup("checkout")
     assert shell.setup("test")[1] == [PIP, INSTALL.format("test")]
-    assert shell.setup("tasks")[1] == []
+    assert shell.setup("checkout")[1] == []
 
 
 def test_setup_repairs_an_interrupted_installation(shell):
     done, _ = shell.setup(STUB_FAIL="pip install")
     assert done.returncode != 0
     (shell.root / ".venv/half-a-package").touch()
-    assert shell.setup()[1] == [VENV, PIP, INSTALL.format("tasks")]
+    assert shell.setup()[1] == [VENV, PIP, INSTALL.format("checkout")]
     assert not (shell.root / ".venv/half-a-package").exists()
     # After an update that failed nothing looks finished, not what was there before either, but the environment is kept.
     shell.setup("test", STUB_FAIL="pip install")
-    assert shell.setup("tasks")[1] == [PIP, INSTALL.format("tasks")]
+    assert shell.setup("checkout")[1] == [PIP, INSTALL.format("checkout")]
     (shell.root / "setup.cfg").write_text("[metadata]\nname = new\n")
     shell.setup(STUB_FAIL="pip install")
-    assert shell.setup()[1] == [PIP, INSTALL.format("tasks")]
+    assert shell.setup()[1] == [PIP, INSTALL.format("checkout")]
 
 
 def test_setup_keeps_a_venv_made_by_hand(shell):
     shell.add_python(shell.root / ".venv/bin/python")
     (shell.root / ".venv/torch").touch()
-    assert shell.setup(STUB_WITHOUT_PIP="1")[1] == [PIP, "-m ensurepip", INSTALL.format("tasks")]
+    assert shell.setup(STUB_WITHOUT_PIP="1")[1] == [PIP, "-m ensurepip", INSTALL.format("checkout")]
     assert (shell.root / ".venv/torch").exists()
 
 
 def test_setup_finds_another_python_and_says_when_there_is_none(shell):
     done, asked = shell.setup(STUB_OLD="1")
-    assert done.returncode == 1 and done.stderr.startswith("xsam_hf needs Python 3.10 or newer, and none of")
+    assert done.returncode == 1 and done.stderr.startswith("xsam_hf needs Python 3.11 or newer, and none of")
     assert asked == [] and not (shell.root / ".venv").exists()
     (shell.bin / "python3").rename(shell.bin / "python3.11")
-    assert shell.setup()[1] == [VENV, PIP, INSTALL.format("tasks")]
+    assert shell.setup()[1] == [VENV, PIP, INSTALL.format("checkout")]
+
+
+def test_setup_without_ensurepip_takes_another_way_or_says_which_there_are(shell):
+    """Debian's python3 without the package python3-venv."""
+    done, asked = shell.setup(STUB_FAIL="import ensurepip")
+    assert done.returncode == 1 and asked == [] and not (shell.root / ".venv").exists()
+    assert done.stderr.startswith(
+        "python3 cannot make a virtual environment: install its venv module (python3-venv on Debian"
+    )
+    assert len(done.stderr.splitlines()) == 1
+    for tool, made in (
+        ("virtualenv", "--quiet --python python3 .venv"),
+        ("uv", "venv --quiet --seed --python python3 .venv"),
+    ):
+        # Plays the tool; its environment has pip.
+        (shell.bin / tool).write_text(
+            '#!/usr/bin/env bash\necho "$*" >> "$STUB_LOG"\nmkdir -p .venv/bin\ncp "$STUB_BIN/python3" .venv/bin/python\n'
+        )
+        (shell.bin / tool).chmod(0o755)
+        done, asked = shell.setup(STUB_FAIL="import ensurepip", STUB_BIN=str(shell.bin))
+        assert done.returncode == 0 and asked == [made, PIP, INSTALL.format("checkout")], done.stderr
+        shutil.rmtree(shell.root / ".venv")
+    # Another Python that has it comes before both.
+    shell.add_python(shell.bin / "python3.12")
+    (shell.bin / "python3").write_text(PYTHON.replace("exit 0", '[[ "$*" == *ensurepip* ]] && exit 1\nexit 0'))
+    done, asked = shell.setup()
+    assert asked == [VENV, PIP, INSTALL.format("checkout")]
+
+
+def test_the_lowest_versions_get_an_environment_of_their_own(shell):
+    (shell.root / "setup.cfg").write_text(
+        "[options]\ninstall_requires =\n    torch>=2.8\n    a.b-c>=1.0.2; python_version<'4'\n    numpy\n"
+    )
+    shell.add_python(shell.bin / "python3.11")
+    done, asked = shell(shell.root / "scripts/test", "--lowest", "-k", "xsam")
+    assert done.returncode == 0, done.stderr
+    install = (
+        "-m pip install --quiet --disable-pip-version-check --constraint .venv-lowest/lowest.txt --editable .[test]"
+    )
+    assert asked == [
+        "-m venv --clear .venv-lowest",
+        PIP,
+        install,
+        "-m pytest -n 2 -k xsam",
+    ]  # no lint: its tools' versions matter
+    assert (shell.root / ".venv-lowest/lowest.txt").read_text() == "torch==2.8\na.b-c==1.0.2\n"
+    assert not (shell.root / ".venv").exists()
+
+
+def test_scripts_run_names_the_scripts_there_are(shell):
+    for arguments in ((), ("nowhere",), ("table",), ("../setup",), ("demo.py",), ("--help",)):
+        done, asked = shell(shell.root / "scripts/run", *arguments)
+        assert done.returncode == 2 and asked == []
+        assert (
+            done.stderr
+            == "error: scripts/run takes the name of a script and then its arguments; there are: demo run_seeds.\n"
+        )
+    done, asked = shell(shell.root / "scripts/run", "run_seeds", "a b", "--group", "x")
+    assert done.returncode == 0 and asked[-1] == f"{shell.root}/scripts/run_seeds.py a b --group x"
 
 
 def test_scripts_test_runs_every_part_and_names_those_that_failed(shell):
@@ -523,13 +777,13 @@ def test_scripts_test_runs_every_part_and_names_those_that_failed(shell):
 
 def test_demo_sets_up_and_starts(shell):
     done, asked = shell(shell.root / "scripts/demo")
-    assert done.returncode == 0 and asked == [VENV, PIP, INSTALL.format("tasks"), "scripts/demo.py"]
+    assert done.returncode == 0
+    assert asked == [VENV, PIP, INSTALL.format("checkout"), f"{shell.root}/scripts/demo.py"]
 
 
 def test_demo_compares_at_equal_passes(root):
-    done = subprocess.run(
-        [sys.executable, "scripts/demo.py"], cwd=root, capture_output=True, text=True, timeout=60, check=True
-    )
+    done = script(root, "demo")
+    assert done.returncode == 0, done.stderr
     lines = [[text.strip() for text in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
     assert [(line[0], line[5]) for line in lines[2:]] == [
         ("AdamW", "20"),
@@ -542,18 +796,10 @@ def test_demo_compares_at_equal_passes(root):
 
 def test_the_benchmark_times_all_on_the_same_batch_and_says_what_is_our_own(tmp_path):
     output = tmp_path / "result.json"
-    command = [
-        sys.executable,
-        str(SCRIPTS / "benchmark.py"),
-        "--configuration",
-        "gpt2-1m",
-        "--steps",
-        "2",
-        "--warm_up",
-        "1",
-    ]
-    command += ["--accumulation", "2", "--methods", "plain", "rho=0", "sam", "xsam, search", "--output", str(output)]
-    subprocess.run(command, check=True, capture_output=True)
+    arguments = ["--configuration", "gpt2-1m", "--steps", "2", "--warm_up", "1", "--accumulation", "2"]
+    arguments += ["--methods", "plain", "rho=0", "sam", "xsam, search", "--output", output]
+    done = script(ROOT, "benchmark", *arguments)
+    assert done.returncode == 0, done.stderr
     result = json.loads(output.read_text())
     assert (result["threads"], result["processes"], result["accumulation"]) == (1, 1, 2)
     rows = result["rows"]

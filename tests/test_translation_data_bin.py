@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.translation import fairseq
+from tasks.translation import fairseq_format as fairseq
 from tasks.translation.data import DataArguments, load
 
 
@@ -100,4 +100,115 @@ def test_an_id_that_is_not_in_the_dictionary_is_refused(tmp_path):
     with pytest.raises(
         ValueError, match=rf"train.de-en.en.bin has the token id {max(ids)}, dict.en.txt {max(ids)} tokens"
     ):
+        load(DataArguments(dataset=str(tmp_path)))
+
+
+# --- damage that keeps the sizes right -------------------------------------------------------------------------------
+
+SENTENCES = [[5, 4, 2], [6, 2], [7, 5, 5, 2]]
+
+
+def binary(folder, sentences=SENTENCES, sizes=None, starts=None, code=8, form="H", name="x"):
+    """A file pair whose index says what it is told to."""
+    flat, width = sum(sentences, []), struct.calcsize(f"<{form}")
+    sizes = [len(ids) for ids in sentences] if sizes is None else sizes
+    starts = (
+        [width * sum(len(ids) for ids in sentences[:i]) for i in range(len(sentences))] if starts is None else starts
+    )
+    index = b"MMIDIDX\0\0" + struct.pack("<QBQ", 1, code, len(sizes)) + struct.pack(f"<{len(sizes)}i", *sizes)
+    (folder / f"{name}.idx").write_bytes(index + struct.pack(f"<{len(starts)}q", *starts))
+    (folder / f"{name}.bin").write_bytes(struct.pack(f"<{len(flat)}{form}", *flat))
+    return folder / name
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (
+            {"starts": [0, 10, 6]},
+            "places sentence 1 at byte 10, and the sizes of those before it at 6",
+        ),  # two that trade places
+        ({"starts": [0, 0, 0]}, "places sentence 1 at byte 0"),
+        ({"starts": [0, 6, 11]}, "places sentence 2 at byte 11"),  # half a token
+        ({"starts": [-6, 6, 10]}, "places sentence 0 at byte -6"),
+        ({"starts": [0, 6, 1 << 62]}, "places sentence 2 at byte"),
+        ({"sizes": [3, -2, 8], "starts": [0, 6, 10]}, "gives sentence 1 -2 tokens"),
+        ({"sizes": [3, 0, 6], "starts": [0, 6, 6]}, "gives sentence 1 0 tokens"),
+        ({"sizes": [2**31 - 1] * 3, "starts": [0, 2**32 - 2, 2**33 - 4]}, "do not belong together"),
+        (
+            {"sizes": [2, 3, 4], "starts": [0, 4, 10]},
+            r"sentence 0 is \[5, 4\]: expected tokens from 0 and one end symbol",
+        ),
+        ({"sentences": [[5, 4], [6, 2]]}, r"sentence 0 is \[5, 4\]"),
+        ({"sentences": [[5, 2], [6, 2, 5, 2]]}, r"sentence 1 is \[6, 2, 5, 2\]"),
+        ({"sentences": [[5, 2], [6, -3, 2]], "code": 4, "form": "i"}, r"sentence 1 is \[6, -3, 2\]"),
+        ({"sentences": [[5, 2], [-2]], "code": 2, "form": "b"}, r"sentence 1 is \[-2\]"),
+        ({"code": 4, "starts": [0, 12, 20]}, "do not belong together"),  # bytes of another width
+        ({"code": 6}, "not of fairseq's mmap form"),
+    ],
+)
+def test_an_index_that_lies_is_refused(tmp_path, changes, words):
+    assert fairseq.read_binary(binary(tmp_path)) == SENTENCES
+    with pytest.raises(ValueError, match=f"{tmp_path}/x.(idx|bin).*{words}"):
+        fairseq.read_binary(binary(tmp_path, **changes))
+
+
+def test_half_a_token_at_the_end_is_refused(tmp_path):
+    prefix = binary(tmp_path)
+    (tmp_path / "x.bin").write_bytes((tmp_path / "x.bin").read_bytes() + b"\0")
+    with pytest.raises(ValueError, match="x.bin has 19 bytes, its index 9 tokens of 2"):
+        fairseq.read_binary(prefix)
+
+
+def data_bin(folder, dictionary):
+    for language in ("de", "en"):
+        (folder / f"dict.{language}.txt").write_bytes(dictionary)
+        for split in ("train", "valid", "test"):
+            binary(folder, name=f"{split}.de-en.{language}")
+    return folder
+
+
+def test_a_byte_order_mark_is_no_part_of_a_token(tmp_path):
+    plain = load(DataArguments(dataset=str(data_bin(tmp_path, b"a 3\nb 2\nc 1\nd 1\n"))))
+    marked = load(DataArguments(dataset=str(data_bin(tmp_path, b"\xef\xbb\xbfa 3\nb 2\nc 1\nd 1\n"))))
+    assert marked.source_vocabulary.tokens == plain.source_vocabulary.tokens
+    assert marked.splits["train"]["source_tokens"] == plain.splits["train"]["source_tokens"] == ["b a", "c", "d b b"]
+
+
+def test_an_empty_dictionary_is_refused(tmp_path):
+    for content in (b"", b"\xef\xbb\xbf", b"\n"):
+        with pytest.raises(ValueError, match="dict.de.txt"):
+            load(DataArguments(dataset=str(data_bin(tmp_path, content))))
+
+
+def test_text_that_its_dictionary_does_not_know_is_refused_with_the_share(tmp_path, caplog):
+    """Prepared text, whose tokens are looked up here, and a data set in which fairseq has looked them up."""
+    for language in ("de", "en"):
+        (tmp_path / f"dict.{language}.txt").write_text("a 4\nb 1\n")
+        for name, line in (("train", "a b a a b"), ("valid", "a"), ("test", "a")):
+            (tmp_path / f"{name}.{language}").write_text(f"{line}\n")
+    load(DataArguments(dataset=str(tmp_path)))
+    (tmp_path / "train.en").write_text("a b a a x\n")  # a fifth
+    load(DataArguments(dataset=str(tmp_path)))
+    (tmp_path / "train.en").write_text("a b x x b\n")
+    with pytest.raises(
+        ValueError, match="40% of the en tokens of train are not in dict.en.txt, and at most 20% may be"
+    ):
+        load(DataArguments(dataset=str(tmp_path)))
+    (tmp_path / "bin").mkdir()
+    folder = data_bin(tmp_path / "bin", b"a 3\nb 2\nc 1\nd 1\n")
+    binary(folder, [[5, 3, 2], [6, 2], [3, 5, 5, 2]], name="train.de-en.de")
+    with pytest.raises(ValueError, match="33% of the de tokens of train are not in dict.de.txt"):
+        load(DataArguments(dataset=str(folder)))
+
+
+def test_the_dictionary_of_the_other_language_is_refused(tmp_path):
+    """The fixture's two languages have no word in common."""
+    for split in ("train", "valid", "test"):
+        for language in ("de", "en"):
+            words = (FIXTURES / f"test.{language}").read_text()
+            (tmp_path / f"{split}.{language}").write_text(words)
+    for language, other in (("de", "en"), ("en", "de")):
+        (tmp_path / f"dict.{language}.txt").write_bytes((FIXTURES / f"dict.{other}.txt").read_bytes())
+    with pytest.raises(ValueError, match="100% of the de tokens of train are not in dict.de.txt"):
         load(DataArguments(dataset=str(tmp_path)))

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from tasks.translation import batches, fairseq
+from tasks.translation import batches
+from tasks.translation import fairseq_format as fairseq
 from tasks.translation.data import collate
 from tasks.translation.model import build
 from tasks.translation.trainer import LabelSmoothedLoss

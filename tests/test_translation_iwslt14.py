@@ -3,19 +3,24 @@
 import hashlib
 import io
 import json
+import os
+import socket
 import subprocess
 import sys
 import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from translation_toys import FILLERS, contents, pack
 
+from tasks import files
 from tasks.translation import iwslt14
 from tasks.translation.data import DataArguments, load
 
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "prepare_iwslt14"
+ROOT = Path(__file__).parents[1]
 
 EXPECTED_HEAD = [
     # Seven tokens and seven; Moses cuts tags as it cuts other signs, and escapes them.
@@ -184,7 +189,7 @@ def test_a_bad_archive_is_refused_and_leaves_nothing_behind(tmp_path, damage):
         "member": "IWSLT14.TED.tst2012.de-en.en.xml not found",
         "missing": "There is no archive",
         "not-an-archive": "cut off, damaged or no archive",
-        "utf-8": "cut off, damaged or no archive",
+        "utf-8": "cut off, damaged or no archive .train.tags.de-en.de: 'utf-8' codec",
         "lines": "train.tags.de-en: 71 German and 72 English lines",
         "nothing": "train.tags.de-en.de, .* not found",
     }[damage]
@@ -202,10 +207,7 @@ def test_a_bad_archive_is_refused_and_leaves_nothing_behind(tmp_path, damage):
     if damage == "not-an-archive":
         file.write_bytes(b"<html>404</html>")
     if damage == "utf-8":
-        with tarfile.open(file, "w:gz") as archive:
-            member = tarfile.TarInfo("de-en/train.tags.de-en.de")
-            member.size = 4
-            archive.addfile(member, io.BytesIO(b"gr\xfcn"))
+        pack(file, {**files, "train.tags.de-en.de": b"gr\xfcn"})
     with pytest.raises(ValueError, match=words):
         iwslt14.prepare(file, tmp_path / "out")
     assert not (tmp_path / "out").exists() or not files_of(tmp_path / "out")
@@ -213,37 +215,110 @@ def test_a_bad_archive_is_refused_and_leaves_nothing_behind(tmp_path, damage):
 
 def test_the_script_says_what_is_wrong_in_one_line(archive, tmp_path):
     def run(*arguments):
+        line = [sys.executable, ROOT / "scripts" / "prepare_iwslt14.py", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         return subprocess.run(
-            [sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, cwd=tmp_path
+            [str(part) for part in line], capture_output=True, text=True, cwd=tmp_path, env=environment
         )
 
     wrong = run("out", "--archive", tmp_path / "nowhere.tgz")
-    assert wrong.returncode == 1 and wrong.stderr.strip() == f"error: There is no archive {tmp_path / 'nowhere.tgz'}."
+    assert wrong.returncode == 2 and wrong.stderr.strip() == f"error: There is no archive {tmp_path / 'nowhere.tgz'}."
     right = run("out", "--archive", archive)
     assert right.returncode == 0 and "train.de 64" in right.stdout and "test.en 15" in right.stdout
+    assert f"SHA-256 {hashlib.sha256(archive.read_bytes()).hexdigest()}" in right.stdout
+    assert "train has 64 pairs, fairseq's has 160239: this is another archive than IWSLT14's." in right.stdout
 
 
-def test_a_download_that_breaks_off_leaves_nothing_behind(tmp_path, monkeypatch, archive):
-    data = archive.read_bytes()
+# --- the download ----------------------------------------------------------------------------------------------------
 
-    class Answer(io.BytesIO):
-        headers = {"Content-Length": str(len(data))}
 
-    file = tmp_path / "data" / "de-en.tgz"
-    monkeypatch.setattr(iwslt14.urllib.request, "urlopen", lambda url, timeout: Answer(data[:100]))
-    with pytest.raises(ValueError, match=f"broke off after 100 of {len(data)} bytes"):
+class Server(ThreadingHTTPServer):
+    """A server of one file on this machine; `ranges`, `length`: whether it knows ranges and tells the length."""
+
+    def __init__(self, content):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.content, self.ranges, self.length, self.breaks_off, self.asked = content, True, True, None, []
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        asked = self.headers["Range"]
+        self.server.asked.append(asked)
+        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and self.server.ranges else 0
+        if start >= len(self.server.content):
+            return self.send_error(416)
+        part = self.server.content[start:]
+        self.send_response(206 if start else 200)
+        if self.server.length:
+            self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part[: self.server.breaks_off])
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server(archive, monkeypatch):
+    with Server(archive.read_bytes()) as running:
+        monkeypatch.setattr(iwslt14, "URL", f"http://127.0.0.1:{running.server_port}/de-en.tgz")
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def test_the_archive_comes_encrypted():
+    assert iwslt14.URL == "https://dl.fbaipublicfiles.com/fairseq/data/iwslt14/de-en.tgz"
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_download_that_breaks_off_goes_on_where_it_was(tmp_path, server, ranges):
+    file, size = tmp_path / "data" / "de-en.tgz", len(server.content)
+    server.breaks_off, server.ranges = 100, ranges
+    with pytest.raises(ValueError, match=f"broke off after 100 of {size} bytes: the same command goes on"):
         iwslt14.download(file)
-    assert not list(file.parent.iterdir())
-    monkeypatch.setattr(iwslt14.urllib.request, "urlopen", lambda url, timeout: Answer(data))
+    assert [path.name for path in file.parent.iterdir()] == ["de-en.tgz.part"]
+    server.breaks_off = None
     iwslt14.download(file)
-    assert file.read_bytes() == data and [path.name for path in file.parent.iterdir()] == ["de-en.tgz"]
+    assert server.asked == [None, "bytes=100-"]
+    assert file.read_bytes() == server.content and [path.name for path in file.parent.iterdir()] == ["de-en.tgz"]
 
-    def offline(url, timeout):
-        raise OSError("no route")
 
-    monkeypatch.setattr(iwslt14.urllib.request, "urlopen", offline)
-    with pytest.raises(
-        ValueError, match="could not be fetched .no route.: fetch it elsewhere and give it as --archive"
-    ):
-        iwslt14.download(file)
-    assert file.read_bytes() == data
+def test_a_server_need_not_tell_the_length(tmp_path, server):
+    server.length = False
+    iwslt14.download(tmp_path / "de-en.tgz")
+    assert (tmp_path / "de-en.tgz").read_bytes() == server.content
+
+
+def test_a_part_of_another_file_is_thrown_away(tmp_path, server):
+    (tmp_path / "de-en.tgz.part").write_bytes(bytes(len(server.content) + 5))
+    with pytest.raises(ValueError, match="could not be fetched .*416"):
+        iwslt14.download(tmp_path / "de-en.tgz")
+    iwslt14.download(tmp_path / "de-en.tgz")
+    assert (tmp_path / "de-en.tgz").read_bytes() == server.content
+
+
+def test_no_server_is_a_sentence(tmp_path, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(iwslt14, "URL", f"http://127.0.0.1:{free.getsockname()[1]}/x")
+    with pytest.raises(ValueError, match="could not be fetched .*refused.*: try again, or .* --archive"):
+        iwslt14.download(tmp_path / "de-en.tgz")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_archive_that_would_fill_the_memory_is_refused_before_it_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LARGEST", 1 << 20)
+    bomb = tmp_path / "bomb.tgz"
+    for name, where in (("train.tags.de-en.de", "in"), ("another", "beside"), ("x" * 3, "in its headers")):
+        with tarfile.open(bomb, "w:gz", format=tarfile.PAX_FORMAT) as archive:
+            member = tarfile.TarInfo(f"de-en/{name}")
+            if where == "in its headers":
+                member.pax_headers = {"comment": "0" * (3 << 20)}
+            member.size = 3 << 20
+            archive.addfile(member, io.BytesIO(bytes(member.size)))
+        assert bomb.stat().st_size < 1 << 15
+        with pytest.raises(ValueError, match="bomb.tgz is cut off, damaged or no archive .*more than 1 MiB"):
+            iwslt14.read_archive(bomb)

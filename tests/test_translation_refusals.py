@@ -9,8 +9,10 @@ import torch
 from datasets import Dataset
 from translation_toys import pairs, write
 
-from tasks.translation import fairseq, sources
+from tasks.translation import fairseq_format as fairseq
+from tasks.translation import sources
 from tasks.translation.data import DataArguments, load
+from tasks.translation.text import Subwords
 from tasks.translation.vocabulary import Vocabulary
 
 
@@ -185,3 +187,82 @@ def test_dictionaries_of_another_model_are_refused(tmp_path):
         Vocabulary.learn(["a b"]).write(tmp_path / f"dict.{name}.txt")
     with pytest.raises(ValueError, match="8 tokens with the special ones, the model of .* 56"):
         fairseq.to_hugging_face(CHECKPOINT, tmp_path, tmp_path / "out", ("de", "en"))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            lambda d: setattr(d["cfg"]["model"], "encoder_layers", 10**9),
+            "`encoder_layers` = 1000000000, and a number from 1 to 65536",
+        ),
+        (
+            lambda d: setattr(d["cfg"]["model"], "encoder_layers", 5),
+            "ask for 5 layers in the encoder, and it has weights of 2",
+        ),
+        (lambda d: setattr(d["cfg"]["model"], "decoder_ffn_embed_dim", 65536), "decoder layers that are 65536 wide"),
+        (lambda d: setattr(d["cfg"]["model"], "encoder_embed_dim", "32"), "`encoder_embed_dim` = '32'"),
+        (
+            lambda d: setattr(d["cfg"]["model"], "max_target_positions", 10**12),
+            "`max_target_positions` = 1000000000000",
+        ),
+        (
+            lambda d: setattr(d["cfg"]["model"], "encoder_attention_heads", 5),
+            "arguments of no transformer_iwslt_de_en|not a transformer",
+        ),
+        (lambda d: setattr(d["cfg"]["model"], "activation_fn", "sin"), "arguments of no transformer_iwslt_de_en"),
+        (lambda d: d.update(model=[1]), "no `model` entry with weights"),
+        (
+            lambda d: d["model"].update({"encoder.layers.0.fc1.weight": 5}),
+            "encoder.layers.0.fc1.weight is a int, not a tensor",
+        ),
+    ],
+)
+def test_arguments_that_do_not_fit_the_weights_are_refused_before_a_model_is_made(tmp_path, change, words):
+    with torch.serialization.safe_globals([Namespace]):
+        checkpoint = torch.load(CHECKPOINT, weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=words):
+        fairseq.read_checkpoint(tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>", None])
+def test_a_checkpoint_that_is_cut_off_names_itself(tmp_path, content):
+    file = tmp_path / "checkpoint.pt"
+    file.write_bytes(CHECKPOINT.read_bytes()[:20000] if content is None else content)
+    with pytest.raises(ValueError, match=f"{file} was not loaded"):
+        fairseq.read_checkpoint(file)
+
+
+@pytest.mark.parametrize("content", ["no merges at all\n", "#version: 0.2\na b c d\n", "#version: x\n"])
+def test_a_file_of_merges_that_is_none_names_itself(tmp_path, content):
+    file = tmp_path / "code"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=f"{file} is not a file of BPE merges"):
+        Subwords.read(file)
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ('{"de": ["a"], "en": "b"}', r"row 0 has \['a'\] in de: expected text"),
+        ('{"de": "a", "en": 5}', "row 0 has 5 in en: expected text"),
+        ('{"translation": {"de": {"x": "a"}, "en": "b"}}', "row 0 has {'x': 'a'} in de: expected text"),
+        ('{"de": "a"\n', "could not load it: .*JSON"),
+    ],
+)
+def test_cells_that_are_no_text_are_refused(tmp_path, row, words):
+    (tmp_path / "train.jsonl").write_text(f"{row}\n" * 30)
+    with pytest.raises(ValueError, match=words):
+        load(DataArguments(dataset=str(tmp_path / "train.jsonl")))
+
+
+@pytest.mark.parametrize("name, language", [("test", "en"), ("valid", "de")])
+def test_a_held_out_set_without_text_on_one_side_is_refused(tmp_path, name, language):
+    for split in ("train", "valid", "test"):
+        write(tmp_path, split, pairs(10))
+    load(DataArguments(dataset=str(tmp_path), bpe_merges=20))
+    (tmp_path / f"{name}.{language}").write_text("\n \n" * 5)
+    with pytest.raises(ValueError, match="no text in the (source|target) language: all of its 10 sentences are empty"):
+        load(DataArguments(dataset=str(tmp_path), bpe_merges=20))

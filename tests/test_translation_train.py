@@ -29,7 +29,7 @@ def run(*arguments, processes=1):
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
-    command = [*launcher, ROOT / "tasks/translation/train.py", *arguments]
+    command = [*launcher, "-m", "tasks.translation.train", *arguments]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

@@ -74,9 +74,10 @@ def contents():
 def pack(file, files):
     with tarfile.open(file, "w:gz") as archive:
         for name, text in files.items():
+            data = text if isinstance(text, bytes) else text.encode()
             member = tarfile.TarInfo(f"de-en/{name}")
-            member.size = len(text.encode())
-            archive.addfile(member, io.BytesIO(text.encode()))
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
     return file
 
 

@@ -1,75 +1,198 @@
-"""Local copies of the data sets: the hub's parquet files, CIFAR's own python archive, MNIST's idx files."""
+"""
+Local copies of the data sets: the hub's parquet files, CIFAR's own python archive, MNIST's idx files.
 
-import gzip
+Whatever is not what it should be is refused while it is read, by file and row: a label that is out of range, or an image of
+another size, would train and score something else than the data set of that name.
+"""
+
+from __future__ import annotations
+
 import io
 import pickle
-import struct
-import tarfile
+import re
+import reprlib
+import tempfile
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import datasets
 import numpy as np
+from PIL import Image
+
+from tasks.command import sentence
+from tasks.files import LARGEST, read_gzip, read_members
+from tasks.image_classification.catalogue import DATASETS, Images
 
 
-Arrays = tuple[np.ndarray, np.ndarray]  # images (N, H, W, C) in uint8, labels (N,)
+Arrays = tuple[np.ndarray, np.ndarray]  # images (N, H, W, C) in uint8, labels (N,) in int64
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
 
 # members of the archive, prefix of the tar file, key of the labels
 CIFAR = {
-    "cifar10": ([f"data_batch_{i}" for i in range(1, 6)], "test_batch", "cifar-10", b"labels"),
-    "cifar100": (["train"], "test", "cifar-100", b"fine_labels"),
+    "cifar10": ([f"data_batch_{i}" for i in range(1, 6)], "test_batch", "cifar-10", "labels"),
+    "cifar100": (["train"], "test", "cifar-100", "fine_labels"),
 }
+MODES = {1: "L", 3: "RGB"}
 
 
-def read(name: str, folder: Path, columns: tuple[str, str]) -> tuple[Arrays, Arrays]:
+def read(name: str, folder: Path, columns: tuple[str, str] | None = None) -> tuple[Arrays, Arrays]:
     """
     The training and the test images in a folder (or a CIFAR .tar.gz file).
 
-    The folder holds one of: parquet files with `train` and `test` in their names, as on the hub; for CIFAR the extracted
-    python archive or its `cifar-10(0)-python.tar.gz`; for Fashion-MNIST the four `*-ubyte.gz` files.
+    The folder holds one of: parquet files whose names (or folders) say `train` and `test`, as on the hub; for CIFAR the
+    extracted python archive or its `cifar-10(0)-python.tar.gz`; for Fashion-MNIST the four `*-ubyte.gz` files.
+
+    Args:
+        name (`str`): one of `DATASETS`.
+        folder (`Path`): or the archive.
+        columns (`tuple[str, str]`, *optional*): the image's and the label's in parquet files, if not those of the hub.
 
     Raises:
-        `ValueError`: there is nothing of the kind, or it is damaged, or it holds what data should not (see `unpickle`).
+        `ValueError`: there is nothing of the kind, or it is damaged, or it is not the data set of that name.
     """
     if not folder.exists():
         raise ValueError(f"`data_dir` is {folder}, which does not exist: give a folder with the files of {name}.")
-    parquet = {split: sorted(map(str, folder.rglob(f"*{split}*.parquet"))) for split in ("train", "test")}
+    images = DATASETS[name] if columns is None else replace(DATASETS[name], columns=columns)
+    parquet = {
+        split: [file for file in sorted(folder.rglob("*.parquet")) if _says(split, file, folder)]
+        for split in ("train", "test")
+    }
     if all(parquet.values()):
-        return from_columns(datasets.load_dataset("parquet", data_files=parquet), columns)
+        both = set(parquet["train"]) & set(parquet["test"])
+        if both:
+            raise ValueError(f"{sorted(both)[0]} says both train and test: name it after one of them.")
+        train, test = (_joined([_parquet(file, images) for file in files]) for files in parquet.values())
+        return train, test
     if name in CIFAR and (cifar := _cifar(name, folder)) is not None:
         return cifar
     if name == "fashion_mnist" and (folder / "train-images-idx3-ubyte.gz").is_file():
-        return tuple(
-            (idx(folder / f"{split}-images-idx3-ubyte.gz")[..., None], idx(folder / f"{split}-labels-idx1-ubyte.gz"))
-            for split in ("train", "t10k")
-        )
+        return _idx_pair(folder, "train", images), _idx_pair(folder, "t10k", images)
     raise ValueError(
         f"`data_dir` is {folder}, where no files of {name} were found: expected train and test parquet files, "
         "CIFAR's python archive, or Fashion-MNIST's *-ubyte.gz files."
     )
 
 
-def from_columns(data: datasets.DatasetDict, columns: tuple[str, str]) -> tuple[Arrays, Arrays]:
+def _says(split: str, file: Path, folder: Path) -> bool:
+    """Whether a file's name or one of its folders has the word: `train-latest` is no test split."""
+    return re.search(rf"(?<![a-z]){split}(?![a-z])", str(file.relative_to(folder)), re.IGNORECASE) is not None
+
+
+def _joined(parts: list[Arrays]) -> Arrays:
+    x, y = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return x, y
+
+
+# --- columns of pictures ---------------------------------------------------------------------------------------------
+
+
+def _parquet(file: Path, images: Images) -> Arrays:
+    try:
+        # As a stream, which copies nothing into a cache, but wants a folder for one.
+        with tempfile.TemporaryDirectory() as cache:
+            rows = datasets.load_dataset(
+                "parquet", data_files=str(file), split="train", streaming=True, cache_dir=cache
+            )
+            names = rows.column_names or list(next(iter(rows), {}))
+            if not set(images.columns) <= set(names):
+                raise ValueError(f"it has the columns {', '.join(names)}, not {' and '.join(images.columns)}")
+            rows = rows.select_columns(list(images.columns)).cast_column(
+                images.columns[0], datasets.Image(decode=False)
+            )
+            return pictures(rows, images, str(file))
+    except Exception as error:  # pyarrow's and datasets' many
+        if str(error).startswith(str(file)):  # by row
+            raise
+        raise ValueError(f"{file} is no parquet file of images: {sentence(error)}.") from error
+
+
+def from_hub(name: str) -> tuple[Arrays, Arrays]:
     """
-    The `train` and `test` split of a `datasets` data set with an image and a label column.
+    The training and the test images of a data set on the Hugging Face hub.
 
     Raises:
-        `ValueError`: a split or a column is missing.
+        `ValueError`: it cannot be loaded, a split or a column is missing, or a row is not what it should be.
     """
-    image, label = columns
-    for split in ("train", "test"):
-        if split not in data or not {image, label} <= set(data[split].column_names):
-            raise ValueError(f"The data has no `{split}` split with columns `{image}` and `{label}`: {data}")
+    images = DATASETS[name]
+    try:
+        data = datasets.load_dataset(images.hub)
+    except Exception as error:  # of the network, the hub's client and `datasets`
+        raise ValueError(
+            f"`dataset` {name} could not be loaded from the hub ({sentence(error)}): give a local copy as `data_dir`."
+        ) from error
 
-    def arrays(split: datasets.Dataset) -> Arrays:
-        x = np.stack([np.asarray(picture) for picture in split[image]])
-        return x if x.ndim == 4 else x[..., None], np.array(split[label])
+    def split(part: str) -> Arrays:
+        if part not in data or not set(images.columns) <= set(data[part].column_names):
+            raise ValueError(f"{images.hub} has no {part} split with columns {' and '.join(images.columns)}: {data}")
+        rows = (
+            data[part]
+            .select_columns(list(images.columns))
+            .cast_column(images.columns[0], datasets.Image(decode=False))
+        )
+        return pictures(rows, images, f"{images.hub}, {part}")
 
-    return arrays(data["train"].cast_column(image, datasets.Image())), arrays(
-        data["test"].cast_column(image, datasets.Image())
-    )
+    return split("train"), split("test")
+
+
+def pictures(rows: Iterable[dict], images: Images, where: str) -> Arrays:
+    """
+    Encoded pictures and labels as arrays.
+
+    Args:
+        rows (`Iterable[dict]`): with an image column of `{"bytes": ...}` (or `{"path": ...}`) and a label column.
+        images ([`Images`]): what they should be.
+        where (`str`): names the file in messages.
+
+    Raises:
+        `ValueError`: a row is no picture of the right size and colours, or its label no class of the data set.
+    """
+    image, label = images.columns
+    x, y = [], []
+    for number, row in enumerate(rows):
+        x.append(_picture(row[image], images, f"{where}, row {number}"))
+        y.append(row[label])
+    if not x:
+        raise ValueError(f"{where} holds no images.")
+    return np.stack(x), checked_labels(y, images, where)
+
+
+def _picture(cell: Any, images: Images, where: str) -> np.ndarray:
+    try:
+        with Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])) as picture:
+            # Before it is unpacked: a small file can hold a huge picture.
+            found, expected = (picture.size, picture.mode), ((images.size, images.size), MODES[images.channels])
+            if found != expected:
+                (width, height), mode = found
+                raise ValueError(
+                    f"{width}×{height} pixels in mode {mode}, not {images.size}×{images.size} in {expected[1]}"
+                )
+            return np.asarray(picture).reshape(images.shape)
+    except Exception as error:  # of Pillow's decoders
+        raise ValueError(f"{where} is not an image of the data set: {sentence(error)}.") from error
+
+
+def checked_labels(labels: Iterable[Any], images: Images, where: str) -> np.ndarray:
+    """
+    Labels as an array, (N,).
+
+    Raises:
+        `ValueError`: one is not a whole number from 0 to below the number of classes.
+    """
+    kept = []
+    for number, label in enumerate(labels):
+        whole = isinstance(label, int) and not isinstance(label, bool)
+        if not (whole and 0 <= label < images.classes):
+            raise ValueError(
+                f"{where}, row {number} has the label {reprlib.repr(label)}: expected a whole number from 0 to {images.classes - 1}."
+            )
+        kept.append(int(label))
+    return np.array(kept, dtype=np.int64)
+
+
+# --- idx files -------------------------------------------------------------------------------------------------------
 
 
 def idx(path: Path) -> np.ndarray:
@@ -80,75 +203,205 @@ def idx(path: Path) -> np.ndarray:
         `ValueError`: the file is not of this format, or cut off.
     """
     try:
-        with gzip.open(path) as file:
-            zeros, kind, dimensions = struct.unpack(">HBB", file.read(4))
-            shape = struct.unpack(f">{dimensions}I", file.read(4 * dimensions))
-            values = np.frombuffer(bytearray(file.read()), dtype=np.uint8)
-    except (OSError, EOFError, struct.error) as error:
-        raise ValueError(f"{path} is not a whole idx file: {error}. Fetch it again.") from error
-    if zeros != 0 or kind != 8 or values.size != np.prod(shape):
+        data = read_gzip(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a whole idx file: {error}") from error
+    rank = data[3] if len(data) > 3 else 0
+    shape = np.frombuffer(data, ">u4", rank, offset=4).tolist() if len(data) >= 4 + 4 * rank else []
+    if not shape or data[:3] != b"\0\0\x08" or len(data) - 4 - 4 * rank != int(np.prod(shape, dtype=object)):
         raise ValueError(f"{path} is not a whole idx file of unsigned bytes. Fetch it again.")
-    return values.reshape(shape)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape).copy()
 
 
-def unpickle(data: bytes, source: str) -> dict[bytes, Any]:
-    """
-    A CIFAR batch: a pickled dictionary of arrays, lists and strings, from which nothing else is loaded or run.
-
-    Raises:
-        `ValueError`: it is damaged, or asks for anything that such a batch does not need.
-    """
-    try:
-        batch = _BatchUnpickler(io.BytesIO(data), encoding="bytes").load()
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+def _idx_pair(folder: Path, split: str, images: Images) -> Arrays:
+    files = [folder / f"{split}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file} is missing: Fashion-MNIST has images and labels of train and of t10k.")
+    x, y = map(idx, files)
+    if x.shape[1:] != images.shape[:2] or not len(x):
         raise ValueError(
-            f"{source} is not a batch of CIFAR: {error}. Nothing of it was run; do not use it."
-        ) from error
-    if not isinstance(batch, dict):
-        raise ValueError(f"{source} is not a batch of CIFAR, but a {type(batch).__name__}.")
-    return batch
+            f"{files[0]} holds an array of {x.shape}: expected images of {images.size}×{images.size} pixels."
+        )
+    if y.shape != (len(x),):
+        raise ValueError(
+            f"{files[1]} holds an array of {y.shape}, and {files[0]} {len(x)} images: the two do not belong together."
+        )
+    return x[..., None], checked_labels(y.tolist(), images, str(files[1]))
 
 
-class _BatchUnpickler(pickle.Unpickler):
-    """Knows the three names that a pickled NumPy array needs, under the old and the new name of NumPy's module."""
-
-    ALLOWED = {
-        *((f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")),
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-        ("_codecs", "encode"),  # how newer Pythons write bytes for older ones
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+# --- CIFAR's python archive ------------------------------------------------------------------------------------------
 
 
 def _cifar(name: str, folder: Path) -> tuple[Arrays, Arrays] | None:
     train, test, prefix, labels = CIFAR[name]
     archives = [folder] if folder.is_file() else sorted(folder.glob(f"{prefix}-python.tar.gz"))
     if archives:
-        with tarfile.open(archives[0]) as archive:
-            # Read, never extracted: a member's path cannot lead anywhere.
-            members = {Path(member.name).name: member for member in archive if member.isfile()}
-            if not {*train, test} <= members.keys():
-                raise ValueError(f"{archives[0]} lacks {', '.join(sorted({*train, test} - members.keys()))}.")
-            contents = {batch: archive.extractfile(members[batch]).read() for batch in [*train, test]}
+        contents = {f"{archives[0]}: {name}": data for name, data in read_members(archives[0], [*train, test]).items()}
+        order = [f"{archives[0]}: {batch}" for batch in [*train, test]]
     else:
-        found = {batch: next(iter(sorted(folder.rglob(batch))), None) for batch in [*train, test]}
-        if None in found.values():
+        found = [
+            next((file for file in sorted(folder.rglob(batch)) if file.is_file()), None) for batch in [*train, test]
+        ]
+        if None in found:
             return None
-        contents = {batch: path.read_bytes() for batch, path in found.items()}
+        for file in found:
+            if file.stat().st_size > LARGEST:
+                raise ValueError(f"{file} is not a batch of CIFAR: it has more than {LARGEST >> 20} MiB.")
+        contents = {str(file): file.read_bytes() for file in found}
+        order = [*map(str, found)]
+    batches = [_batch(contents[where], labels, DATASETS[name], where) for where in order]
+    return _joined(batches[:-1]), batches[-1]
 
-    def arrays(batches: list[str]) -> Arrays:
-        loaded = [unpickle(contents[batch], f"{folder}: {batch}") for batch in batches]
-        for batch in loaded:
-            if b"data" not in batch or labels not in batch or batch[b"data"].shape != (len(batch[labels]), 3072):
-                raise ValueError(
-                    f"{folder} is not CIFAR's python archive: a batch lacks {labels} or 3072 bytes an image."
-                )
-        x = np.concatenate([batch[b"data"] for batch in loaded]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        return np.ascontiguousarray(x), np.concatenate([np.array(batch[labels]) for batch in loaded])
 
-    return arrays(train), arrays([test])
+def _batch(data: bytes, labels: str, images: Images, where: str) -> Arrays:
+    batch = unpickle(data, where)
+    for key in ("data", labels):
+        if key not in batch:
+            raise ValueError(f"{where} is not a batch of CIFAR: it has no {key!r}, but {', '.join(map(repr, batch))}.")
+    pixels, kept = batch["data"], batch[labels]
+    if not isinstance(pixels, np.ndarray) or pixels.ndim != 2 or pixels.shape[1] != 3072 or not len(pixels):
+        what = f"an array of {pixels.shape}" if isinstance(pixels, np.ndarray) else f"a {type(pixels).__name__}"
+        raise ValueError(f"{where} is not a batch of CIFAR: its 'data' is {what}, not 3072 bytes an image.")
+    if not isinstance(kept, list) or len(kept) != len(pixels):
+        count = len(kept) if isinstance(kept, list) else "no list of"
+        raise ValueError(f"{where} is not a batch of CIFAR: it has {len(pixels)} images and {count} labels.")
+    x = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(x), checked_labels(kept, images, where)
+
+
+def unpickle(data: bytes, where: str) -> dict[str, Any]:
+    """
+    A CIFAR batch: a pickled dictionary of lists, texts and arrays of bytes. Nothing else is made of it, and nothing is run.
+
+    Raises:
+        `ValueError`: it is damaged, or asks for anything that such a batch does not need.
+    """
+    try:
+        batch = _BatchUnpickler(io.BytesIO(data), encoding="latin1").load()
+    except Exception as error:  # of the unpickler: whatever the bytes make it stumble over
+        told = isinstance(error, pickle.UnpicklingError)
+        reason = sentence(error) if told else f"it is cut off or damaged ({sentence(error)})"
+        raise ValueError(
+            f"{where} is not a batch of CIFAR: {reason}. Nothing of it was run; do not use it."
+        ) from error
+    if not isinstance(batch, dict):
+        raise ValueError(f"{where} is not a batch of CIFAR, but a {type(batch).__name__}.")
+    entries = {}
+    for key, value in batch.items():
+        name = key.decode("latin1") if isinstance(key, bytes) else key
+        try:
+            entries[name] = value.array() if isinstance(value, _Array) else value
+        except ValueError as error:
+            raise ValueError(f"{where} is not a batch of CIFAR: its {name!r} {error}.") from error
+    return entries
+
+
+class _Array:
+    """Stands in for `numpy.ndarray` while a pickle is read: keeps what it says of an array, and believes none of it."""
+
+    state: Any = None
+
+    def __init__(self, *arguments: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def array(self) -> np.ndarray:
+        """
+        The array, made from its bytes alone.
+
+        Raises:
+            `ValueError`: it is none of unsigned bytes, or its shape and its bytes do not fit.
+        """
+        try:
+            _, shape, kind, by_columns, content = self.state
+        except (TypeError, ValueError):
+            raise ValueError("lacks its shape or its bytes") from None
+        if not isinstance(kind, _Kind) or kind.name not in ("u1", "|u1", "uint8"):
+            name = reprlib.repr(kind.name if isinstance(kind, _Kind) else kind)
+            raise ValueError(f"is of type {name}, not of unsigned bytes")
+        if isinstance(content, str):  # as Python 2 wrote bytes
+            content = content.encode("latin1")
+        whole = isinstance(shape, tuple) and len(shape) < 32 and all(type(n) is int and n >= 0 for n in shape)
+        if not whole or not isinstance(content, bytes) or int(np.prod(shape, dtype=object)) != len(content):
+            count = len(content) if isinstance(content, bytes) else "no"
+            raise ValueError(f"has the shape {reprlib.repr(shape)} and {count} bytes")
+        return np.frombuffer(content, "u1").reshape(shape, order="F" if by_columns else "C")
+
+
+class _Kind:
+    """Stands in for `numpy.dtype`: the name alone, whatever else the pickle says of it."""
+
+    name: Any = None
+
+    def __init__(self, *arguments: Any):
+        if arguments:
+            self.name = arguments[0]
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _encode(text: Any, encoding: Any = "latin1") -> bytes:
+    """Stands in for `_codecs.encode`, by which newer Pythons write bytes for older ones."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise pickle.UnpicklingError(f"it encodes a {type(text).__name__} as {reprlib.repr(encoding)}")
+    return text.encode("latin1")
+
+
+class _Operations(dict):
+    def __missing__(self, code: int) -> NoReturn:
+        raise pickle.UnpicklingError(f"it holds the operation {chr(code)!r}, which such a batch does not need")
+
+
+class _BatchUnpickler(pickle._Unpickler):
+    """
+    Knows what a pickled array of bytes needs, under the old and the new name of NumPy's module, and makes stand-ins of it.
+
+    The unpickler in Python, not the one in C, which takes as much memory as a few bytes tell it to; and of its operations those
+    that a dictionary of lists, texts and arrays is made of.
+    """
+
+    STAND_INS = {
+        **{(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")},
+        ("numpy", "ndarray"): _Array,
+        ("numpy", "dtype"): _Kind,
+        ("_codecs", "encode"): _encode,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = self.STAND_INS.get((module, name))
+        if found is None:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return found
+
+    def load_build(self) -> None:
+        if type(self.stack[-2]) not in (_Array, _Kind):  # on a class or a function it would change ours
+            raise pickle.UnpicklingError("it sets the state of something that is no array")
+        super().load_build()
+
+    def load_setitem(self) -> None:
+        self._check_keys(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        self._check_keys(self.stack[::2])  # those since the mark
+        super().load_setitems()
+
+    def _check_keys(self, keys: list) -> None:
+        # Tuples in tuples, a million deep, would overflow the stack when they are hashed.
+        if not all(isinstance(key, str | bytes) for key in keys):
+            raise pickle.UnpicklingError("a dictionary has a key that is no text")
+
+    _NEEDED = (
+        "PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG1 STRING BINSTRING "
+        "SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_LIST LIST "
+        "APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT GLOBAL STACK_GLOBAL REDUCE PUT BINPUT LONG_BINPUT "
+        "MEMOIZE GET BINGET LONG_BINGET"
+    )
+    dispatch = _Operations(
+        {code: pickle._Unpickler.dispatch[code] for code in (getattr(pickle, n)[0] for n in _NEEDED.split())}
+    )
+    dispatch |= {pickle.BUILD[0]: load_build, pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems}

@@ -1,10 +1,8 @@
 """The images: where they come from, how they are split, and how training varies them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
@@ -13,56 +11,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from tasks.image_classification import archives
+from tasks.image_classification.archives import Arrays
+from tasks.image_classification.catalogue import DATASETS, Images
+from tasks.runs import fingerprint
 
 
-Arrays = tuple[np.ndarray, np.ndarray]  # images (N, H, W, C) in uint8, labels (N,)
-
-
-@dataclass(frozen=True)
-class Images:
-    """
-    One data set.
-
-    Args:
-        hub (`str`, *optional*): name on the Hugging Face hub.
-        columns (`tuple[str, str]`): the image's and the label's column there.
-        classes, size, patch (`int`): number of labels; edge of an image and of a ViT's patch, in pixels.
-        mean, std (`tuple[float, ...]`): of each channel over the training images, for pixels from 0 to 1.
-        padding (`int`): training crops an image of the same size out of one with so many pixels added on every side. 0 for
-            digits, where a shift by one of eight pixels is another image.
-        padding_mode (`str`): what is added.
-        flip (`bool`): whether training mirrors half of the images.
-    """
-
-    hub: str | None
-    columns: tuple[str, str]
-    classes: int
-    size: int
-    patch: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    padding: int
-    padding_mode: str
-    flip: bool
-
-
-# CIFAR-100's statistics are those of Zhao et al. 2022; digits' and Fashion-MNIST's are checked by the tests.
-DATASETS = {
-    "digits": Images(None, ("", ""), 10, 8, 2, (0.3051,), (0.3757,), 0, "constant", False),
-    "fashion_mnist": Images(
-        "zalando-datasets/fashion_mnist", ("image", "label"), 10, 28, 7, (0.2860,), (0.3530,), 2, "constant", True
-    ),
-    "cifar10": Images(
-        "uoft-cs/cifar10", ("img", "label"), 10, 32, 4,
-        (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), 4, "reflect", True,
-    ),
-    "cifar100": Images(
-        "uoft-cs/cifar100", ("img", "fine_label"), 100, 32, 4,
-        (0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047), 4, "reflect", True,
-    ),
-}  # fmt: skip
+logger = logging.get_logger(__name__)
 
 
 class Split(Dataset):
@@ -82,6 +39,11 @@ class Split(Dataset):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve digits that stand for the images and their labels."""
+        return fingerprint(self.images.numpy(), self.labels)
 
     def __getitem__(self, i: int) -> dict:
         with torch.random.fork_rng(devices=[]):
@@ -138,17 +100,36 @@ def load(
     images = DATASETS[name]
     if not 0 <= cutout <= images.size:
         raise ValueError(f"`cutout` is {cutout}: give an edge from 0 to the images' {images.size} pixels.")
+    if name == "digits" and data_dir is not None:
+        raise ValueError(
+            f"`data_dir` is {data_dir}, but digits come with scikit-learn: leave it out, or give another `dataset`."
+        )
     (x, y), test = _digits() if name == "digits" else _read(name, data_dir)
+    mean = (x.mean(axis=(0, 1, 2)) / 255).round(3)
+    if np.abs(mean - images.mean).max() > 0.05:  # MNIST's files, for instance, have the names of Fashion-MNIST's
+        logger.warning(
+            f"The pixels' mean is {mean.tolist()}, and that of {name} {list(images.mean)}: is it that data set?"
+        )
     rows = np.arange(len(y))
     held_out = rows[:0]
     if validation_share:
-        rows, held_out = train_test_split(rows, test_size=validation_share, random_state=0, stratify=y)
+        try:
+            rows, held_out = train_test_split(rows, test_size=validation_share, random_state=0, stratify=y)
+        except ValueError as error:
+            raise ValueError(
+                f"`validation_share` is {validation_share}, of {len(y)} training images: {error}"
+            ) from error
     if train_examples is not None:
         if not images.classes <= train_examples < len(rows):
             raise ValueError(
                 f"`train_examples` is {train_examples}: give {images.classes} or more and fewer than the {len(rows)} there are."
             )
-        rows, _ = train_test_split(rows, train_size=train_examples, random_state=0, stratify=y[rows])
+        try:
+            rows, _ = train_test_split(rows, train_size=train_examples, random_state=0, stratify=y[rows])
+        except ValueError as error:
+            raise ValueError(
+                f"`train_examples` is {train_examples}, of {len(rows)} training images: {error}"
+            ) from error
     labels = _with_noise(y[rows], label_noise, images.classes)
     plain = _transform(images)
     return {
@@ -174,12 +155,11 @@ def _digits() -> tuple[Arrays, Arrays]:
 
 
 def _read(name: str, data_dir: str | None) -> tuple[Arrays, Arrays]:
-    images = DATASETS[name]
     if data_dir is not None:
-        return archives.read(name, Path(data_dir), images.columns)
+        return archives.read(name, Path(data_dir))
     if name == "fashion_mnist" and archives.DEBIAN_FASHION_MNIST.is_dir():
-        return archives.read(name, archives.DEBIAN_FASHION_MNIST, images.columns)
-    return archives.from_columns(datasets.load_dataset(images.hub), images.columns)
+        return archives.read(name, archives.DEBIAN_FASHION_MNIST)
+    return archives.from_hub(name)
 
 
 def _transform(images: Images) -> Callable[[Tensor], Tensor]:

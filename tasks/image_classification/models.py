@@ -4,7 +4,7 @@ from functools import partial
 
 from transformers import ViTConfig, ViTForImageClassification
 
-from tasks.image_classification.data import DATASETS
+from tasks.image_classification.catalogue import DATASETS
 
 
 # hidden, layers, heads, MLP

@@ -9,7 +9,8 @@ from scipy.special import log_softmax
 class TopKAccuracy(evaluate.Metric):
     def _info(self):
         return evaluate.MetricInfo(
-            description="Shares of examples whose label has the highest, or one of the five highest, logits; mean cross-entropy.",
+            description="Shares of examples whose label's logit is above all others, or above all but four; mean cross-entropy. "
+            "Ties and logits that are not finite count as wrong.",
             citation="",
             inputs_description="predictions: logits (N, classes); references: labels (N,)",
             features=datasets.Features(
@@ -19,7 +20,10 @@ class TopKAccuracy(evaluate.Metric):
 
     def _compute(self, predictions, references):
         logits, labels = np.array(predictions, dtype=np.float64), np.array(references)
-        rank = (logits > logits[np.arange(len(labels)), labels][:, None]).sum(axis=1)  # labels ahead of the right one
+        right = logits[np.arange(len(labels)), labels]
+        # Labels that are not behind the right one: all of them in a row of equal logits, as of a model that knows nothing.
+        rank = (logits >= right[:, None]).sum(axis=1) - 1
+        rank[~np.isfinite(logits).all(axis=1)] = 5  # a comparison with NaN is false
         return {
             "accuracy": float((rank < 1).mean()),
             "top5_accuracy": float((rank < 5).mean()),

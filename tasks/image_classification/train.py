@@ -1,34 +1,33 @@
 """
 Trains a Vision Transformer and scores it.
 
-    python tasks/image_classification/train.py tasks/image_classification/recipes/digits-vit-small.yaml
-    python tasks/image_classification/train.py tasks/image_classification/recipes/digits-vit-small.yaml --alpha 1   # SAM
-    python tasks/image_classification/train.py tasks/image_classification/recipes/digits-vit-small.yaml --rho 0     # AdamW
+    python -m tasks.image_classification.train tasks/image_classification/recipes/digits-vit-small.yaml
+    python -m tasks.image_classification.train tasks/image_classification/recipes/digits-vit-small.yaml --method sam
+    python -m tasks.image_classification.train tasks/image_classification/recipes/digits-vit-small.yaml --method sgd   # AdamW
 
 Every field of a recipe is a flag as well, and the command line comes before the recipe; --help lists them.
 """
 
+from __future__ import annotations
+
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import evaluate
-import torch
+from transformers import EvalPrediction, set_seed
 
-
-# As a script: imports start from the root of the repository and mean the same as in `python -m` and in the tests.
-sys.path[0] = str(Path(__file__).resolve().parents[2])
-
-from transformers import EvalPrediction, set_seed  # noqa: E402
-
-from tasks import recipes  # noqa: E402
-from tasks.image_classification import data, models  # noqa: E402
-from tasks.results import CostMeter, write_result  # noqa: E402
-from xsam_hf import XSAMTrainer, XSAMTrainingArguments  # noqa: E402
+from tasks import metric, recipes, runs
+from tasks.arguments import CheckedArguments, TaskArguments
+from tasks.command import refusals, run, sentence
+from tasks.image_classification import data, models
+from tasks.image_classification.top_k_accuracy import TopKAccuracy
+from tasks.results import CostMeter, write_result
+from xsam_hf import XSAMTrainer, XSAMTrainingArguments
 
 
 @dataclass
-class ImageArguments:
+class ImageArguments(TaskArguments):
     """Which images, which model."""
 
     dataset: str = field(default="digits", metadata={"help": f"One of {', '.join(data.DATASETS)}."})
@@ -46,25 +45,22 @@ class ImageArguments:
     )
     cutout: int = field(default=0, metadata={"help": "Edge in pixels of the square blanked out in training images."})
     model: str = field(default="vit-small", metadata={"help": f"One of {', '.join(models.SIZES)}."})
-    dropout: float = field(default=0.0, metadata={"help": "Dropout of the model."})
-    threads: int | None = field(default=None, metadata={"help": "CPU threads. Default: torch's choice."})
-
-    def __post_init__(self):
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"`dropout` is {self.dropout}: give a probability from 0 to below 1.")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"`threads` is {self.threads}: give 1 or more, or leave it out for torch's choice.")
 
 
 @dataclass
-class TrainingArguments(XSAMTrainingArguments):
-    output_dir: str = field(default="runs/image_classification", metadata={"help": "Where everything is written."})
+class TrainingArguments(CheckedArguments, XSAMTrainingArguments):
+    pass
+
+
+def score(prediction: EvalPrediction) -> dict[str, float]:
+    """Accuracy (top 1 and 5) and cross-entropy."""
+    return metric.compute(TopKAccuracy, predictions=prediction.predictions, references=prediction.label_ids)
 
 
 def train(task: ImageArguments, args: TrainingArguments) -> Path:
     """Trains, scores the test split once, and returns the path of `result.json`."""
-    if task.threads is not None:
-        torch.set_num_threads(task.threads)
+    task.use_threads()
+    runs.check_output(args, ("accuracy", "top5_accuracy"))
     if task.validation_share == 0 and args.eval_strategy != "no":
         raise ValueError("`validation_share` is 0, so there is nothing to evaluate on: set `eval_strategy` to `no`.")
     splits = data.load(
@@ -77,26 +73,20 @@ def train(task: ImageArguments, args: TrainingArguments) -> Path:
         label_noise=task.label_noise,
     )
     set_seed(args.seed)
-    model = models.build(task.model, task.dataset, task.dropout)
-    metric = evaluate.load(str(Path(__file__).with_name("top_k_accuracy.py")), keep_in_memory=True)
+    model = models.build(task.model, task.dataset, task.dropout or 0.0)
     meter = CostMeter(model)
-
-    def score(prediction: EvalPrediction) -> dict[str, float]:
-        return metric.compute(predictions=prediction.predictions, references=prediction.label_ids)
-
-    trainer = XSAMTrainer(
-        model=model,
-        args=args,
-        train_dataset=splits["train"],
-        eval_dataset=splits["validation"],
-        compute_metrics=score,
-        callbacks=[meter, data.EpochCallback(splits["train"])],
-    )
-    # A flag's text, where the Trainer distinguishes a path from "the last checkpoint, wherever it is".
-    resume = {"true": True, "false": None}.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint)
-    trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
-    trainer.save_state()
+    prints = {name: split.fingerprint for name, split in splits.items()}
+    identity = runs.identity("image_classification", task, args, prints, dropout=task.dropout or 0.0)
+    with refusals():
+        trainer = XSAMTrainer(
+            model=model,
+            args=args,
+            train_dataset=splits["train"],
+            eval_dataset=splits["validation"],
+            compute_metrics=score,
+            callbacks=[meter, data.EpochCallback(splits["train"]), runs.RunIdentity(identity)],
+        )
+    runs.start(trainer, identity)
 
     scores = {}
     for split in ("validation", "test"):
@@ -104,13 +94,21 @@ def train(task: ImageArguments, args: TrainingArguments) -> Path:
             found = trainer.evaluate(splits[split], metric_key_prefix=split)
             scores[split] = {name: found[f"{split}_{name}"] for name in ("accuracy", "top5_accuracy", "loss")}
             trainer.log_metrics(split, found)
-    result = Path(args.output_dir) / "result.json"
+    result = Path(args.output_dir) / runs.RESULT
     if trainer.is_world_process_zero():
         facts = {"task": "image_classification", "dataset": task.dataset, "model": task.model, "metrics": scores}
-        result = write_result(trainer, meter, task, **facts)
-        trainer.create_model_card(dataset=task.dataset, tasks="image-classification")
+        result = write_result(trainer, meter, task, identity, **facts)
+        print(result)
+        try:
+            trainer.create_model_card(dataset=task.dataset, tasks="image-classification")
+        except (OSError, UnicodeError) as error:  # a folder's name, for instance, that the locale has no letters for
+            print(f"There is no model card: {sentence(error)}.", file=sys.stderr)
     return result
 
 
+def main(argv: Sequence[str]) -> None:
+    train(*recipes.parse((ImageArguments, TrainingArguments), argv, __doc__, "runs/image_classification"))
+
+
 if __name__ == "__main__":
-    train(*recipes.parse((ImageArguments, TrainingArguments), sys.argv[1:], __doc__))
+    run(main)

@@ -6,18 +6,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
+from tasks.files import write_whole
+from tasks.runs import fingerprint
 from tasks.translation import sources
-from tasks.translation.fairseq import data_bin_prefix, read_binary, read_dictionaries, write_dictionaries
+from tasks.translation.fairseq_format import data_bin_prefix, read_binary, read_dictionaries, write_dictionaries
 from tasks.translation.model import POSITIONS
 from tasks.translation.text import Subwords, Tokenizer, join_subwords
-from tasks.translation.vocabulary import EOS, PAD, Vocabulary
+from tasks.translation.vocabulary import EOS, PAD, UNK, Vocabulary
 
 
+logger = logging.get_logger(__name__)
 SPLITS = {"train": "train", "validation": "valid", "test": "test"}  # ours and fairseq's names
+MERGES = 10000
+# Of the training tokens of a side, which a dictionary is made from: none are unknown with BPE, and a few where rare words were
+# left out. Another language's dictionary, of the same BPE, leaves more than a fifth.
+UNKNOWN_LIMIT = 0.2
 
 
 @dataclass
@@ -27,15 +36,16 @@ class DataArguments:
     dataset: str = field(
         default="handbook",
         metadata={
-            "help": "handbook, ding, a folder (prepared by scripts/prepare_iwslt14, data-bin of fairseq, train.de and train.en, "
+            "help": "handbook, ding, a folder (prepared by scripts/run prepare_iwslt14, data-bin of fairseq, train.de and train.en, "
             "json/csv/parquet), such a file, or a data set of the hub with a translation column."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set of the hub."})
     source_language: str = field(default="de", metadata={"help": "Language to translate from."})
     target_language: str = field(default="en", metadata={"help": "Language to translate into."})
-    bpe_merges: int = field(
-        default=10000, metadata={"help": "Joint BPE merges to learn from running text; prepared data has its own."}
+    bpe_merges: int | None = field(
+        default=None,
+        metadata={"help": "Joint BPE merges to learn from running text. Default: 10000. Prepared data has its own."},
     )
     max_tokens: int = field(
         default=4096,
@@ -45,7 +55,7 @@ class DataArguments:
     def __post_init__(self):
         if self.max_tokens < 1:
             raise ValueError(f"`max_tokens` is {self.max_tokens}: give 1 or more, 4096 for instance.")
-        if self.bpe_merges < 1:
+        if self.bpe_merges is not None and self.bpe_merges < 1:
             raise ValueError(f"`bpe_merges` is {self.bpe_merges}: give 1 or more, 10000 for instance.")
         if self.source_language == self.target_language:
             raise ValueError(f"`source_language` and `target_language` are both {self.source_language!r}: give two.")
@@ -71,6 +81,18 @@ class Corpus:
     target_tokenizer: Tokenizer
     subwords: Subwords | None
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Twelve digits for each split that stand for its sentences, ids and text."""
+
+        def of(split: Dataset) -> str:
+            sides = [split[name] for name in ("input_ids", "labels")]
+            ids = [np.array([i for ids in side for i in ids], dtype=np.int64) for side in sides]
+            text = "\n".join(split["target_text"]).encode("utf-8", "surrogatepass")
+            return fingerprint(*ids, *([len(ids) for ids in side] for side in sides), np.frombuffer(text, np.uint8))
+
+        return {name: of(split) for name, split in self.splits.items()}
+
     def save(self, folder: Path, source_language: str, target_language: str) -> None:
         """Writes dictionaries and BPE merges, all that it takes to use the model on new text."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +100,7 @@ class Corpus:
             folder, (source_language, target_language), (self.source_vocabulary, self.target_vocabulary)
         )
         if self.subwords is not None:
-            (folder / "code").write_text(self.subwords.codes, encoding="utf-8")
+            write_whole(folder / "code", self.subwords.codes)
 
 
 def load(arguments: DataArguments) -> Corpus:
@@ -90,21 +112,38 @@ def load(arguments: DataArguments) -> Corpus:
     """
     languages = arguments.source_language, arguments.target_language
     folder = Path(arguments.dataset)
-    if data_bin_prefix(folder, "train", *languages):
+    if arguments.dataset in ("handbook", "ding"):
+        refuse_ignored(arguments, "dataset_config")
+        pairs = (sources.handbook if arguments.dataset == "handbook" else sources.ding)(*languages)
+    elif data_bin_prefix(folder, "train", *languages):
+        refuse_ignored(arguments, "dataset_config", "bpe_merges")
         return from_data_bin(folder, *languages)
-    if (folder / f"dict.{languages[0]}.txt").is_file():
+    elif (folder / f"dict.{languages[0]}.txt").is_file():
+        refuse_ignored(arguments, "dataset_config", "bpe_merges")
         return from_prepared(folder, *languages)
-    if arguments.dataset == "handbook":
-        pairs = sources.handbook(*languages)
-    elif arguments.dataset == "ding":
-        pairs = sources.ding(*languages)
     else:
         sources.refuse_incomplete(folder, *languages)
         if (folder / f"train.{languages[0]}").is_file():
+            refuse_ignored(arguments, "dataset_config")
             pairs = sources.parallel_folder(folder, *languages)
         else:
             pairs = sources.from_datasets(arguments.dataset, arguments.dataset_config, *languages)
-    return from_text(pairs, *languages, arguments.bpe_merges)
+    return from_text(pairs, *languages, arguments.bpe_merges or MERGES)
+
+
+def refuse_ignored(arguments: DataArguments, *names: str) -> None:
+    """
+    Refuses arguments that play no part for this kind of data.
+
+    Raises:
+        `ValueError`: one of them was given.
+    """
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None:
+            raise ValueError(
+                f"`{name}` is {value!r}, but `dataset` {arguments.dataset} has no use for it: leave it out."
+            )
 
 
 def from_text(splits: dict[str, sources.Pairs], source: str, target: str, merges: int) -> Corpus:
@@ -137,12 +176,13 @@ def from_text(splits: dict[str, sources.Pairs], source: str, target: str, merges
 
 
 def from_prepared(folder: Path, source: str, target: str) -> Corpus:
-    """A folder of BPE text with dictionaries, as scripts/prepare_iwslt14 writes it."""
+    """A folder of BPE text with dictionaries, as `scripts/run prepare_iwslt14` writes it."""
     vocabularies = read_dictionaries(folder, source, target)
     datasets = {}
     for name, prefix in SPLITS.items():
         pairs = sources.parallel(folder, prefix, source, target)
         ids = [tuple(v.encode(line) for v, line in zip(vocabularies, pair, strict=True)) for pair in pairs]
+        refuse_unknown(ids, folder, prefix, (source, target))
         # As in fairseq's references: a hypothesis' own `<unk>` must not match one of the text.
         tokens = [tuple(join_subwords(line).replace("<unk>", "<<unk>>") for line in pair) for pair in pairs]
         datasets[name] = build(ids, tokens, running_text(tokens, source, target), held_out=name != "train")
@@ -176,12 +216,33 @@ def from_data_bin(folder: Path, source: str, target: str) -> Corpus:
         if len(sides[0]) != len(sides[1]):
             raise ValueError(f"{prefix} has {len(sides[0])} {source} and {len(sides[1])} {target} sentences.")
         ids = list(zip(*sides, strict=True))
+        refuse_unknown(ids, folder, split, (source, target))
         tokens = [
             tuple(join_subwords(v.decode(i, "<<unk>>")) for v, i in zip(vocabularies, pair, strict=True))
             for pair in ids
         ]
         datasets[name] = build(ids, tokens, running_text(tokens, source, target), held_out=name != "train")
     return Corpus(datasets, *vocabularies, Tokenizer(target), None)
+
+
+def refuse_unknown(ids: list, folder: Path, split: str, languages: tuple[str, str]) -> None:
+    """
+    Refuses training text that its dictionary hardly knows, and warns about such held-out text.
+
+    Raises:
+        `ValueError`: of one side's training tokens a larger share than `UNKNOWN_LIMIT` is `<unk>`.
+    """
+    for language, side in zip(languages, zip(*ids, strict=True), strict=False):
+        found = sum(sentence.count(UNK) for sentence in side)
+        total = sum(map(len, side)) - len(side)  # without the ends
+        if found > UNKNOWN_LIMIT * total:
+            told = f"{folder}: {found / total:.0%} of the {language} tokens of {split} are not in dict.{language}.txt"
+            if split != "train":
+                logger.warning(f"{told}: is it the language and the BPE that the dictionary was made for?")
+                continue
+            raise ValueError(
+                f"{told}, and at most {UNKNOWN_LIMIT:.0%} may be: take the dictionary and the BPE that the text was prepared with."
+            )
 
 
 def running_text(tokens: sources.Pairs, source: str, target: str) -> sources.Pairs:
@@ -195,10 +256,15 @@ def build(ids: list, tokens: sources.Pairs, text: sources.Pairs, held_out: bool)
     One split as a data set; a held-out one sorted by source length, so that its batches hold little padding.
 
     Raises:
-        `ValueError`: no sentences, or one too long for the model.
+        `ValueError`: no sentences, no text on one side, or a sentence too long for the model.
     """
     if not ids:
         raise ValueError("A split of `dataset` holds no sentences: train, validation and test need one at least.")
+    for side, name in enumerate(("source", "target")):
+        if not any(pair[side].strip() for pair in tokens):
+            raise ValueError(
+                f"A split of `dataset` has no text in the {name} language: all of its {len(ids)} sentences are empty."
+            )
     for number, pair in enumerate(ids, start=1):
         if max(map(len, pair)) > POSITIONS:
             raise ValueError(

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import os
 import re
-import tarfile
+import urllib.error
 import urllib.request
-import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from tasks.files import read_members, write_whole
 from tasks.translation.text import Subwords, Tokenizer
 from tasks.translation.vocabulary import Vocabulary
 
 
-URL = "http://dl.fbaipublicfiles.com/fairseq/data/iwslt14/de-en.tgz"
+URL = "https://dl.fbaipublicfiles.com/fairseq/data/iwslt14/de-en.tgz"
 LANGUAGES = ("de", "en")
 MERGES = 10000
 TEST_SETS = ("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.tst2012")  # in the order of the script
@@ -27,29 +28,50 @@ STRIPPED_TAGS = re.compile(r"</?(title|description)>")
 SHORTEST, LONGEST, LONGEST_WORD, RATIO = 1, 175, 1000, 1.5
 VALIDATION_EVERY = 23
 
+# Lines that fairseq's script makes of its archive.
+SIZES = {"train": 160239, "valid": 7283, "test": 6750}
+
 Sides = dict[str, list[str]]  # lines by language
 
 
 def download(file: Path) -> None:
-    """Fetches fairseq's archive; a download that breaks off leaves nothing behind."""
+    """
+    Fetches fairseq's archive. One that breaks off is kept as `.part`, and the next call goes on from there.
+
+    Raises:
+        `ValueError`: the server cannot be reached, or the connection broke off.
+    """
     part = file.with_name(file.name + ".part")
     file.parent.mkdir(parents=True, exist_ok=True)
+    there = part.stat().st_size if part.is_file() else 0
+    request = urllib.request.Request(URL, headers={"Range": f"bytes={there}-"} if there else {})
     try:
-        with urllib.request.urlopen(URL, timeout=60) as answer, open(part, "wb") as output:
-            total = int(answer.headers["Content-Length"])
-            with tqdm(total=total, unit="B", unit_scale=True, desc=URL) as bar:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            if answer.status != 206:  # the whole file, also from a server that does not know ranges
+                there = 0
+            length = answer.headers["Content-Length"]
+            total = None if length is None else there + int(length)
+            with (
+                open(part, "ab" if there else "wb") as output,
+                tqdm(total=total, initial=there, unit="B", unit_scale=True, desc=URL) as bar,
+            ):
                 while chunk := answer.read(1 << 20):
                     output.write(chunk)
                     bar.update(len(chunk))
-        if part.stat().st_size != total:
-            raise ValueError(f"{URL} broke off after {part.stat().st_size} of {total} bytes: run the script again.")
-        os.replace(part, file)
-    except OSError as error:
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # what is there is no part of this file
+            part.unlink()
         raise ValueError(
-            f"{URL} could not be fetched ({error}): fetch it elsewhere and give it as --archive."
+            f"{URL} could not be fetched ({error}): try again, or fetch it elsewhere and give it as --archive."
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
+    except (OSError, http.client.HTTPException) as error:
+        raise ValueError(
+            f"{URL} could not be fetched ({error}): try again, or fetch it elsewhere and give it as --archive."
+        ) from error
+    found = part.stat().st_size
+    if total is not None and found != total:
+        raise ValueError(f"{URL} broke off after {found} of {total} bytes: the same command goes on from there.")
+    os.replace(part, file)
 
 
 def read_archive(file: Path) -> dict[str, list[str]]:
@@ -61,22 +83,16 @@ def read_archive(file: Path) -> dict[str, list[str]]:
     """
     names = [f"train.tags.de-en.{language}" for language in LANGUAGES]
     names += [f"IWSLT14.{test}.de-en.{language}.xml" for test in TEST_SETS for language in LANGUAGES]
-    contents = {}
-    try:
-        with tarfile.open(file) as archive:
-            for member in archive:
-                if member.isfile() and Path(member.name).name in names:
-                    contents[Path(member.name).name] = archive.extractfile(member).read().decode("utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"There is no archive {file}.") from None
-    except (tarfile.TarError, EOFError, zlib.error, OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{file} is cut off, damaged or no archive ({error}): delete it and fetch it again."
-        ) from error
-    missing = [name for name in names if name not in contents]
-    if missing:
-        raise ValueError(f"{file} is not fairseq's IWSLT14 archive, or cut off: {', '.join(missing)} not found in it.")
-    return {name: text.removesuffix("\n").split("\n") if text else [] for name, text in contents.items()}
+    lines = {}
+    for name, content in read_members(file, names).items():
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{file} is cut off, damaged or no archive ({name}: {error}): delete it and fetch it again."
+            ) from error
+        lines[name] = text.removesuffix("\n").split("\n") if text else []
+    return lines
 
 
 def training_lines(lines: Iterable[str]) -> list[str]:
@@ -185,6 +201,12 @@ def prepare(archive: Path, folder: Path) -> None:
         vocabulary = Vocabulary.learn((folder / f"train.{language}").read_text(encoding="utf-8").split("\n"))
         write(name, vocabulary.lines())
     sizes = ", ".join(f"{name} {len(text[name])}" for name in names)
+    print(f"{archive}: SHA-256 {source}")
+    for split, size in SIZES.items():
+        if len(text[f"{split}.de"]) != size:
+            print(
+                f"{split} has {len(text[f'{split}.de'])} pairs, fairseq's has {size}: this is another archive than IWSLT14's."
+            )
     print(f"{folder}: {sizes} lines; {len(Vocabulary.read(folder / dictionaries[0]))} German and ", end="")
     print(f"{len(Vocabulary.read(folder / dictionaries[1]))} English tokens.")
 
@@ -205,13 +227,3 @@ def read_record(file: Path) -> dict[str, str]:
 
 def checksum(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def write_whole(file: Path, data: bytes) -> None:
-    """Writes beside the file first: whoever interrupts this finds the old file or the new one."""
-    part = file.with_name(file.name + ".part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)

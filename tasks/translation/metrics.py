@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
-import evaluate
 from datasets import Dataset
 from transformers import EvalPrediction
 
+from tasks import metric
+from tasks.files import write_whole
 from tasks.translation.data import Corpus
 from tasks.translation.text import join_subwords
+from tasks.translation.translation_scores import TranslationScores
 
 
-SCORES = str(Path(__file__).with_name("translation_scores.py"))
 NAMES = {
     "bleu_tokenised": "as fairseq-generate counts, tokenised lower-case text, BPE removed",
     "bleu_detokenised": "sacreBLEU, running text without regard to case",
@@ -31,13 +31,11 @@ def score(
     Args:
         hypotheses, references (`list[tuple[str, str]]`): tokenised lines without BPE, and running text.
     """
-    # Processes that evaluate at the same time must not share a file.
-    metric = evaluate.load(SCORES, experiment_id=str(os.getpid()), keep_in_memory=True)
     columns = {"predictions": hypotheses, "references": references}
     columns = {name: [text for _, text in rows] for name, rows in columns.items()} | {
         f"tokenised_{name}": [tokens for tokens, _ in rows] for name, rows in columns.items()
     }
-    found = metric.compute(**columns)
+    found = metric.compute(TranslationScores, **columns)
     return {name: found[name] for name in NAMES}, {name: found[f"{name}_signature"] for name in NAMES}
 
 
@@ -84,9 +82,9 @@ class Scorer:
         for name, rows in (("hypotheses", self.hypotheses), ("references", self.references)):
             for kind, column in ((".tok", 0), ("", 1)):
                 text = "".join(f"{row[column]}\n" for row in rows)
-                (folder / f"{self.split}.{name}{kind}.txt").write_text(text, encoding="utf-8")
+                write_whole(folder / f"{self.split}.{name}{kind}.txt", text)
         rows = {name: {"score": self.scores[name], "signature": self.signatures[name]} for name in NAMES}
-        (folder / f"{self.split}.scores.json").write_text(json.dumps(rows, indent=2) + "\n")
+        write_whole(folder / f"{self.split}.scores.json", json.dumps(rows, indent=2) + "\n")
 
     def samples(self, count: int) -> str:
         """Some translations, evenly spread over the set, for reading."""

@@ -1,10 +1,14 @@
 """fairseq's `transformer_iwslt_de_en` as a Hugging Face model: FSMT with three of its defaults put right, and fairseq's start."""
 
+import json
 import math
+from pathlib import Path
 
 from torch import nn
 from transformers import FSMTConfig, FSMTForConditionalGeneration, FSMTModel, LogitsProcessor, LogitsProcessorList
 from transformers.models.fsmt.modeling_fsmt import Attention
+
+from tasks.command import sentence
 
 
 POSITIONS = 1024  # of the sinusoidal tables, as in fairseq
@@ -118,6 +122,32 @@ def initialise(model: TranslationTransformer) -> None:
     for side in (model.model.encoder, model.model.decoder):
         nn.init.normal_(side.embed_tokens.weight, std=side.embed_tokens.embedding_dim**-0.5)
         nn.init.zeros_(side.embed_tokens.weight[side.embed_tokens.padding_idx])
+
+
+def load(folder: Path, **changes) -> TranslationTransformer:
+    """
+    A saved model, whole.
+
+    Args:
+        folder (`Path`): that `train.py` or `convert_fairseq` wrote.
+        changes: of its configuration.
+
+    Raises:
+        `ValueError`: its files are missing, damaged or another model's, or lack weights, which would be random.
+    """
+    try:
+        kind = json.loads((folder / "config.json").read_bytes()).get("model_type")
+        if kind != FSMTConfig.model_type:
+            raise ValueError(f"its config.json is of a model of type {kind}, not {FSMTConfig.model_type}")
+        model, found = TranslationTransformer.from_pretrained(folder, output_loading_info=True, **changes)
+    except Exception as error:  # of transformers, safetensors, json and the file system
+        raise ValueError(f"{folder} holds no model of this task: {sentence(error)}.") from error
+    wrong = sorted(
+        str(name) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in found[kind]
+    )
+    if wrong:
+        raise ValueError(f"{folder} holds no model of this task: these weights do not fit: {', '.join(wrong)}.")
+    return model
 
 
 def build(name: str, source_vocabulary: int, target_vocabulary: int, dropout: float = 0.3) -> TranslationTransformer:

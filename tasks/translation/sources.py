@@ -10,6 +10,8 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, load_dataset
 from transformers.utils import logging
 
+from tasks.command import sentence
+
 
 logger = logging.get_logger(__name__)
 Pairs = list[tuple[str, str]]  # (source, target), one sentence or paragraph each
@@ -80,13 +82,13 @@ def ding(source: str, target: str) -> dict[str, Pairs]:
 
 def read_lines(file: Path) -> list[str]:
     """
-    Lines of a UTF-8 text file; only the line feed ends a line, as for Moses and fairseq.
+    Lines of a UTF-8 text file; only the line feed ends a line, as for Moses and fairseq. A byte-order mark is no part of it.
 
     Raises:
         `ValueError`: no such file, or not UTF-8.
     """
     try:
-        text = file.read_bytes().decode("utf-8")
+        text = file.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise ValueError(f"{file} is missing: a folder of text has train, valid and test in both languages.") from None
     except UnicodeDecodeError as error:
@@ -151,7 +153,7 @@ def column_pairs(rows: Dataset, source: str, target: str, held_out: bool = False
     Training pairs without text in one language (an empty cell of a csv file, for instance) are left out with a warning.
 
     Raises:
-        `ValueError`: neither is there, a cell cannot be read, a language is missing everywhere, or in a held-out row.
+        `ValueError`: neither is there, a cell cannot be read or is no text, a language is missing everywhere, or in a held-out row.
     """
     if {source, target} <= set(rows.column_names):
         pairs = list(zip(rows[source], rows[target], strict=True))
@@ -163,6 +165,10 @@ def column_pairs(rows: Dataset, source: str, target: str, held_out: bool = False
             f"`dataset` has the columns {rows.column_names}: expected `translation`, or `{source}` and `{target}`; "
             "are `source_language` and `target_language` right?"
         )
+    for number, pair in enumerate(pairs):
+        for language, text in zip((source, target), pair, strict=True):
+            if not isinstance(text, str | None):
+                raise ValueError(f"`dataset` row {number} has {text!r} in {language}: expected text.")
     for language, side in zip((source, target), zip(*pairs, strict=True), strict=False):
         if all(text is None for text in side):
             raise ValueError(
@@ -213,6 +219,8 @@ def from_datasets(name: str, config: str | None, source: str, target: str) -> di
     path = Path(name)
     try:
         if path.is_file():
+            if config is not None:
+                raise ValueError(f"`dataset_config` is {config!r}, and a file has none: leave it out")
             loaded = load_dataset(FORMATS[path.suffix], data_files=name)
         else:
             loaded = load_dataset(name, config)
@@ -221,7 +229,7 @@ def from_datasets(name: str, config: str | None, source: str, target: str) -> di
     except Exception as error:
         raise ValueError(
             f"`dataset` is {name!r}, which is neither handbook nor ding nor a folder that this task knows, and `datasets` "
-            f"could not load it: {error}"
+            f"could not load it: {sentence(error.__cause__ or error)}"
         ) from error
     assert isinstance(loaded, DatasetDict)
     splits = {

@@ -69,8 +69,18 @@ class Subwords:
 
     @classmethod
     def read(cls, file: Path) -> Subwords:
-        """Reads a file of merges."""
-        return cls(file.read_text(encoding="utf-8"))
+        """
+        Reads a file of merges.
+
+        Raises:
+            `ValueError`: it is none.
+        """
+        try:
+            return cls(file.read_text(encoding="utf-8"))
+        except (ValueError, IndexError, SystemExit) as error:  # subword-nmt ends the program where a line is wrong
+            raise ValueError(
+                f"{file} is not a file of BPE merges: take the one that the text was prepared with."
+            ) from error
 
     def __call__(self, line: str) -> str:
         return self.encoder.process_line(line)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import Seq2SeqTrainingArguments
 
 from tasks.translation.batches import TokenBatchLoader, TokenBatchSampler
 from tasks.translation.data import collate
@@ -63,11 +66,39 @@ class TranslationTrainer(XSAMSeq2SeqTrainer):
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
         )
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """All of them: fairseq's Adam makes no exception for biases and normalisation layers."""
         return [name for name, _ in model.named_parameters()]
+
+    @staticmethod
+    def refuse_ignored(args: Seq2SeqTrainingArguments) -> None:
+        """
+        Refuses arguments that this trainer would pass over.
+
+        Raises:
+            `ValueError`: one was given; the message names it, its value and the way out.
+        """
+        if args.generation_num_beams is not None and args.generation_num_beams < 1:
+            raise ValueError(
+                f"`generation_num_beams` is {args.generation_num_beams}: give 1 for greedy search, or more (fairseq's is 5)."
+            )
+        instead = {
+            "per_device_train_batch_size": "`max_tokens` limits a batch",
+            "generation_max_length": "a hypothesis may have 1.2 n + 10 tokens, as in fairseq",
+            "generation_config": "the search is fairseq's",
+            "auto_find_batch_size": "`max_tokens` limits a batch",
+            "dataloader_drop_last": "every sentence comes once an epoch",
+            "train_sampling_strategy": "batches hold sentences of like length already",
+        }
+        defaults = {field.name: field.default for field in fields(Seq2SeqTrainingArguments)}
+        for name, why in instead.items():
+            value = getattr(args, name, None)
+            if name in defaults and value != defaults[name]:
+                raise ValueError(f"`{name}` is {value}, but {why}: leave it out.")
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **kwargs):
         inputs = self._prepare_inputs(inputs)
@@ -75,6 +106,6 @@ class TranslationTrainer(XSAMSeq2SeqTrainer):
             loss = self.compute_loss(model, dict(inputs))
         if prediction_loss_only:
             return loss, None, None
-        beams = self.args.generation_num_beams or 5
+        beams = 5 if self.args.generation_num_beams is None else self.args.generation_num_beams
         tokens = self.model.translate(inputs["input_ids"], inputs["attention_mask"], num_beams=beams)
         return loss, tokens, inputs["labels"]

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from tasks.files import write_whole
 from tasks.translation.sources import read_lines
 
 
@@ -51,11 +52,11 @@ class Vocabulary:
         Reads a `dict.xx.txt`: one token and its frequency a line.
 
         Raises:
-            `ValueError`: no such file, not UTF-8, a line of another form, or a token twice, the special ones included.
+            `ValueError`: no such file, empty, not UTF-8, a line of another form, or a token twice, the special ones included.
         """
         if not file.is_file():
             raise ValueError(
-                f"There is no dictionary {file}: fairseq-preprocess and scripts/prepare_iwslt14 write one."
+                f"There is no dictionary {file}: fairseq-preprocess and scripts/run prepare_iwslt14 write one."
             )
         counts = {}
         for number, line in enumerate(read_lines(file), start=1):
@@ -71,6 +72,8 @@ class Vocabulary:
                     "frequency; is this a fairseq dictionary?"
                 )
             counts[token] = int(count)
+        if not counts:
+            raise ValueError(f"The dictionary {file} is empty: take the one that the text was prepared with.")
         return cls(counts)
 
     def lines(self) -> list[str]:
@@ -79,7 +82,7 @@ class Vocabulary:
 
     def write(self, file: Path) -> None:
         """Writes a `dict.xx.txt`."""
-        file.write_text("".join(f"{line}\n" for line in self.lines()), encoding="utf-8")
+        write_whole(file, "".join(f"{line}\n" for line in self.lines()))
 
     def encode(self, line: str) -> list[int]:
         """Ids of a tokenised line, its end symbol included; unknown tokens are `<unk>`."""

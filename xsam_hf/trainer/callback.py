@@ -28,11 +28,13 @@ class XSAMCallback(TrainerCallback, ExportableState):
     `restore_callback_states_from_checkpoint` says: a resumed run equals the uninterrupted one.
 
     Attributes:
+        averages (`int`): how many tensors the checkpoint that was resumed has in `xsam_state.safetensors`.
         step_due (`bool`): an update's gradient is there, and the optimizer has not stepped yet.
     """
 
     def __init__(self):
         self.xsam = XSAMState()
+        self.averages = 0
         self.step_due = False
         self._epoch_began = False
         self._resumed_inside_epoch = False
@@ -40,23 +42,34 @@ class XSAMCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict:
         # Tensors go into a file of their own: see checkpoint.py.
-        numbers = {
-            f.name: getattr(self.xsam, f.name)
-            for f in dataclasses.fields(XSAMState)
-            if f.name not in ("average", "memory")
-        }
-        return {"args": {}, "attributes": {"xsam": numbers}}
+        apart = ("average", "memory")
+        numbers = {f.name: getattr(self.xsam, f.name) for f in dataclasses.fields(XSAMState) if f.name not in apart}
+        return {"args": {}, "attributes": {"xsam": numbers, "averages": len(self.xsam.average)}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self._scheduled, self.step_due, self._epoch_began = None, False, False
         name = type(self).__name__
         states: Any = state.stateful_callbacks
         saved = states.get(name) if state.global_step > 0 else None
+        self.averages = 0
         if saved is None:  # a new run, or one that a plain Trainer began
+            if state.global_step > 0 and any(key.startswith("xsam/") for entry in state.log_history for key in entry):
+                raise ValueError(
+                    f"The checkpoint of update {state.global_step} was written by XSAM, and its trainer_state.json lacks XSAM's own "
+                    "state, α among it: resume from another checkpoint."
+                )
             self.xsam = XSAMState()
             self._resumed_inside_epoch = False
         else:
-            self.xsam = XSAMState(**saved["attributes"]["xsam"])
+            numbers = saved.get("attributes", {}).get("xsam", {})
+            missing = {f.name for f in dataclasses.fields(XSAMState)} - {"average", "memory"} - numbers.keys()
+            if missing:
+                raise ValueError(
+                    f"The checkpoint of update {state.global_step} lacks {', '.join(sorted(missing))} of XSAM's own state in its "
+                    "trainer_state.json: resume from another checkpoint."
+                )
+            self.xsam = XSAMState(**numbers)
+            self.averages = saved["attributes"].get("averages", 0)
             self._resumed_inside_epoch = state.epoch is not None and state.epoch % 1 != 0
         states[name] = self.state()  # the Trainer saves only what is listed here
         if state.is_world_process_zero:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -92,7 +93,8 @@ class CheckpointMixin(_Trainer):
 
     def _xsam_read_average(self, weights: Mapping[str, Tensor]) -> None:
         if self._xsam_checkpoint is not None:
-            self._xsam_callback.xsam.average = load_average(Path(self._xsam_checkpoint), weights)
+            callback = self._xsam_callback
+            callback.xsam.average = load_average(Path(self._xsam_checkpoint), weights, callback.averages)
             self._xsam_checkpoint = None
 
 
@@ -111,7 +113,7 @@ def last_whole_checkpoint(folder: Path) -> str:
         try:
             json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
             return str(checkpoint)
-        except (FileNotFoundError, json.JSONDecodeError):
+        except (OSError, ValueError):  # not there, a folder, not JSON, not UTF-8
             logger.warning(f"Passing over {checkpoint}: its last file, {TRAINER_STATE_NAME}, is missing or cut off.")
     raise ValueError(f"No valid checkpoint found in output directory ({folder}): none was written to its end.")
 
@@ -134,21 +136,28 @@ def save_average(average: Mapping[str, Tensor], folder: Path, write: bool) -> No
         save_file(whole, folder / FILE)
 
 
-def load_average(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def load_average(folder: Path, weights: Mapping[str, Tensor], wanted: int = 0) -> dict[str, Tensor]:
     """
     Reads it back, each tensor to the device of the weight that it belongs to, and sharded like it.
 
     Args:
         folder (`Path`): the checkpoint.
         weights (`Mapping[str, torch.Tensor]`): by name, also those that are frozen for now.
+        wanted (`int`, *optional*, defaults to 0): how many tensors must be there.
 
     Raises:
-        `ValueError`: a tensor belongs to no weight, or to one of another shape.
+        `ValueError`: tensors are missing, the file is damaged, or a tensor belongs to no weight or to one of another shape.
     """
     average: dict[str, Tensor] = {}
-    if not (folder / FILE).is_file():
-        return average
-    for name, tensor in load_file(folder / FILE).items():
+    try:
+        whole = load_file(folder / FILE) if (folder / FILE).is_file() else {}
+    except SafetensorError as error:
+        raise ValueError(f"{folder / FILE} is damaged ({error}): resume from another checkpoint.") from error
+    if len(whole) < wanted:
+        raise ValueError(
+            f"{folder / FILE} is missing or lacks {wanted - len(whole)} of {wanted} averages: resume from another checkpoint."
+        )
+    for name, tensor in whole.items():
         weight = weights.get(name)
         if weight is None or weight.shape != tensor.shape:
             raise ValueError(

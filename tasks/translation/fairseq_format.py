@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from argparse import Namespace
 from pathlib import Path
@@ -11,8 +10,9 @@ import numpy as np
 import torch
 from transformers import FSMTConfig
 
-from tasks.translation.model import TranslationTransformer
-from tasks.translation.vocabulary import Vocabulary
+from tasks.command import sentence
+from tasks.translation.model import TranslationTransformer, load
+from tasks.translation.vocabulary import EOS, Vocabulary
 
 
 # The encoder of fairseq 0.12.2 keeps a second, untrained copy of its weights for a faster code path.
@@ -55,14 +55,15 @@ def read_checkpoint(file: Path) -> TranslationTransformer:
     try:
         with torch.serialization.safe_globals([Namespace]):
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except Exception as error:  # of the unpickler: whatever the bytes make it stumble over
         raise ValueError(
             f"{file} was not loaded: it is no PyTorch file, or it holds more than weights and arguments, and unpickling that "
             "may run code. If you trust it, save it again with fairseq's --no-save-optimizer-state, without other objects."
         ) from error
-    if not isinstance(checkpoint, dict) or "model" not in checkpoint:
-        raise ValueError(f"{file} is no fairseq checkpoint: it has no `model` entry.")
-    options = (checkpoint.get("cfg") or {}).get("model") or checkpoint.get("args")
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
+        raise ValueError(f"{file} is no fairseq checkpoint: it has no `model` entry with weights.")
+    configuration = checkpoint.get("cfg")
+    options = (configuration.get("model") if isinstance(configuration, dict) else None) or checkpoint.get("args")
     if options is None:
         raise ValueError(f"{file} has neither `cfg` nor `args`, where fairseq keeps the dimensions of the model.")
 
@@ -84,24 +85,28 @@ def read_checkpoint(file: Path) -> TranslationTransformer:
         for name, tensor in checkpoint["model"].items()
         if not DUPLICATES.fullmatch(name) and not CONSTANTS.fullmatch(name)
     }
+    _check_dimensions(file, options, checkpoint["model"])
     sizes = {f"{side}_ffn_dim": getattr(options, f"{side}_ffn_embed_dim") for side in SIDES}
     sizes |= {
         f"{side}_{key}": getattr(options, f"{side}_{key}") for side in SIDES for key in ("layers", "attention_heads")
     }
-    model = TranslationTransformer(
-        FSMTConfig(
-            src_vocab_size=len(weights[f"model.{tables[0]}"]),
-            tgt_vocab_size=len(weights[f"model.{tables[1]}"]),
-            d_model=options.encoder_embed_dim,
-            dropout=options.dropout,
-            attention_dropout=options.attention_dropout,
-            activation_dropout=options.activation_dropout,
-            activation_function=options.activation_fn,
-            max_position_embeddings=options.max_target_positions,
-            tie_word_embeddings=True,
-            **sizes,
+    try:
+        model = TranslationTransformer(
+            FSMTConfig(
+                src_vocab_size=len(weights[f"model.{tables[0]}"]),
+                tgt_vocab_size=len(weights[f"model.{tables[1]}"]),
+                d_model=options.encoder_embed_dim,
+                dropout=options.dropout,
+                attention_dropout=options.attention_dropout,
+                activation_dropout=options.activation_dropout,
+                activation_function=options.activation_fn,
+                max_position_embeddings=options.max_target_positions,
+                tie_word_embeddings=True,
+                **sizes,
+            )
         )
-    )
+    except Exception as error:  # of the configuration's checks and the layers
+        raise ValueError(f"{file} has arguments of no transformer_iwslt_de_en: {sentence(error)}.") from error
     expected = model.state_dict()
     different = weights.keys() ^ expected.keys()
     if different:
@@ -116,6 +121,35 @@ def read_checkpoint(file: Path) -> TranslationTransformer:
             )
     model.load_state_dict(weights)
     return model
+
+
+def _check_dimensions(file: Path, options: Namespace, weights: dict) -> None:
+    """
+    Compares a checkpoint's arguments with its weights, before a model of the size that they claim is made.
+
+    Raises:
+        `ValueError`: they do not fit, or are not numbers at all.
+    """
+    for name, weight in weights.items():
+        if not isinstance(weight, torch.Tensor):
+            raise ValueError(f"{file} is no fairseq checkpoint: {name} is a {type(weight).__name__}, not a tensor.")
+    for name in (*DIMENSIONS, "max_target_positions"):
+        value = getattr(options, name)
+        if type(value) is not int or not 1 <= value <= 1 << 16:
+            raise ValueError(f"{file} has `{name}` = {value!r}, and a number from 1 to 65536 is expected.")
+    for side in SIDES:
+        layers = {name.split(".")[2] for name in weights if name.startswith(f"{side}.layers.")}
+        if len(layers) != getattr(options, f"{side}_layers"):
+            raise ValueError(
+                f"{file} is not a transformer_iwslt_de_en: its arguments ask for {getattr(options, f'{side}_layers')} layers in the "
+                f"{side}, and it has weights of {len(layers)}."
+            )
+        first = weights.get(f"{side}.layers.0.fc1.weight")
+        if first is not None and first.shape[:1] != (getattr(options, f"{side}_ffn_embed_dim"),):
+            raise ValueError(
+                f"{file} is not a transformer_iwslt_de_en: its arguments ask for {side} layers that are "
+                f"{getattr(options, f'{side}_ffn_embed_dim')} wide, and {side}.layers.0.fc1.weight is {tuple(first.shape)}."
+            )
 
 
 def write_checkpoint(model: TranslationTransformer, file: Path, source_language: str, target_language: str) -> None:
@@ -157,6 +191,7 @@ def to_hugging_face(checkpoint: Path, dictionaries: Path, folder: Path, language
     Raises:
         `ValueError`: the dictionaries are another model's, or see [`read_checkpoint`].
     """
+    _check_destination(folder)
     model = read_checkpoint(checkpoint)
     vocabularies = read_dictionaries(dictionaries, *languages)
     sizes = model.config.src_vocab_size, model.config.tgt_vocab_size
@@ -170,11 +205,17 @@ def to_hugging_face(checkpoint: Path, dictionaries: Path, folder: Path, language
     write_dictionaries(folder, languages, vocabularies)
 
 
+def _check_destination(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is there and no folder: give another destination.")
+
+
 def to_fairseq(model: Path, folder: Path, languages: tuple[str, str]) -> None:
     """A folder that `train.py` or [`to_hugging_face`] wrote as `checkpoint.pt` and dictionaries of fairseq's."""
+    _check_destination(folder)
     vocabularies = read_dictionaries(model, *languages)
     folder.mkdir(parents=True, exist_ok=True)
-    write_checkpoint(TranslationTransformer.from_pretrained(model), folder / "checkpoint.pt", *languages)
+    write_checkpoint(load(model), folder / "checkpoint.pt", *languages)
     write_dictionaries(folder, languages, vocabularies)
 
 
@@ -194,7 +235,8 @@ def read_binary(prefix: Path) -> list[list[int]]:
         prefix (`Path`): the files' common name, `.idx` and `.bin` left out.
 
     Raises:
-        `ValueError`: a file is missing or of another kind, or the two do not belong together.
+        `ValueError`: a file is missing, damaged or of another kind, the two do not belong together, or a sentence has no end or
+            a token below 0.
 
     Source: `fairseq.data.indexed_dataset.MMapIndexedDataset`, 0.12.2: magic, version, element type and number, then the
     sentences' sizes in elements and their places in bytes.
@@ -212,18 +254,38 @@ def read_binary(prefix: Path) -> list[list[int]]:
             f"{prefix}.idx is not of fairseq's mmap form; run fairseq-preprocess with --dataset-impl mmap."
         )
     count = int.from_bytes(index[18:26], "little")
-    tokens = np.fromfile(f"{prefix}.bin", dtype=ELEMENT_TYPES[index[17]])
     if len(index) != 26 + 12 * count:
         raise ValueError(
             f"{prefix}.idx announces {count} sentences and has {len(index)} bytes: it is cut off or damaged."
         )
-    sizes = np.frombuffer(index, "<i4", count, offset=26)
-    starts = np.frombuffer(index, "<i8", count, offset=26 + 4 * count) // tokens.itemsize
-    if sizes.sum() != len(tokens):
+    sizes = np.frombuffer(index, "<i4", count, offset=26).astype(np.int64)
+    starts = np.frombuffer(index, "<i8", count, offset=26 + 4 * count)
+    element = np.dtype(ELEMENT_TYPES[index[17]])
+    short = np.flatnonzero(sizes < 1)
+    if len(short):
+        raise ValueError(f"{prefix}.idx gives sentence {short[0]} {sizes[short[0]]} tokens: it is damaged.")
+    ends = sizes.cumsum()
+    # fairseq writes sentences one after the other, so that the sizes say where each one is.
+    moved = np.flatnonzero(starts != (ends - sizes) * element.itemsize)
+    if len(moved):
         raise ValueError(
-            f"{prefix}.bin has {len(tokens)} tokens, its index {sizes.sum()}: the two do not belong together."
+            f"{prefix}.idx places sentence {moved[0]} at byte {starts[moved[0]]}, and the sizes of those before it at "
+            f"{(ends - sizes)[moved[0]] * element.itemsize}: it is damaged."
         )
-    return [tokens[start : start + size].tolist() for start, size in zip(starts, sizes, strict=True)]
+    size, total = Path(f"{prefix}.bin").stat().st_size, int(sizes.sum())
+    if size != total * element.itemsize:
+        raise ValueError(
+            f"{prefix}.bin has {size} bytes, its index {total} tokens of {element.itemsize}: the two do not belong together."
+        )
+    tokens = np.fromfile(f"{prefix}.bin", dtype=element)
+    for number, (start, end) in enumerate(zip(ends - sizes, ends, strict=True)):
+        sentence = tokens[start:end]
+        if sentence.min() < 0 or sentence[-1] != EOS or (sentence[:-1] == EOS).any():
+            raise ValueError(
+                f"{prefix}.bin, sentence {number} is {sentence[:20].tolist()}: expected tokens from 0 and one end symbol ({EOS}), "
+                "at the end; is it fairseq-preprocess's?"
+            )
+    return [tokens[start:end].tolist() for start, end in zip(ends - sizes, ends, strict=True)]
 
 
 def read_dictionaries(folder: Path, source_language: str, target_language: str) -> tuple[Vocabulary, Vocabulary]:

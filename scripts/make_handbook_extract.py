@@ -1,20 +1,23 @@
-#!/usr/bin/env python
 """
 Writes tasks/translation/handbook/handbook.de-en.tsv.xz: German and English sentences of the Debian Administrator's Handbook.
 
     apt-get install debian-handbook
-    python scripts/make_handbook_extract tasks/translation/handbook/handbook.de-en.tsv.xz
+    .venv/bin/pip install lxml
+    scripts/run make_handbook_extract tasks/translation/handbook/handbook.de-en.tsv.xz
 
 The two HTML editions have the same files with the same paragraphs in the same order. Paragraphs are cut into sentences where
 both languages have equally many; otherwise they stay whole, if they are not too long. What was left untranslated is dropped.
 """
 
-import argparse
 import lzma
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from lxml import html
+
+from tasks.command import Parser, run
+from tasks.files import write_whole
 
 
 PARAGRAPHS = (
@@ -47,13 +50,13 @@ def usable(german: str, english: str) -> bool:
     return 2 <= min(counts) and max(counts) <= min(LONGEST, 2 * min(counts)) and 2 * kept <= counts[1]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> None:
+    parser = Parser(description=__doc__)
     parser.add_argument("destination", type=Path)
     parser.add_argument(
         "--html", type=Path, default="/usr/share/doc/debian-handbook/html", help="editions de-DE and en-US"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if not (arguments.html / "de-DE").is_dir():
         parser.error(f"{arguments.html} has no de-DE edition: run apt-get install debian-handbook, or give --html.")
 
@@ -68,9 +71,9 @@ def main():
             pairs |= {g: e for g, e in sentences(*pair) if usable(g, e) and g not in pairs}
 
     text = "".join(f"{german}\t{english}\n" for german, english in pairs.items())
-    arguments.destination.write_bytes(lzma.compress(text.encode(), preset=9))
+    write_whole(arguments.destination, lzma.compress(text.encode(), preset=9))
     print(f"{len(pairs)} pairs, {arguments.destination.stat().st_size} bytes in {arguments.destination}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """
 Writes tests/fixtures/fairseq/: a small model that fairseq itself trained, and what fairseq itself computes with it.
 
@@ -8,7 +7,7 @@ Run it in an environment of its own, because fairseq 0.12.2 does not import on P
     pip install pip==23.0.1 && pip install torch==1.12.1 numpy==1.23.5 hydra-core==1.0.7 omegaconf==2.0.6 \
         antlr4-python3-runtime==4.8 sacrebleu==2.3.1 cython cffi bitarray regex scikit-learn tqdm
     pip install --no-deps fairseq==0.12.2
-    python scripts/make_fairseq_golden tests/fixtures/fairseq
+    python scripts/make_fairseq_golden.py tests/fixtures/fairseq
 
 The toy language pair is made here: German word i is English word i, and neighbours trade places.
 """

@@ -1,0 +1,104 @@
+"""How every command of this repository refuses: one sentence on stderr and status 2, and no traceback unless it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import signal
+import sys
+import traceback
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
+
+
+class Parser(ArgumentParser):
+    """
+    Names the flag that is wrong, without the usage of all the others, and takes no abbreviations.
+
+    Raises:
+        `ValueError`: a flag is unknown, or its value is of another type.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter, **kwargs)
+        self.add_argument("--traceback", action="store_true", help="Show where in the code a refusal comes from.")
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message.removeprefix('argument ').rstrip('.')}. --help lists all flags.")
+
+    def refuse_unknown(self, rest: Sequence[str]) -> None:
+        """Refuses what `parse_known_args` has left over, and names the flag that was probably meant."""
+        if not rest:
+            return
+        # Without the values: one of them may be a password.
+        flag = next((part for part in rest if part.startswith("-")), rest[0]).partition("=")[0]
+        known = [option for action in self._actions for option in action.option_strings]
+        near = difflib.get_close_matches(flag, known, n=1)
+        if not flag.startswith("-"):
+            self.error(f"{flag!r} is not expected there")
+        self.error(f"there is no flag {flag}" + (f"; did you mean {near[0]}?" if near else ""))
+
+    def parse_args(self, args=None, namespace=None):
+        found, rest = self.parse_known_args(args, namespace)
+        self.refuse_unknown(rest)
+        return found
+
+
+def run(main: Callable[[Sequence[str]], object]) -> None:
+    """
+    Calls `main` with the command line and turns what it refuses into one sentence and status 2; `--traceback` shows the rest.
+
+    What a command refuses is a `ValueError`, a `NotImplementedError`, or what the system says of a file (`OSError`). Any other
+    error is a fault of ours and keeps its traceback.
+    """
+    argv = sys.argv[1:]
+    # In a locale without the letters of a translation they are escaped; a finished training does not end there.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        main(argv)
+    except KeyboardInterrupt:
+        sys.exit(_end("Interrupted.", 128 + signal.SIGINT))
+    except (ValueError, NotImplementedError, OSError) as error:
+        if "--traceback" in argv:
+            traceback.print_exc()
+        sys.exit(_end(f"error: {sentence(error)}", 2))
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """
+    Around what transformers makes of its arguments before it trains.
+
+    Raises:
+        `ValueError`: instead of whatever it stumbles over: a package that is not installed, a keyword that a schedule does not
+            take.
+    """
+    try:
+        yield
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+    ) as error:
+        raise ValueError(sentence(error)) from error
+
+
+def sentence(error: BaseException) -> str:
+    """What an error says, on one line."""
+    text = " ".join(str(error).split())
+    if (
+        isinstance(error, KeyError | AttributeError | TypeError | IndexError) or not text
+    ):  # which say little by themselves
+        return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text
+
+
+def _end(text: str, status: int) -> int:
+    print(text, file=sys.stderr, flush=True)
+    return status

@@ -1,0 +1,290 @@
+"""Which run a checkpoint and a result belong to, and that no other one goes on from them or overwrites them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import zipfile
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from tasks.arguments import TaskArguments
+from tasks.command import refusals
+from tasks.methods import name_of
+from tasks.secret import is_secret
+from xsam_hf.trainer.checkpoint import last_whole_checkpoint
+
+
+RESULT = "result.json"
+
+# What does not change the weights that a training ends with: where files go, what is shown, how fast it is. All other fields are
+# the run's identity, those included that a later transformers brings.
+IMMATERIAL = {
+    *("output_dir", "resume_from_checkpoint", "data_dir", "threads", "average_checkpoints"),
+    *("logging_dir", "logging_strategy", "logging_first_step", "logging_steps", "logging_nan_inf_filter", "log_level"),
+    *("log_level_replica", "log_on_each_node", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id"),
+    *("trackio_bucket_id", "trackio_static_space_id", "include_num_input_tokens_seen", "skip_memory_metrics", "debug"),
+    *(
+        "save_strategy",
+        "save_steps",
+        "save_total_limit",
+        "save_on_each_node",
+        "save_only_model",
+        "enable_jit_checkpoint",
+    ),
+    *("restore_callback_states_from_checkpoint", "do_train", "do_eval", "do_predict", "eval_strategy", "eval_steps"),
+    *("eval_delay", "eval_on_start", "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object"),
+    *("batch_eval_metrics", "per_device_eval_batch_size", "prediction_loss_only", "include_for_metrics"),
+    *("bf16_full_eval", "fp16_full_eval", "predict_with_generate", "generation_num_beams", "generation_max_length"),
+    *(
+        "dataloader_num_workers",
+        "dataloader_pin_memory",
+        "dataloader_persistent_workers",
+        "dataloader_prefetch_factor",
+    ),
+    *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
+    *("use_cpu", "local_rank", "ddp_backend", "ddp_timeout", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"),
+    *("ddp_find_unused_parameters", "ddp_static_graph", "fsdp", "fsdp_config", "deepspeed", "parallelism_config"),
+    *("accelerator_config", "torch_compile", "torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps"),
+    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing"),
+    *("activation_checkpointing_kwargs", "dataloader_multiprocessing_context"),
+    # Instead of these: how many micro-batches an update has, on all processes together.
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),
+}
+
+
+def fingerprint(*parts: Iterable[int] | np.ndarray) -> str:
+    """Twelve hexadecimal digits of the SHA-256 of some arrays of whole numbers."""
+    digest = hashlib.sha256()
+    for part in parts:
+        array = np.ascontiguousarray(part)
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()[:12]
+
+
+def identity(name: str, task: TaskArguments, args: TrainingArguments, data: Mapping[str, str], **facts: Any) -> dict:
+    """
+    What makes a run the run that it is, in the form in which it is kept: task, method, data and all arguments that matter.
+
+    Args:
+        name (`str`): the task's.
+        task, args: its arguments and the Trainer's.
+        data (`Mapping[str, str]`): a [`fingerprint`] of each split, which stands for where the data came from.
+        facts: replace the arguments of the same names; `None` leaves one out.
+    """
+    arguments = {**asdict(task), **args.to_dict(), **facts}
+    matter = {
+        field: value
+        for field, value in sorted(arguments.items())
+        if not (field in IMMATERIAL or is_secret(field) or (field in facts and value is None))
+    }
+    size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    cut = {"micro_batch": args.per_device_train_batch_size} if args.ascent_scope == "micro" else {}
+    prints = {f"{split}_data": digits for split, digits in data.items()}
+    whole = {"task": name, "method": name_of(args), **prints, "seed": args.seed, "update_batch": size, **cut}
+    return json.loads(json.dumps({**whole, **matter}, default=str))
+
+
+class RunIdentity(TrainerCallback, ExportableState):
+    """
+    Writes a run's [`identity`] into its checkpoints.
+
+    Args:
+        whole (`dict`, *optional*): left out only by the Trainer, when it restores callbacks from a checkpoint.
+    """
+
+    def __init__(self, whole: dict | None = None):
+        self.whole = whole
+        self.training = False
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"whole": self.whole}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.stateful_callbacks[type(self).__name__] = self.state()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.training = True
+
+
+def check_output(args: TrainingArguments, metrics: Iterable[str]) -> None:
+    """
+    Refuses what would end a run after its first epoch: a folder that cannot be written to, a best model by no metric of ours.
+
+    Args:
+        args: the Trainer's.
+        metrics (`Iterable[str]`): what an evaluation measures, without `eval_`.
+
+    Raises:
+        `ValueError`: so it is.
+    """
+    folder = Path(args.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # of this process's own
+            pass
+    except OSError as error:
+        raise ValueError(f"`output_dir` is {folder}, which cannot be written to ({error}): give another.") from error
+    best = args.metric_for_best_model
+    known = [*metrics, "loss"]
+    if best is not None and best.removeprefix("eval_") not in known:
+        raise ValueError(f"`metric_for_best_model` is {best}: choose one of {', '.join(dict.fromkeys(known))}.")
+
+
+def start(trainer: Trainer, whole: dict) -> None:
+    """
+    Trains, from the beginning or from `resume_from_checkpoint` (`true`: the last whole one in `output_dir`), and saves the model.
+
+    Args:
+        trainer (`Trainer`): with a [`RunIdentity`] among its callbacks.
+        whole (`dict`): the same run's [`identity`].
+
+    Raises:
+        `ValueError`: `output_dir` holds another run, or the checkpoint is another run's or lacks a part.
+    """
+    args = trainer.args
+    folder = Path(args.output_dir)
+    checkpoint = resume_point(args.resume_from_checkpoint, folder)
+    if checkpoint is not None:
+        check_parts(checkpoint, args, scaled=trainer.accelerator.scaler is not None)
+        compare(whole, _identity_of_checkpoint(checkpoint), f"`resume_from_checkpoint` {checkpoint} belongs to", args)
+    refuse_other_runs(folder, whole, args)
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except Exception:
+        # The Trainer makes optimizer and schedule of its arguments here.
+        begun = any(isinstance(c, RunIdentity) and c.training for c in trainer.callback_handler.callbacks)
+        with nullcontext() if begun else refusals():
+            raise
+    trainer.save_model()
+    trainer.save_state()
+
+
+def resume_point(flag: str | bool | None, folder: Path) -> Path | None:
+    """
+    The checkpoint that a flag's text means: `true` is the last whole one in a folder, `false` none, anything else a path.
+
+    Raises:
+        `ValueError`: there is none.
+    """
+    text = str(flag).lower()
+    if text in ("none", "false"):
+        return None
+    if text == "true":
+        return Path(last_whole_checkpoint(folder))
+    if not Path(str(flag)).is_dir():
+        raise ValueError(
+            f"`resume_from_checkpoint` is {flag}, which is no folder: give a checkpoint, or `true` for the last one in `output_dir`."
+        )
+    return Path(str(flag))
+
+
+def check_parts(checkpoint: Path, args: TrainingArguments, scaled: bool = False) -> None:
+    """
+    Refuses a checkpoint that the Trainer would go on from without saying what is missing.
+
+    Args:
+        checkpoint (`Path`): the folder.
+        args: tell how many processes there are, and whether they hold shards.
+        scaled (`bool`): whether a GradScaler is at work, whose scale is a part too.
+
+    Raises:
+        `ValueError`: model, optimizer, schedule, random state or trainer state is missing, cut off or another kind of file.
+    """
+    ranks = ("rng_state.pth",) if args.world_size == 1 else tuple(f"rng_state_{i}.pth" for i in range(args.world_size))
+    sharded = bool(args.fsdp)
+    parts = [
+        ("model.safetensors", "model.safetensors.index.json", *["pytorch_model_fsdp_0"] * sharded),
+        ("optimizer.pt", *["optimizer_0"] * sharded),
+        ("scheduler.pt",),
+        *[("scaler.pt",)] * scaled,
+        *((name,) for name in ranks),
+        ("trainer_state.json",),
+    ]
+    for names in parts:
+        there = [checkpoint / name for name in names if (checkpoint / name).exists()]
+        if not there:
+            raise ValueError(
+                f"`resume_from_checkpoint` {checkpoint} has no {names[0]}: resume from a whole checkpoint, or start anew in another "
+                "`output_dir`."
+            )
+        if not _is_readable(there[0]):
+            raise ValueError(
+                f"{there[0]} is cut off, damaged or another kind of file: resume from an earlier checkpoint, or start anew in "
+                "another `output_dir`."
+            )
+
+
+def _is_readable(file: Path) -> bool:
+    """Whether a file's table of contents is whole, which stands at its end (`.pt`, `.pth`) or gives its length (safetensors)."""
+    try:
+        if file.suffix == ".json":
+            return isinstance(json.loads(file.read_bytes()), dict)
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt"):
+                return True
+        return file.is_dir() or zipfile.is_zipfile(file)
+    except (ValueError, SafetensorError):
+        return False
+
+
+def _identity_of_checkpoint(checkpoint: Path) -> dict | None:
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_bytes())
+        return state["stateful_callbacks"]["RunIdentity"]["attributes"]["whole"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def refuse_other_runs(folder: Path, whole: dict, args: TrainingArguments) -> None:
+    """
+    Refuses to train where another run has left its result or its checkpoints, which this one would mix up with its own.
+
+    Raises:
+        `ValueError`: so it is; the message names the first difference.
+    """
+    result = folder / RESULT
+    if result.exists():
+        try:
+            found = json.loads(result.read_bytes()).get("identity")
+        except (ValueError, AttributeError):
+            found = None
+        compare(whole, found, f"`output_dir` {folder} holds the {RESULT} of", args)
+    for checkpoint in sorted(folder.glob("checkpoint-*")):
+        if checkpoint.name.removeprefix("checkpoint-").isdecimal() and (checkpoint / "trainer_state.json").exists():
+            compare(
+                whole, _identity_of_checkpoint(checkpoint), f"`output_dir` {folder} holds {checkpoint.name} of", args
+            )
+
+
+def compare(ours: dict, theirs: dict | None, where: str, args: TrainingArguments) -> None:
+    """
+    Refuses another run's leavings.
+
+    Args:
+        ours (`dict`): this run's [`identity`].
+        theirs (`dict`, *optional*): the other one's; not given if it is not known.
+        where (`str`): begins the sentence.
+        args: give the defaults of fields that one of the two does not have, made by another version of transformers.
+
+    Raises:
+        `ValueError`: the two differ; the message names the first difference.
+    """
+    way_out = "Give another `output_dir`, or the arguments of that run."
+    if not isinstance(theirs, dict):
+        raise ValueError(f"{where} a run that it does not name. {way_out}")
+    defaults = {field.name: field.default for field in fields(args)}
+    for name in dict.fromkeys([*ours, *theirs]):
+        mine, other = (kept.get(name, defaults.get(name)) for kept in (ours, theirs))
+        if mine != other:
+            raise ValueError(f"{where} another run: its `{name}` is {other}, this one's {mine}. {way_out}")

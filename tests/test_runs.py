@@ -1,0 +1,440 @@
+"""Whose result, whose checkpoint: a run goes on from its own and takes over nobody else's; and a finished one leaves its result."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from translation_toys import flags as translation_flags
+from translation_toys import write_word_for_word
+
+from tasks import recipes, results, runs, secret
+from tasks.image_classification import train as images
+from tasks.translation import train as translation
+
+
+ROOT = Path(__file__).parents[1]
+SHORT = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 500,
+    "threads": 1,
+    "report_to": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+SHORT |= {"save_strategy": "steps", "save_steps": 2, "rho": 0.1, "train_examples": 100, "seed": 1}
+
+
+def parse(output, **changes):
+    line = [part for name, value in {**SHORT, **changes}.items() for part in (f"--{name}", str(value))]
+    return recipes.parse((images.ImageArguments, images.TrainingArguments), [*line, "--output_dir", str(output)], "")
+
+
+def train(output, **changes):
+    return json.loads(images.train(*parse(output, **changes)).read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(folder)
+    return folder
+
+
+@pytest.fixture
+def killed(finished, tmp_path):
+    """A run that was killed after its checkpoint of update 2."""
+    shutil.copytree(finished / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
+    return tmp_path / "run"
+
+
+# --- identity --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_is_itself_goes_on(finished, killed):
+    # What only writes, shows or hurries is not part of what a run is.
+    changes = {"resume_from_checkpoint": "true", "logging_steps": 1, "save_total_limit": 1, "eval_strategy": "steps"}
+    changes |= {"eval_steps": 2, "per_device_eval_batch_size": 50, "dataloader_num_workers": 1}
+    result = train(killed, **changes)
+    whole = json.loads((finished / "result.json").read_text())
+    assert result["metrics"] == whole["metrics"] and result["identity"] == whole["identity"]
+
+
+# A field, another value of it, and what the message says of the two.
+OTHERS = [
+    ({"alpha": 1}, "its `method` is xsam, this one's sam"),
+    ({"rho": 0}, "its `method` is xsam, this one's adamw"),
+    ({"rho": 0.2}, "its `rho` is 0.1, this one's 0.2"),
+    ({"seed": 2}, "its `seed` is 1, this one's 2"),
+    ({"train_examples": 101}, "its `train_data` is [0-9a-f]{12}, this one's [0-9a-f]{12}"),
+    ({"label_noise": 0.1}, "its `train_data` is "),
+    ({"cutout": 2}, "its `cutout` is 0, this one's 2"),
+    ({"model": "vit-ti"}, "its `model` is vit-small, this one's vit-ti"),
+    ({"dropout": 0.1}, "its `dropout` is 0.0, this one's 0.1"),
+    ({"max_steps": 8}, "its `max_steps` is 4, this one's 8"),
+    ({"learning_rate": 1e-3}, "its `learning_rate` is 5e-05, this one's 0.001"),
+    ({"per_device_train_batch_size": 250}, "its `update_batch` is 500, this one's 250"),
+    ({"lr_scheduler_kwargs": '{"num_cycles": 1}'}, "its `lr_scheduler_kwargs` is "),
+]
+
+
+@pytest.mark.parametrize("changes, words", OTHERS, ids=lambda case: next(iter(case)) if isinstance(case, dict) else "")
+def test_another_run_does_not_go_on_from_there(killed, changes, words):
+    before = {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()}
+    for flag in ("true", str(killed / "checkpoint-2")):
+        with pytest.raises(
+            ValueError, match=f"`resume_from_checkpoint` .*checkpoint-2 belongs to another run: {words}"
+        ):
+            train(killed, resume_from_checkpoint=flag, **changes)
+    assert {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()} == before
+
+
+def test_the_same_update_batch_may_be_cut_otherwise_but_for_the_micro_scope(killed, tmp_path):
+    halves = {"per_device_train_batch_size": 250, "gradient_accumulation_steps": 2}
+    train(killed, resume_from_checkpoint="true", **halves)
+    micro = tmp_path / "micro"
+    train(micro, ascent_scope="micro")
+    shutil.rmtree(micro / "checkpoint-4")
+    with pytest.raises(ValueError, match="its `micro_batch` is 500, this one's 250"):
+        train(micro, ascent_scope="micro", resume_from_checkpoint="true", **halves)
+
+
+def test_a_killed_run_in_the_folder_of_a_finished_one_gets_none_of_its_scores(finished, tmp_path):
+    # README's commands with one output_dir for both: the second is killed before it saves, and resumed.
+    folder = shutil.copytree(finished, tmp_path / "both")
+    with pytest.raises(ValueError, match="`output_dir` .* holds the result.json of another run: its `method` is xsam"):
+        train(folder, alpha=1)
+    with pytest.raises(ValueError, match="checkpoint-4 belongs to another run: its `method` is xsam, this one's sam"):
+        train(folder, alpha=1, resume_from_checkpoint="true")
+    (folder / "result.json").unlink()
+    with pytest.raises(ValueError, match="`output_dir` .* holds checkpoint-2 of another run: its `method` is xsam"):
+        train(folder, alpha=1)
+    assert train(folder)["method"] == "xsam"  # the same run may be made again
+
+
+def test_a_run_that_does_not_say_what_it_is_is_nobodys(finished, killed):
+    state = killed / "checkpoint-2" / "trainer_state.json"
+    whole = json.loads(state.read_text())
+    del whole["stateful_callbacks"]["RunIdentity"]
+    state.write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match="checkpoint-2 belongs to a run that it does not name"):
+        train(killed, resume_from_checkpoint="true")
+    shutil.rmtree(killed / "checkpoint-2")
+    for content in ("{}", "[]", "no json"):
+        (killed / "result.json").write_text(content)
+        with pytest.raises(ValueError, match="holds the result.json of a run that it does not name"):
+            train(killed)
+
+
+def test_a_field_that_only_one_version_of_transformers_has_counts_with_its_default(tmp_path):
+    _, args = parse(tmp_path)
+    ours = {"task": "x", "weight_decay": 0.0}
+    runs.compare(ours, {"task": "x"}, "", args)
+    runs.compare({"task": "x"}, ours, "", args)
+    with pytest.raises(ValueError, match="`weight_decay` is 0.0, this one's 0.1"):
+        runs.compare({"task": "x", "weight_decay": 0.1}, {"task": "x"}, "", args)
+
+
+def test_every_field_of_the_trainers_is_material_or_named_as_immaterial(tmp_path):
+    task, args = parse(tmp_path)
+    whole = runs.identity("images", task, args, {})
+    for name in (
+        "rho",
+        "alpha",
+        "seed",
+        "learning_rate",
+        "lr_scheduler_type",
+        "optim",
+        "max_steps",
+        "weight_decay",
+        "bf16",
+    ):
+        assert name in whole
+    assert not set(whole) & runs.IMMATERIAL and "hub_token" not in whole
+
+
+def test_translation_knows_its_text_and_not_its_place(tmp_path):
+    text = write_word_for_word(tmp_path_factory_folder(tmp_path, "text"))
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "threads": 1}
+
+    def run(folder, output, **changes):
+        line = translation_flags(folder, output, **{**options, **changes})
+        parsed = recipes.parse((translation.TranslationArguments, translation.TrainingArguments), line, "")
+        return json.loads(translation.train(*parsed).read_text())
+
+    first = run(text, tmp_path / "run")
+    moved = shutil.copytree(text, tmp_path / "moved")
+    for folder in ("checkpoint-4", "result.json"):
+        path = tmp_path / "run" / folder
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert run(moved, tmp_path / "run", resume_from_checkpoint="true")["metrics"] == first["metrics"]
+    lines = (moved / "train.en").read_text().splitlines()
+    (moved / "train.en").write_text("\n".join(["green house .", *lines[1:]]) + "\n")
+    with pytest.raises(ValueError, match="belongs to another run: its `train_data` is"):
+        run(moved, tmp_path / "run", resume_from_checkpoint="true")
+
+
+def tmp_path_factory_folder(path, name):
+    (path / name).mkdir()
+    return path / name
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "part", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+)
+def test_a_checkpoint_without_a_part_is_refused(killed, part):
+    path = killed / "checkpoint-2"
+    (path / part).unlink()
+    with pytest.raises(ValueError, match=f"checkpoint-2 has no {part}: resume from a whole checkpoint, or start anew"):
+        train(killed, resume_from_checkpoint=path)
+
+
+@pytest.mark.parametrize(
+    "part", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+)
+@pytest.mark.parametrize("damage", ["cut", "foreign"])
+def test_a_part_that_is_cut_off_names_itself(killed, part, damage):
+    path = killed / "checkpoint-2" / part
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if damage == "cut" else b"<html>404</html>")
+    with pytest.raises(ValueError, match=f"checkpoint-2/{part} is cut off, damaged or another kind of file"):
+        train(killed, resume_from_checkpoint=path.parent)
+
+
+def test_xsams_own_state_is_a_part_too(tmp_path):
+    train(tmp_path, perturbation="vasso", alpha=1)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    (tmp_path / "result.json").unlink()
+    (tmp_path / "checkpoint-2" / "xsam_state.safetensors").unlink()
+    with pytest.raises(ValueError, match="xsam_state.safetensors is missing or lacks average"):
+        train(tmp_path, perturbation="vasso", alpha=1, resume_from_checkpoint="true")
+
+
+def test_the_parts_of_two_processes_and_of_a_scaler_are_looked_for(killed, tmp_path, monkeypatch):
+    _, args = parse(tmp_path)
+    with pytest.raises(ValueError, match="has no scaler.pt"):
+        runs.check_parts(killed / "checkpoint-2", args, scaled=True)
+    monkeypatch.setattr(images.TrainingArguments, "world_size", 2)
+    with pytest.raises(ValueError, match="has no rng_state_0.pth"):
+        runs.check_parts(killed / "checkpoint-2", args)
+
+
+@pytest.mark.parametrize("flag", ["nowhere", "yes", "checkpoint-2"])
+def test_what_to_resume_from_must_be_there(tmp_path, flag):
+    with pytest.raises(ValueError, match=f"`resume_from_checkpoint` is {flag}, which is no folder"):
+        train(tmp_path, resume_from_checkpoint=flag)
+    with pytest.raises(ValueError, match="No valid checkpoint found"):
+        train(tmp_path, resume_from_checkpoint="true")
+
+
+def test_what_would_end_a_run_later_is_refused_before(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run", "/proc/nowhere"):
+        with pytest.raises(ValueError, match="`output_dir` is .*, which cannot be written to .*: give another"):
+            train(folder)
+    options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    with pytest.raises(
+        ValueError, match="`metric_for_best_model` is bleu: choose one of accuracy, top5_accuracy, loss"
+    ):
+        train(tmp_path / "run", metric_for_best_model="bleu", **options)
+    assert train(tmp_path / "run", metric_for_best_model="eval_top5_accuracy", **options)["diverged"] is False
+
+
+# --- a run that diverged ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_diverged_says_so_and_scores_nothing(tmp_path, capsys):
+    result = train(tmp_path, learning_rate=1e30, rho=0, optim="sgd", max_grad_norm=0)
+    assert result["diverged"] is True
+    for split in ("validation", "test"):
+        assert result["metrics"][split] == {"accuracy": 0.0, "top5_accuracy": 0.0, "loss": None}
+    assert (
+        "The run diverged, and its scores mean nothing: the final loss is validation nan, test nan."
+        in capsys.readouterr().err
+    )
+    assert "NaN" not in (tmp_path / "result.json").read_text()
+    # Its log shows where.
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert any(
+        math.isnan(value) for entry in history for name, value in entry.items() if name in ("loss", "train_loss")
+    )
+
+
+def test_a_run_that_did_not_diverge_says_that(finished):
+    assert json.loads((finished / "result.json").read_text())["diverged"] is False
+
+
+# --- secrets ---------------------------------------------------------------------------------------------------------
+
+
+def test_names_that_say_secret():
+    secrets = (
+        "hub_token",
+        "push_to_hub_token",
+        "api_key",
+        "key",
+        "--hub-token",
+        "wandb_api_key",
+        "password",
+        "client_secret",
+        "HF_TOKEN",
+    )
+    assert all(map(secret.is_secret, secrets))
+    harmless = (
+        "max_tokens",
+        "keyboard",
+        "monkey",
+        "metric_for_best_model",
+        "tokenizer",
+        "include_num_input_tokens_seen",
+        "keys",
+    )
+    assert not any(map(secret.is_secret, harmless))
+
+
+def test_secrets_in_mappings_and_on_command_lines_are_replaced_by_their_names():
+    found = secret.without_secrets(
+        {"a": 1, "hub_token": "s3", "b": {"api_key": "s3", "c": [{"password": "s3"}]}, "key": None}
+    )
+    assert found == {
+        "a": 1,
+        "hub_token": "<hub_token>",
+        "b": {"api_key": "<api_key>", "c": [{"password": "<password>"}]},
+        "key": None,
+    }
+    line = ["--rho", "1", "--hub_token", "s3", "--hub-token=s3", "--max_tokens", "5", "--api_key", "--seed", "1"]
+    shown = [
+        "--rho",
+        "1",
+        "--hub_token",
+        "<hub_token>",
+        "--hub-token=<hub-token>",
+        "--max_tokens",
+        "5",
+        "--api_key",
+        "--seed",
+        "1",
+    ]
+    assert secret.without_secret_flags(line) == shown
+
+
+def test_a_token_is_in_no_file_of_a_run(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("HF_TOKEN", "another")
+    train(tmp_path, hub_token="hf_s3cret", resume_from_checkpoint="false")
+    assert os.environ["HF_TOKEN"] == "hf_s3cret"  # where the hub's client looks for it
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"result.json", "README.md", "training_args.bin"} <= {path.name for path in written}
+    for path in written:
+        contents = [path.read_bytes()]
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                contents += [archive.read(name) for name in archive.namelist()]
+        assert not any(b"hf_s3cret" in content for content in contents), path
+    assert "hf_s3cret" not in "".join(capfd.readouterr())
+
+
+def test_other_secrets_are_in_no_result_either(tmp_path, monkeypatch):
+    real = images.TrainingArguments.to_dict
+    monkeypatch.setattr(images.TrainingArguments, "to_dict", lambda args: {**real(args), "some_api_key": "s3cret"})
+    result = train(tmp_path)
+    assert result["arguments"]["some_api_key"] == "<some_api_key>" and "some_api_key" not in result["identity"]
+    assert "s3cret" not in (tmp_path / "result.json").read_text()
+
+
+# --- the result is always left ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_word_for_word(tmp_path_factory.mktemp("text"))
+
+
+@pytest.mark.parametrize("task", ["image_classification", "translation"])
+def test_a_finished_training_leaves_its_result_wherever_it_runs(tmp_path, text, task):
+    """Without git, without the metadata of a package, with caches that cannot be written to, in an ASCII locale."""
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / "sitecustomize.py").write_text(
+        "import importlib.metadata as m\nreal = m.version\n"
+        "def version(name):\n    if name == 'xsam_hf': raise m.PackageNotFoundError(name)\n    return real(name)\n"
+        "m.version = version\n"
+    )
+    (tmp_path / "file").write_text("")
+    blocked = str(tmp_path / "file" / "cache")  # a folder that nobody can make, root included
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG"))},
+        **dict.fromkeys(("HF_HOME", "HF_DATASETS_CACHE", "HF_MODULES_CACHE", "HF_EVALUATE_CACHE", "XDG_CACHE_HOME"), blocked),
+        "MPLCONFIGDIR": blocked, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PATH": str(hidden),
+        "PYTHONPATH": f"{hidden}{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    output = tmp_path / "grün"
+    if task == "translation":
+        line = translation_flags(text, output, max_steps=2, save_strategy="no")
+    else:
+        line = [part for name, value in SHORT.items() for part in (f"--{name}", str(value))] + [
+            "--output_dir",
+            str(output),
+        ]
+    command = [sys.executable, "-m", f"tasks.{task}.train", *line]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((output / "result.json").read_text())
+    assert (
+        result["git_commit"] is None and result["versions"]["xsam_hf"] is None and result["versions"]["transformers"]
+    )
+    assert result["metrics"]["test"]["loss"] > 0
+
+
+def test_a_commit_is_known_in_a_checkout(tmp_path, monkeypatch):
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is no checkout")
+    assert len(results.git_commit().removesuffix("-dirty")) == 40
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert results.git_commit() is None
+
+
+def test_numbers_that_json_has_no_word_for_are_null():
+    assert results._finite({"a": [1.5, math.nan], "b": {"c": -math.inf}, "d": "nan", "e": 3}) == {
+        "a": [1.5, None], "b": {"c": None}, "d": "nan", "e": 3,
+    }  # fmt: skip
+
+
+def test_a_saved_model_that_lacks_weights_is_refused(text, tmp_path):
+    def run(**changes):
+        line = translation_flags(text, tmp_path / "again", max_steps=1, save_strategy="no", **changes)
+        return recipes.parse((translation.TranslationArguments, translation.TrainingArguments), line, "")
+
+    task, args = run()
+    args.output_dir = str(tmp_path / "first")
+    translation.train(task, args)
+    saved = tmp_path / "first"
+    file = saved / "model.safetensors"
+    whole = load_file(file)
+    for change, words in (
+        (
+            lambda: save_file(
+                {k: t for k, t in whole.items() if "layers.0.fc1.bias" not in k}, file, {"format": "pt"}
+            ),
+            "layers.0.fc1.bias",
+        ),
+        (lambda: file.write_bytes(file.read_bytes()[:1000]), "holds no model of this task"),
+        (lambda: file.unlink(), "holds no model of this task"),
+        (
+            lambda: (saved / "config.json").write_text('{"model_type": "vit"}'),
+            "its config.json is of a model of type vit, not fsmt",
+        ),
+        (lambda: (saved / "config.json").write_text("{"), "holds no model of this task"),
+    ):
+        change()
+        with pytest.raises(ValueError, match=words):
+            translation.train(*run(model=saved))
+    assert torch.isfinite(whole["model.encoder.layers.0.fc1.bias"]).all()
