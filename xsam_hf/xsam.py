@@ -29,6 +29,7 @@ from .pass_state import PassState
 from .passes import Passes
 from .schedule import follow_schedule
 from .search import search_alpha
+from .stale import stale_gradient
 from .state import XSAMState, XSAMUpdate
 from .weights import MovableWeights, Weights
 
@@ -89,12 +90,15 @@ def xsam_gradient(
     """
     if ascend is None:
         ascend = follow_schedule(arguments, state)
+    ran = before is not None
     if before is None:
         follower = follower_of(weights) if isinstance(weights, nn.Module) else None
         before = PassState.capture(follower, by_content=state.search_due or state.updates < 2)
     state.updates += 1
     theta = MovableWeights(weights, arguments, state.updates, state.memory)
     passes = Passes(gradient, probe, before)
+    if ascend and arguments.perturbation == "stale":
+        return stale_gradient(theta, passes, arguments, state, ran, measure)
     loss = passes.first()  # L(θ_0), and g_0 = ∇L(θ_0)
     if not (ascend and passes.repeatable):
         return _plain_update(loss, theta, state)

@@ -5,7 +5,8 @@ batch is replayed at the moved weights. Nothing else changes, so optimizers, sch
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from ..arithmetic import copy_
 from ..geometry import together
 from ..pass_state import RandomState
 from ..schedule import ascends_at
-from ..weights import drop_gradients
+from ..stale import climbed
+from ..weights import MovableWeights, drop_gradients
 from ..xsam import xsam_gradient
 from .callback import XSAMCallback
 from .checkpoint import CheckpointMixin
@@ -94,7 +96,11 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
         try:
             if arguments.ascent_scope == "micro":
                 return self._xsam_micro_step(model, inputs, num_items_in_batch, arguments)
-            micro_batch = self._xsam_first_pass(model, inputs, num_items_in_batch, arguments, self._xsam_may_wait)
+            first = partial(self._xsam_first_pass, model, inputs, num_items_in_batch, arguments, self._xsam_may_wait)
+            if arguments.perturbation == "stale":
+                micro_batch = self._xsam_climb_first(first, arguments)
+            else:
+                micro_batch = first()
             self._xsam_micro_batches.append(micro_batch)
             # Not "the last of the chunk": an iterable data set's short last chunk takes no step, and its gradients (so its
             # micro-batches) carry over into the next epoch.
@@ -105,6 +111,14 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
             self._xsam_micro_batches = []
             raise
         return micro_batch.loss
+
+    def _xsam_climb_first(self, first_pass: Callable[[], MicroBatch], arguments: XSAMArguments) -> MicroBatch:
+        """The only pass of a stale update, at moved weights, which are back when it ends: no callback ever sees them away."""
+        weights, _ = self._xsam_weights()
+        self._xsam_read_average({**self._xsam_named, **weights})
+        state = self._xsam_callback.xsam
+        with climbed(MovableWeights(weights, arguments, state.updates, state.memory), arguments, state) as stoppable:
+            return stoppable(first_pass)
 
     @property
     def _xsam_is_logged(self) -> bool:
@@ -165,7 +179,8 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
         if update.search is not None:
             callback.record_search(self.args, self.state, update.search)
         if ascend:
-            self._xsam_sums.add(1 + share * arguments.ascent_steps, update)
+            later = 0 if arguments.perturbation == "stale" else arguments.ascent_steps
+            self._xsam_sums.add(1 + share * later, update)
         else:
             self._xsam_sums.add(passes=1)
 
