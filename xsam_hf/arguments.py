@@ -73,8 +73,8 @@ class XSAMArguments:
         default="sam",
         metadata={
             "help": "Where to climb: along the gradient (sam), scaled by the weights' sizes (asam), along a running average "
-            "(vasso), or away from one (fsam). stale: along a running average of the updates before, without a pass of its own: one "
-            "pass an update, and the reported loss is that of the moved weights."
+            "(vasso), away from one (fsam), or along a running average of earlier updates' gradients (stale). The last takes one "
+            "pass an update, and the reported loss is L(θ_0 + ε)."
         },
     )
     direction: Direction = field(
@@ -248,14 +248,10 @@ class XSAMArguments:
                 self.ascent_scope == "micro" and value,
                 f"`{name}` is {value!r}, which is a matter of the whole update batch: set `ascent_scope` to `update`.",
             )
-        for name, value, needed in (
-            ("direction", self.direction, "arc"),
-            ("gradient_scale", self.gradient_scale, "last"),
-            ("ascent_fraction", self.ascent_fraction, 1.0),
-        ):
+        for name, needed in (("direction", "arc"), ("gradient_scale", "last"), ("ascent_fraction", 1.0)):
             yield (
-                stale and value != needed,
-                f"`{name}` is {value!r}, but stale ascent makes no pass but the last: set it to {needed!r}, or choose another "
+                stale and getattr(self, name) != needed,
+                f"`{name}` is {getattr(self, name)!r}, but stale ascent has a single pass: set it to {needed!r}, or choose another "
                 "`perturbation`.",
             )
         yield (

@@ -116,7 +116,7 @@ def mix_(
     g: Sequence[Tensor], m: Sequence[Tensor], c: Tensor | float, d: Tensor | float, share: float, size: Tensor
 ) -> None:
     r"""
-    $g, m \leftarrow c\,m + d\,g,\; \beta\,m + (1-\beta)\,g/\|g\|$, both from the old ones. A g that is not finite leaves both as they are.
+    $g \leftarrow c\,m + d\,g$ and $m \leftarrow \beta\,m + (1-\beta)\,g/\|g\|$, both from the old ones; nothing for a g that is not finite.
 
     Args:
         g, m (`Sequence[torch.Tensor]`): of equal shapes and dtypes.
@@ -125,21 +125,20 @@ def mix_(
         size (`torch.Tensor`): ‖g‖, 2-norm over all of it, 0-dim.
     """
     finite = torch.isfinite(size)
-    zero, one = torch.zeros_like(size), torch.ones_like(size)
+    one = torch.ones_like(size)
     kept = torch.where(finite, share * one, one)
-    unit = torch.where(finite & (size > 0), (1 - share) / size, zero)
-    c, d = (torch.where(finite, x, y) if isinstance(x, Tensor) else x for x, y in ((c, zero), (d, one)))
+    unit = torch.where(finite & (size > 0), (1 - share) / size, 0 * one)
     for gs, ms in groups(g, m):
         for some, others in together(gs, ms):
             old = torch._foreach_clone(some)
-            if isinstance(d, Tensor) or d != 1:
-                scale_(some, d)
-            if isinstance(c, Tensor) or c != 0:
-                add_(some, others, c, keep=True)
             zero_unless(finite, old)
+            if isinstance(d, Tensor):
+                scale_(some, torch.where(finite, d, one))
+            if isinstance(c, Tensor):
+                add_(some, others, torch.where(finite, c, 0 * one), keep=True)
             scale_(others, kept)
             add_(others, old, unit)
-            del old
+            del old  # before the next one is made
 
 
 def multiply_by_sizes_(g: Sequence[Tensor], w: Sequence[Tensor], plus: float) -> None:

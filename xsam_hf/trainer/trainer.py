@@ -44,7 +44,8 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
 
     The method's hyperparameters are read from `args` if they are [`XSAMTrainingArguments`] (or another [`XSAMArguments`]),
     and are the defaults otherwise. A class attribute `xsam_arguments = XSAMArguments(...)` sets them where `args` has a field of
-    the same name with another meaning. The reported loss stays L(θ_0), at the unperturbed weights.
+    the same name with another meaning. The reported loss stays L(θ_0), at the unperturbed weights; with stale ascent, which has no
+    other pass, it is L(θ_0 + ε).
 
     Raises:
         `ValueError`: the model has no trainable weights.
@@ -160,6 +161,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
             return self.accelerator.reduce(loss, reduction="mean") if sloping else loss
 
         ascend = all([micro_batch.before.learn() for micro_batch in micro_batches])
+        stale = arguments.perturbation == "stale"  # it has climbed already, and repeats no pass
         with self._xsam_unheard(model):
             update = xsam_gradient(
                 weights,
@@ -167,7 +169,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
                 lambda: self._xsam_probe(model, micro_batches),
                 arguments,
                 callback.xsam,
-                ascend=ascend,
+                ascend=ascend or stale,
                 before=micro_batches[0].before,
                 loss_scaling=self.accelerator.scaler is not None,
                 measure=arguments.searches or self._xsam_is_logged,
@@ -178,9 +180,10 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
             end.restore()  # where a pass over the whole batch leaves it, as in plain training
         if update.search is not None:
             callback.record_search(self.args, self.state, update.search)
-        if ascend:
-            later = 0 if arguments.perturbation == "stale" else arguments.ascent_steps
-            self._xsam_sums.add(1 + share * later, update)
+        if stale:
+            self._xsam_sums.add(1, update)
+        elif ascend:
+            self._xsam_sums.add(1 + share * arguments.ascent_steps, update)
         else:
             self._xsam_sums.add(passes=1)
 
