@@ -9,8 +9,8 @@ XSAM, the algorithm ("Revisiting Sharpness-Aware Minimization: A More Faithful a
     θ ← θ − η ‖g_k‖ v(α*)                                        the base optimizer's step                     Eq. 8
 
 L is the training loss on one update batch, ‖·‖ the 2-norm over all trainable weights. One departure: a search whose curve is
-no more than noise keeps α (`search.py`). Stale ascent, which has no pass at θ_0, is in `stale.py`. Only torch is needed here: the two callables `gradient` and `probe` are all that this
-file knows of a training framework.
+no more than noise keeps α (`search.py`). Stale ascent, which has no pass at θ_0, is in `stale.py`. Only torch is needed here:
+the two callables `gradient` and `probe` are all that this file knows of a training framework.
 """
 
 from __future__ import annotations
