@@ -78,13 +78,13 @@ CONFIGURATIONS = {
 
 
 class TrainerStep:
-    """The Trainer's own loop without its data loading: one update a call."""
+    """The Trainer's own loop without its data loading: one update a call. On a CPU, if `others` of its arguments do not say else."""
 
-    def __init__(self, name: str, model: nn.Module, batch: dict, folder: str, accumulation: int):
+    def __init__(self, name: str, model: nn.Module, batch: dict, folder: str, accumulation: int, **others):
         settings = dict(
             output_dir=f"{folder}/{name}", use_cpu=True, report_to="none", max_grad_norm=0, learning_rate=1e-4,
             optim="adamw_torch", disable_tqdm=True, max_steps=10**6,
-        )  # fmt: skip
+        ) | others  # fmt: skip
         method = {key: value for key, value in METHODS[name].items() if value is not None}
         if method:
             self.trainer = XSAMTrainer(model=model, args=XSAMTrainingArguments(**settings, **method))

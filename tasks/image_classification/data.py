@@ -1,6 +1,6 @@
 """The images: where they come from, how they are split, and how training varies them."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +9,13 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import v2
 from transformers import TrainerCallback
 from transformers.utils import logging
 
 from tasks.image_classification import archives
 from tasks.image_classification.archives import Arrays
-from tasks.image_classification.catalogue import DATASETS, Images
+from tasks.image_classification.augmentation import Augmentation
+from tasks.image_classification.catalogue import DATASETS
 from tasks.runs import fingerprint
 
 
@@ -24,21 +24,38 @@ logger = logging.get_logger(__name__)
 
 class Split(Dataset):
     """
-    Images and labels with a transform, the random part of which depends on (seed, epoch, index) alone.
+    Images, as bytes, and labels, fetched a batch at a time. What is random depends on (seed, epoch, index) alone.
 
     Not on the process's random stream: the Trainer draws examples before it restores that stream, so a resumed run would
     see other crops than the uninterrupted one, and so would one with another number of workers.
+
+    Args:
+        images (`np.ndarray`): (N, H, W, C), bytes.
+        labels (`np.ndarray`): (N,).
+        augmentation ([`Augmentation`], *optional*): how they are varied.
+        seed (`int`, *optional*, defaults to 0): of that.
     """
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, transform: Callable[[Tensor], Tensor], seed: int = 0):
-        self.images = torch.from_numpy(images).permute(0, 3, 1, 2)  # (N, C, H, W)
+    def __init__(
+        self, images: np.ndarray, labels: np.ndarray, augmentation: Augmentation | None = None, seed: int = 0
+    ):
         self.labels = labels
-        self.transform, self.seed = transform, seed
+        self.augmentation, self.seed = augmentation, seed
+        pixels = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+        self.padded = pixels if augmentation is None else augmentation.pad(pixels)
         # Shared, so that workers that outlive an epoch see the next one.
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._drawn: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def images(self) -> Tensor:
+        """(N, C, H, W), as they are without augmentation."""
+        p = 0 if self.augmentation is None else self.augmentation.images.padding
+        height, width = self.padded.shape[2:]
+        return torch.from_numpy(self.padded[:, :, p : height - p, p : width - p])
 
     @property
     def fingerprint(self) -> str:
@@ -46,10 +63,23 @@ class Split(Dataset):
         return fingerprint(self.images.numpy(), self.labels)
 
     def __getitem__(self, i: int) -> dict:
-        with torch.random.fork_rng(devices=[]):
-            key = np.random.SeedSequence([self.seed, int(self.epoch), i]).generate_state(1, np.uint64)[0]
-            torch.default_generator.manual_seed(int(key) >> 1)
-            return {"pixel_values": self.transform(self.images[i]), "labels": int(self.labels[i])}
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+        """What a DataLoader asks for, the examples of a batch: a hundred times as fast as one by one."""
+        index = np.asarray(indices, dtype=np.int64)
+        if self.augmentation is None:
+            batch = self.padded[index]
+        else:
+            batch = self.augmentation(self.padded, index, self._draws(self.augmentation))
+        pairs = zip(torch.from_numpy(batch), self.labels[index].tolist(), strict=True)
+        return [{"pixel_values": pixels, "labels": label} for pixels, label in pairs]
+
+    def _draws(self, augmentation: Augmentation) -> np.ndarray:
+        epoch = int(self.epoch)
+        if self._drawn is None or self._drawn[0] != epoch:  # some milliseconds, once an epoch
+            self._drawn = epoch, augmentation.draw(self.seed, epoch, len(self))
+        return self._drawn[1]
 
 
 class EpochCallback(TrainerCallback):
@@ -131,11 +161,11 @@ def load(
                 f"`train_examples` is {train_examples}, of {len(rows)} training images: {error}"
             ) from error
     labels = _with_noise(y[rows], label_noise, images.classes)
-    plain = _transform(images)
+    augmentation = Augmentation(images, cutout)
     return {
-        "train": Split(x[rows], labels, _augmentation(images, cutout), seed),
-        "validation": Split(x[held_out], y[held_out], plain),
-        "test": Split(*test, plain),
+        "train": Split(x[rows], labels, None if augmentation.is_none else augmentation, seed),
+        "validation": Split(x[held_out], y[held_out]),
+        "test": Split(*test),
     }
 
 
@@ -160,22 +190,3 @@ def _read(name: str, data_dir: str | None) -> tuple[Arrays, Arrays]:
     if name == "fashion_mnist" and archives.DEBIAN_FASHION_MNIST.is_dir():
         return archives.read(name, archives.DEBIAN_FASHION_MNIST)
     return archives.from_hub(name)
-
-
-def _transform(images: Images) -> Callable[[Tensor], Tensor]:
-    return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(images.mean, images.std)])
-
-
-def _augmentation(images: Images, cutout: int) -> Callable[[Tensor], Tensor]:
-    steps: list[Callable] = []
-    if images.padding:
-        steps.append(v2.RandomCrop(images.size, padding=images.padding, padding_mode=images.padding_mode))
-    if images.flip:
-        steps.append(v2.RandomHorizontalFlip())
-    steps.append(_transform(images))
-    if cutout:
-        # After the normalisation, so that 0 is the mean. DeVries & Taylor 2017 let the square stick out at the edges;
-        # torchvision's stays inside.
-        share = (cutout / images.size) ** 2
-        steps.append(v2.RandomErasing(p=1.0, scale=(share, share), ratio=(1.0, 1.0), value=0))
-    return v2.Compose(steps)

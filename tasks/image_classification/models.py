@@ -5,6 +5,7 @@ from functools import partial
 from transformers import ViTConfig, ViTForImageClassification
 
 from tasks.image_classification.catalogue import DATASETS
+from tasks.image_classification.pixels import accept_bytes
 
 
 # hidden, layers, heads, MLP
@@ -16,7 +17,8 @@ def build(name: str, dataset: str, dropout: float = 0.0) -> ViTForImageClassific
     A new ViT for a data set's images, in its patches: 4×4 for 32×32 images, 7×7 for 28×28, 2×2 for 8×8.
 
     `vit-ti` is the ViT-Ti of Zhao et al. 2022 ("Penalizing Gradient Norm", whose settings the XSAM paper follows): 192 wide,
-    12 layers, 3 heads, MLP 768; 5.38 M parameters for 100 classes. `vit-small` is 64 wide and has 4 layers.
+    12 layers, 3 heads, MLP 768; 5.38 M parameters for 100 classes. `vit-small` is 64 wide and has 4 layers. Both take bytes, and
+    floats that are normalised.
 
     Raises:
         `ValueError`: there is no such model.
@@ -44,4 +46,5 @@ def build(name: str, dataset: str, dropout: float = 0.0) -> ViTForImageClassific
     # By default transformers gives a saved ViT the weight names of its older versions, and the Trainer, which reads a
     # checkpoint without translating them back, would resume with random weights (transformers issue 43701).
     model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+    accept_bytes(model, images)
     return model

@@ -20,7 +20,7 @@ from transformers import EvalPrediction, set_seed
 from tasks import metric, recipes, runs
 from tasks.arguments import CheckedArguments, TaskArguments
 from tasks.command import refusals, run, sentence
-from tasks.image_classification import data, models
+from tasks.image_classification import data, models, pixels
 from tasks.image_classification.top_k_accuracy import TopKAccuracy
 from tasks.results import CostMeter, write_result
 from xsam_hf import XSAMTrainer, XSAMTrainingArguments
@@ -83,6 +83,7 @@ def train(task: ImageArguments, args: TrainingArguments) -> Path:
             args=args,
             train_dataset=splits["train"],
             eval_dataset=splits["validation"],
+            processing_class=pixels.processor(data.DATASETS[task.dataset]),  # written beside the weights
             compute_metrics=score,
             callbacks=[meter, data.EpochCallback(splits["train"]), runs.RunIdentity(identity)],
         )
