@@ -44,7 +44,7 @@ class ImageArguments(TaskArguments):
         default=0.0, metadata={"help": "Share of the training labels that are replaced by another class's."}
     )
     cutout: int = field(default=0, metadata={"help": "Edge in pixels of the square blanked out in training images."})
-    model: str = field(default="vit-small", metadata={"help": f"One of {', '.join(models.SIZES)}."})
+    model: str = field(default="vit-small", metadata={"help": f"One of {', '.join(models.MODELS)}."})
 
 
 @dataclass
