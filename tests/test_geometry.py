@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from xsam_hf.geometry import angle, norm, slerp, zero_unless
+from xsam_hf.arithmetic import zero_unless
+from xsam_hf.geometry import angle, norm, slerp
 
 
 def angle_of(x, y):

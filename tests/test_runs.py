@@ -215,7 +215,7 @@ def test_xsams_own_state_is_a_part_too(tmp_path):
     shutil.rmtree(tmp_path / "checkpoint-4")
     (tmp_path / "result.json").unlink()
     (tmp_path / "checkpoint-2" / "xsam_state.safetensors").unlink()
-    with pytest.raises(ValueError, match="xsam_state.safetensors is missing or lacks average"):
+    with pytest.raises(ValueError, match="xsam_state.safetensors is missing or lacks 72 of 72 averages"):
         train(tmp_path, perturbation="vasso", alpha=1, resume_from_checkpoint="true")
 
 

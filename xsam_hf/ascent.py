@@ -1,4 +1,4 @@
-"""Where to climb: each function turns a gradient into one ascent step ε, in place, for whole tensors and shards alike."""
+"""Where to climb: each function makes the direction of one ascent step from a gradient, in place, and gives its factor."""
 
 from __future__ import annotations
 
@@ -8,52 +8,57 @@ import torch
 from torch import Tensor
 
 from .arguments import XSAMArguments
-from .geometry import local, norm, zero_unless
+from .arithmetic import average_, copy_, multiply_by_sizes_, zero_unless
+from .geometry import norm
 from .state import XSAMState
 from .weights import MovableWeights
 
 
 def ascent_step(
     gradient: Sequence[Tensor], size: Tensor, theta: MovableWeights, arguments: XSAMArguments, state: XSAMState
-) -> None:
-    """
-    Turns g_i into ε_i, in place, as `perturbation` says.
+) -> Tensor:
+    r"""
+    Makes the direction of ε_i from g_i, in place, as `perturbation` says.
 
     Args:
-        gradient (`Sequence[torch.Tensor]`): g_i, overwritten by ε_i.
+        gradient (`Sequence[torch.Tensor]`): g_i, overwritten by the direction.
         size (`torch.Tensor`): ‖g_i‖, 2-norm over all perturbed weights, 0-dim.
         theta ([`MovableWeights`]): θ_i, to which the gradient belongs.
         arguments ([`XSAMArguments`]): the step is ρ/k long.
         state ([`XSAMState`]): the running average of `vasso` and `fsam`, updated in place.
+
+    Returns:
+        `torch.Tensor`: the factor that makes the direction ε_i, 0-dim.
     """
     length = arguments.rho / arguments.ascent_steps
     if arguments.perturbation == "sam":
-        sam(gradient, size, length)
-    elif arguments.perturbation == "asam":
-        asam(gradient, theta.weights, length, arguments.asam_eta, arguments.asam_scope)
-    elif arguments.perturbation == "vasso":
-        vasso(gradient, size, theta.names, state.average, length, arguments.vasso_decay)
-    else:
-        fsam(gradient, size, theta.names, state.average, length, arguments.fsam_sigma, arguments.fsam_lambda)
+        return sam(size, length)
+    if arguments.perturbation == "asam":
+        return asam(gradient, theta.weights, length, arguments.asam_eta, arguments.asam_scope)
+    if arguments.perturbation == "vasso":
+        return vasso(gradient, size, theta.names, state.average, length, arguments.vasso_decay)
+    return fsam(gradient, size, theta.names, state.average, length, arguments.fsam_sigma, arguments.fsam_lambda)
 
 
-def sam(gradient: Sequence[Tensor], size: Tensor, length: float) -> None:
+def sam(size: Tensor, length: float) -> Tensor:
     r"""
     SAM: $\varepsilon = \ell\, g/\|g\|$ (§2.1 of the XSAM paper; Foret et al. 2021, arXiv:2010.01412).
 
     A gradient of norm 0 gives a step of 0, decided on the device: no host synchronisation.
 
     Args:
-        gradient (`Sequence[torch.Tensor]`): g, overwritten by ε.
         size (`torch.Tensor`): ‖g‖, 2-norm over all perturbed weights, 0-dim.
         length (`float`): ℓ, the 2-norm of the step over all perturbed weights (ρ/k).
+
+    Returns:
+        `torch.Tensor`: ℓ/‖g‖, the factor of g.
     """
-    torch._foreach_mul_(local(gradient), torch.where(size > 0, length / size, torch.zeros_like(size)))
+    return torch.where(size > 0, length / size, torch.zeros_like(size))
 
 
 def asam(
     gradient: Sequence[Tensor], weights: Sequence[Tensor], length: float, eta: float, scope: str = "weights"
-) -> None:
+) -> Tensor:
     r"""
     ASAM: $\varepsilon = \ell\, T^2 g/\|T g\|$ with $T = \mathrm{diag}(|\theta| + \eta)$ (Kwon et al. 2021, arXiv:2102.11600).
 
@@ -62,20 +67,21 @@ def asam(
     others, biases and norms, as the authors' code does.
 
     Args:
-        gradient (`Sequence[torch.Tensor]`): g, overwritten by ε.
+        gradient (`Sequence[torch.Tensor]`): g, overwritten by T² g.
         weights (`Sequence[torch.Tensor]`): θ, at which g was taken.
         length (`float`): ℓ (ρ/k).
         eta (`float`): η.
         scope (`str`, *optional*, defaults to `"weights"`): or `"all"`.
+
+    Returns:
+        `torch.Tensor`: ℓ/‖T g‖, the factor of T² g.
     """
-    triples = zip(weights, local(gradient), local(weights), strict=True)
-    pairs = [(g, w) for weight, g, w in triples if scope == "all" or weight.ndim > 1]
-    for g, w in pairs:
-        g.mul_(w.abs().add_(eta))
+    scaled = [i for i, weight in enumerate(weights) if scope == "all" or weight.ndim > 1]
+    g, w = ([vector[i] for i in scaled] for vector in (gradient, weights))
+    multiply_by_sizes_(g, w, eta)
     size = norm(gradient)
-    for g, w in pairs:
-        g.mul_(w.abs().add_(eta))
-    sam(gradient, size, length)
+    multiply_by_sizes_(g, w, eta)
+    return sam(size, length)
 
 
 def vasso(
@@ -85,14 +91,14 @@ def vasso(
     average: dict[str, Tensor],
     length: float,
     decay: float,
-) -> None:
+) -> Tensor:
     r"""
     VaSSO: $\varepsilon = \ell\, d/\|d\|$ along $d \leftarrow (1-\varphi)\, d + \varphi\, g_0$ (Li & Giannakis 2023, arXiv:2309.15639).
 
     A gradient that is not finite leaves the average as it is, and gives a step that is not finite.
 
     Args:
-        gradient (`Sequence[torch.Tensor]`): g_0, overwritten by ε.
+        gradient (`Sequence[torch.Tensor]`): g_0, overwritten by d.
         size (`torch.Tensor`): ‖g_0‖, 0-dim.
         names (`Sequence[str]`): the names of the weights.
         average (`dict[str, torch.Tensor]`):
@@ -100,14 +106,17 @@ def vasso(
             that the first step is SAM's (as 0, should the gradient not be finite).
         length (`float`): ℓ = ρ, 2-norm over all perturbed weights.
         decay (`float`): φ; 1 is SAM.
+
+    Returns:
+        `torch.Tensor`: ℓ/‖d‖, the factor of d.
     """
     finite = torch.isfinite(size)
     if len(_begin(average, names, gradient, finite)) == len(names):
-        return sam(gradient, size, length)
-    for g, d in zip(local(gradient), local([average[name] for name in names]), strict=True):
-        d.lerp_(torch.where(finite, g, d), decay)
-        g.copy_(torch.where(finite, d, g))
-    sam(gradient, norm(gradient), length)
+        return sam(size, length)
+    d = [average[name] for name in names]
+    average_(d, gradient, decay, finite)
+    copy_(gradient, d)
+    return torch.where(finite, sam(norm(gradient), length), size * torch.nan)
 
 
 def fsam(
@@ -118,7 +127,7 @@ def fsam(
     length: float,
     sigma: float,
     decay: float,
-) -> None:
+) -> Tensor:
     r"""
     Friendly SAM: along $g_0 - \sigma m$, then $m \leftarrow \lambda m + (1-\lambda)\, g_0$ (Li et al. 2024, arXiv:2403.12350).
 
@@ -126,7 +135,7 @@ def fsam(
     average as it is.
 
     Args:
-        gradient (`Sequence[torch.Tensor]`): g_0, overwritten by ε.
+        gradient (`Sequence[torch.Tensor]`): g_0, overwritten by g_0 − σ m.
         size (`torch.Tensor`): ‖g_0‖, 0-dim.
         names (`Sequence[str]`): the names of the weights.
         average (`dict[str, torch.Tensor]`):
@@ -135,18 +144,17 @@ def fsam(
         length (`float`): ℓ = ρ, 2-norm over all perturbed weights.
         sigma (`float`): σ; 0 is SAM.
         decay (`float`): λ.
+
+    Returns:
+        `torch.Tensor`: ℓ/‖g_0 − σ m‖, the factor of g_0 − σ m.
     """
     finite = torch.isfinite(size)
     begun = _begin(average, names, gradient, finite)
     if len(begun) == len(names):
-        return sam(gradient, size, length)
-    for name, g, m in zip(names, local(gradient), local([average[name] for name in names]), strict=True):
-        if name in begun:
-            continue
-        new = torch.lerp(m, torch.where(finite, g, m), 1 - decay)
-        g.sub_(m, alpha=sigma)
-        m.copy_(new)
-    sam(gradient, norm(gradient), length)
+        return sam(size, length)
+    known = [i for i, name in enumerate(names) if name not in begun]
+    average_([average[names[i]] for i in known], [gradient[i] for i in known], 1 - decay, finite, less=sigma)
+    return sam(norm(gradient), length)
 
 
 def _begin(average: dict[str, Tensor], names: Sequence[str], gradient: Sequence[Tensor], finite: Tensor) -> set[str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .geometry import angle, local, norm, slerp, zero_unless
+from .arithmetic import add_, copy_, scale_, zero_unless
+from .geometry import angle, norm, number, slerp
 
 
 # Sums of the gradients g_0 ... g_k: the first one taken in, and whether each is divided by its norm.
@@ -62,28 +64,28 @@ class Trail:
             factor = torch.ones_like(size)
             if self._summed[1]:
                 factor = torch.where(size > 0, 1 / size, torch.zeros_like(size))
-            known = len(self._sum)  # a weight may have its first gradient in a later pass
-            for total, part in zip(self._sum, local(gradient), strict=False):
-                total.add_(part * factor)
-            self._sum += [part * factor for part in local(gradient)[known:]]
+            new = gradient[len(self._sum) :]  # a weight may have its first gradient in a later pass
+            self._sum += [torch.zeros_like(part) for part in new]
+            add_(self._sum, gradient, factor, keep=True)
         return gradient
 
     def sum_into(self, gradient: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Writes the sum over g_k; returns the factors of the displacement, 0, and of the sum, which give it the norm ‖g_k‖."""
-        torch._foreach_copy_(local(gradient), self._sum)
+        copy_(gradient, self._sum)
         size = norm(gradient)
         zero = torch.zeros_like(size)
         return zero, torch.where(size > 0, self.norms[-1] / size, zero)
 
-    def or_fall_back(self, c: Tensor, d: Tensor, arc: Arc) -> tuple[Tensor, Tensor]:
+    def or_fall_back(self, c: Tensor | float, d: Tensor | float, arc: Arc) -> tuple[Tensor | float, Tensor | float]:
         """The factors of the displacement and of g_k; ‖g_0‖ v_0 in place of both if a later pass was not finite."""
-        if not self._guarded:
-            return c, d
         assert self.finite is not None
-        for part in local(arc.gradient):
-            part.nan_to_num_(0.0, 0.0, 0.0)  # 0 · NaN would stay NaN; half the time of `zero_unless`
-        c = torch.where(self.finite, c, self.norms[0] / arc.displacement_norm)
-        return c, torch.where(self.finite, d, torch.zeros_like(d))
+        if not self._guarded or (self.finite.device.type == "cpu" and number(self.finite)):
+            return c, d
+        zero_unless(self.finite, arc.gradient)  # 0 · NaN would stay NaN
+        back = self.norms[0] / arc.displacement_norm
+        if isinstance(d, Tensor):
+            d = torch.where(self.finite, d, torch.zeros_like(d))
+        return torch.where(self.finite, c, back), d
 
     @property
     def fell_back(self) -> Tensor:
@@ -95,37 +97,56 @@ class Arc:
     r"""
     The arc through $v_0 = (\theta_k - \theta_0)/\|\theta_k - \theta_0\|$ and $v_1 = g_k/\|g_k\|$ (Eq. 5), parametrised by α (Eq. 6).
 
+    What is not asked for is not computed: SAM's direction, α = 1, needs neither the displacement nor the angle.
+
     Args:
-        displacement (`Sequence[torch.Tensor]`): θ_k − θ_0; overwritten by [`combine_into_gradient`].
+        displacement (`Callable`): makes θ_k − θ_0, which [`combine`] overwrites.
         gradient (`Sequence[torch.Tensor]`): g_k; likewise.
         gradient_norm (`torch.Tensor`): ‖g_k‖, 2-norm over all perturbed weights, 0-dim.
     """
 
-    def __init__(self, displacement: Sequence[Tensor], gradient: Sequence[Tensor], gradient_norm: Tensor):
-        self.displacement, self.gradient = local(displacement), gradient
-        self.displacement_norm, self.gradient_norm = norm(displacement), gradient_norm
-        self.psi = angle(displacement, gradient, self.displacement_norm, gradient_norm)  # radians, 0-dim
+    def __init__(
+        self, displacement: Callable[[], Sequence[Tensor]], gradient: Sequence[Tensor], gradient_norm: Tensor
+    ):
+        self._displace, self.gradient, self.gradient_norm = displacement, gradient, gradient_norm
+
+    @cached_property
+    def displacement(self) -> Sequence[Tensor]:
+        return self._displace()
+
+    @cached_property
+    def displacement_norm(self) -> Tensor:
+        return norm(self.displacement)
+
+    @cached_property
+    def psi(self) -> Tensor:
+        """The angle between v_0 and v_1 in radians, 0-dim."""
+        return angle(self.displacement, self.gradient, self.displacement_norm, self.gradient_norm)
 
     def points(self, radius: float) -> Callable[[float, float], tuple[tuple[Sequence[Tensor], float], ...]]:
         """Of coefficients (a, b), the terms of radius · (a v_0 + b v_1). Waits for the norms on the device, once."""
         along, across = float(radius / self.displacement_norm), float(radius / self.gradient_norm)
-        return lambda a, b: ((self.displacement, along * a), (local(self.gradient), across * b))
+        return lambda a, b: ((self.displacement, along * a), (self.gradient, across * b))
 
-    def coefficients(self, alpha: float) -> tuple[Tensor, Tensor]:
+    def coefficients(self, alpha: float) -> tuple[Tensor | float, Tensor | float]:
         r"""
         $c$ and $d$ of $\|g_k\|\,v(\alpha) = c\,(\theta_k - \theta_0) + d\,g_k$ (Eq. 8), 0-dim.
 
         With (a, b) the slerp coefficients of Eq. 6: $c = a\,\|g_k\|/\|\theta_k - \theta_0\|$ and $d = b$. At α = 1 these are
-        exactly 0 and 1, SAM's gradient untouched; α = 0 is the displacement.
+        exactly 0 and 1, SAM's gradient untouched; α = 0 is the displacement. A displacement of length 0 adds nothing.
         """
+        if alpha == 1:
+            return 0.0, 1.0
         first, second = slerp(alpha, self.psi)
-        return first * self.gradient_norm / self.displacement_norm, second
+        c = first * self.gradient_norm / self.displacement_norm
+        return torch.where(self.displacement_norm > 0, c, torch.zeros_like(c)), second
 
-    def combine(self, c: Tensor, d: Tensor) -> None:
-        """Writes c (θ_k − θ_0) + d g_k over g_k. A displacement of length 0 adds nothing."""
-        torch._foreach_mul_(self.displacement, torch.where(self.displacement_norm > 0, c, torch.zeros_like(c)))
-        torch._foreach_mul_(local(self.gradient), d)
-        torch._foreach_add_(local(self.gradient), self.displacement)
+    def combine(self, c: Tensor | float, d: Tensor | float) -> None:
+        """Writes c (θ_k − θ_0) + d g_k over g_k."""
+        if isinstance(d, Tensor) or d != 1:
+            scale_(self.gradient, d)
+        if isinstance(c, Tensor) or c != 0:
+            add_(self.gradient, self.displacement, c)
 
 
 def rescale(name: str, trail: Trail, arc: Arc, radius: float, loss_along: Callable[[float | Tensor], Tensor]) -> None:
@@ -145,7 +166,7 @@ def rescale(name: str, trail: Trail, arc: Arc, radius: float, loss_along: Callab
     """
     if name == "last":
         return
-    norms, gradient = trail.norms, local(arc.gradient)
+    norms = trail.norms
     if name == "first":
         wanted = norms[0]
     elif name in ("mean", "max"):
@@ -157,4 +178,4 @@ def rescale(name: str, trail: Trail, arc: Arc, radius: float, loss_along: Callab
         wanted = ((loss - trail.losses[0]) / length).clamp_min(0).to(norms[-1].dtype)
     assert trail.finite is not None
     ratio = torch.where(norms[-1] > 0, wanted / norms[-1], torch.zeros_like(wanted))
-    torch._foreach_mul_(gradient, torch.where(trail.finite, ratio, torch.ones_like(ratio)))
+    scale_(arc.gradient, torch.where(trail.finite, ratio, torch.ones_like(ratio)))

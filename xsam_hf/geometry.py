@@ -1,13 +1,14 @@
 """One vector is a list of tensors: its norm, angle and rotation, for whole and for sharded tensors alike.
 
-Everything here takes the lists that PyTorch keeps anyway (parameters, gradients) and never concatenates them: no function
-makes a temporary larger than one tensor. Sums are taken in float32 or better; float64 stays float64.
+Everything here takes the lists that PyTorch keeps anyway (parameters, gradients): no function makes a temporary larger than one
+tensor or 64 MiB. Sums are taken in float32 or better; float64 stays float64.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,9 +16,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
-# Elements of a temporary. On a CPU it should stay in the cache, and a GPU's kernels should be few.
-_BATCH = {"cpu": 2**16}
-_LARGE_BATCH = 2**22
+# Elements of a temporary: on a CPU in the cache; on another device many, for few kernels, 64 MiB in float32 at most.
+_BLOCK, _PIECE, _TOGETHER = 2**16, 2**23, 2**24
 
 
 def local(vector: Sequence[Tensor]) -> list[Tensor]:
@@ -30,10 +30,30 @@ def local(vector: Sequence[Tensor]) -> list[Tensor]:
     return [torch.view_as_real(part) if part.is_complex() else part for part in parts]
 
 
+def number(x: Tensor) -> float:
+    """The value of a 0-dim tensor on a CPU: a read of memory, for which nothing waits."""
+    return x.numpy().item()
+
+
+def together(*vectors: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
+    """The same tensors of some vectors, as many at a time as a temporary may hold: 64 MiB in float32, or a single larger one."""
+    first, filled = 0, 0
+    for i, part in enumerate(vectors[0]):
+        if i > first and filled + part.numel() > _TOGETHER:
+            yield tuple(list(vector[first:i]) for vector in vectors)
+            first, filled = i, 0
+        filled += part.numel()
+    yield tuple(list(vector[first:]) for vector in vectors)
+
+
 def norm(vector: Sequence[Tensor]) -> Tensor:
     """‖x‖, the 2-norm over all elements of all tensors; a 0-dim tensor, equal on every process that holds a shard."""
     dtype = _accumulation_dtype(vector)
-    return _total(vector, lambda x: torch.stack(torch._foreach_norm(x, 2, dtype=dtype)).square().sum()).sqrt()
+
+    def square(x: list[Tensor]) -> Tensor:
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(x, 2, dtype=dtype))).square()
+
+    return _total(vector, square).sqrt()
 
 
 def angle(x: Sequence[Tensor], y: Sequence[Tensor], norm_x: Tensor, norm_y: Tensor) -> Tensor:
@@ -48,17 +68,15 @@ def angle(x: Sequence[Tensor], y: Sequence[Tensor], norm_x: Tensor, norm_y: Tens
         norm_x, norm_y (`torch.Tensor`): ‖x‖ and ‖y‖, 0-dim, which the caller has already.
     """
     dtype = _accumulation_dtype([*x, *y])
-    tiny = torch.finfo(dtype).tiny
-    norm_x, norm_y = norm_x.clamp_min(tiny), norm_y.clamp_min(tiny)
+    ratio = torch.where(norm_x > 0, norm_y / norm_x, torch.zeros_like(norm_x)).to(dtype)
 
     def sums(x: list[Tensor], y: list[Tensor]) -> Tensor:
-        apart, together = [], []
-        for a, b, free in _batches(x, y, dtype):
-            a.div_(norm_x.to(a.device))
-            b.div_(norm_y.to(b.device))
-            apart.append(torch.linalg.vector_norm(torch.sub(a, b, out=free)))
-            together.append(torch.linalg.vector_norm(a.add_(b)))
-        return torch.stack([torch.stack(apart), torch.stack(together)]).square().sum(dim=1)
+        """‖r x − y‖² and ‖r x + y‖² for r = ‖y‖/‖x‖, which makes both as long."""
+        on_cpu = x[0].device.type == "cpu"
+        found = _on_a_cpu(x, y, number(ratio), dtype) if on_cpu else _on_a_device(x, y, ratio.to(x[0].device), dtype)
+        return torch.stack(
+            [torch.linalg.vector_norm(torch.stack(sizes)) for sizes in zip(*found, strict=True)]
+        ).square()
 
     apart, together = _total(x, sums, y).sqrt()
     return 2 * torch.atan2(apart, together)
@@ -87,41 +105,66 @@ def slerp(alpha: float | Tensor, psi: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def zero_unless(condition: Tensor, vector: Sequence[Tensor]) -> None:
+def _on_a_cpu(x: list[Tensor], y: list[Tensor], ratio: float, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
     """
-    Zeroes the vector, in place, where the 0-dim condition is false.
+    Norms of r x − y and of r x + y, block by block.
 
-    Decided on the device: a branch would synchronise with the host, and a product with 0 would keep NaN.
+    A block and its temporary stay in the cache, and the temporary's memory is used again for every block: fresh pages from the
+    kernel take up to twenty times as long as the arithmetic (measured).
     """
-    for part in local(vector):
-        part.masked_fill_(~condition.to(part.device), 0)
+    free = torch.empty(min(_BLOCK, sum(part.numel() for part in x)), dtype=dtype)
+    for a, b in _blocks(x, y, _BLOCK, dtype):
+        room = free[: a.numel()]
+        apart = torch.linalg.vector_norm(torch.sub(b, a, alpha=ratio, out=room))
+        yield apart, torch.linalg.vector_norm(torch.add(b, a, alpha=ratio, out=room))
 
 
-def _batches(x: Sequence[Tensor], y: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """
-    Elements of x and the same ones of y, copied, as many at a time as are fit for a temporary, and room for as many more.
+def _on_a_device(
+    x: list[Tensor], y: list[Tensor], ratio: Tensor, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same with few kernels: one call for many tensors. Half precision is put together in pieces of float32."""
+    if x[0].dtype == dtype:
+        for some, others in together(x, y):
+            scaled = torch._foreach_mul(some, ratio)
+            torch._foreach_sub_(scaled, others)
+            apart = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(scaled, 2)))
+            torch._foreach_add_(scaled, others, alpha=2)
+            sizes = torch._foreach_norm(scaled, 2)
+            del scaled  # before the next one is made
+            yield apart, torch.linalg.vector_norm(torch.stack(sizes))
+    else:
+        for a, b in _blocks(x, y, _PIECE, x[0].dtype):
+            piece = a.to(dtype).mul_(ratio).sub_(b)
+            apart = torch.linalg.vector_norm(piece)
+            size = torch.linalg.vector_norm(piece.add_(b, alpha=2))
+            del piece, a, b
+            yield apart, size
 
-    All in one piece of memory, written again for every batch: a temporary of each operation's own would be fresh pages from the
-    kernel, which take up to twenty times as long as the arithmetic (measured, CPU).
-    """
-    size = min(_BATCH.get(x[0].device.type, _LARGE_BATCH), sum(part.numel() for part in x))
-    memory = torch.empty(3, size, dtype=dtype, device=x[0].device)
+
+def _blocks(x: list[Tensor], y: list[Tensor], size: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+    """Elements of x and the same ones of y, `size` at a time; small tensors are put together, in the given dtype."""
     pieces: list[tuple[Tensor, Tensor]] = []
     filled = 0
     for pair in zip(x, y, strict=True):
-        for piece in zip(*(part.reshape(-1).split(max(size, 1)) for part in pair), strict=True):
-            if filled + piece[0].numel() > size:
-                yield _filled(memory[:, :filled], pieces)
+        for piece in zip(*(part.reshape(-1).split(size) for part in pair), strict=True):
+            n = piece[0].numel()
+            if n == size and piece[0].dtype == piece[1].dtype == dtype:
+                yield piece
+                continue
+            if pieces and filled + n > size:
+                yield _joined(pieces, dtype)
                 pieces, filled = [], 0
             pieces.append(piece)
-            filled += piece[0].numel()
-    yield _filled(memory[:, :filled], pieces)
+            filled += n
+    if pieces:
+        yield _joined(pieces, dtype)
 
 
-def _filled(memory: Tensor, pieces: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    a, b, free = memory
+def _joined(pieces: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     first, second = zip(*pieces, strict=True)
-    return torch.cat(first, out=a), torch.cat(second, out=b), free
+    if len(pieces) == 1:
+        return first[0].to(dtype), second[0].to(dtype)
+    return torch.cat(first).to(dtype), torch.cat(second).to(dtype)
 
 
 def _accumulation_dtype(vector: Sequence[Tensor]) -> torch.dtype:
@@ -135,12 +178,16 @@ def _total(vector: Sequence[Tensor], sums: Callable[..., Tensor], *others: Seque
 
     Shards add up over the mesh dimensions that split them, replicas count once. One reduction for each kind of sharding.
     """
-    groups = defaultdict(list)
+    groups: dict[Any, dict[Any, list]] = defaultdict(lambda: defaultdict(list))
     for tensor, *parts in zip(vector, local(vector), *map(local, others), strict=True):
-        groups[_split(tensor), parts[0].device].append(parts)
+        groups[_split(tensor)][parts[0].device, parts[0].dtype].append(parts)
     total: Tensor | None = None
-    for (split, _), members in groups.items():
-        subtotal = sums(*map(list, zip(*members, strict=True)))
+    for split, kinds in groups.items():
+        subtotal: Tensor | None = None
+        for members in kinds.values():
+            part = sums(*map(list, zip(*members, strict=True)))
+            subtotal = part if subtotal is None else subtotal + part.to(subtotal.device)
+        assert subtotal is not None
         if split is not None:
             mesh, dimensions = split
             for dimension in dimensions:

@@ -23,6 +23,7 @@ class XSAMState:
         search_noise (`float`, *optional*): noise of the last search's curve as a share of its range; above 1, α was kept.
         average (`dict[str, torch.Tensor]`):
             The running average of `vasso` and `fsam`, by the weights' names. Empty for all others.
+        memory (`list[torch.Tensor]`): room for the copy of weights on a CPU; no state, and not for a checkpoint.
     """
 
     alpha: float = 1.0
@@ -32,6 +33,7 @@ class XSAMState:
     alpha_at_edge: bool | None = None
     search_noise: float | None = None
     average: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    memory: list[Tensor] = field(default_factory=list, repr=False, compare=False)
 
     def remember(self, search: AlphaSearch) -> None:
         """Takes over the result of a search. One without a finite loss, or of noise alone, keeps α."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import XSAMArguments
+from .arithmetic import add_, clone, copy_, subtract_
 from .geometry import local
 from .rounding import add_rounded
 
@@ -66,18 +67,20 @@ class MovableWeights:
         arguments ([`XSAMArguments`]): `rho_exclude`, `perturbation_dtype`.
         seed (`int`):
             For rounding at random: the number of the update, so that all processes round alike and no random stream moves.
+        memory (`list[torch.Tensor]`, *optional*): of an earlier update's copy; see [`weights_kept`].
 
     Raises:
         `ValueError`: see [`perturbed_and_excluded`].
     """
 
-    def __init__(self, weights: Weights, arguments: XSAMArguments, seed: int):
+    def __init__(self, weights: Weights, arguments: XSAMArguments, seed: int, memory: list[Tensor] | None = None):
         named, self.excluded = perturbed_and_excluded(weights, arguments.rho_exclude)
         self.names: list[str] = []
         self.weights: list[Tensor] = []  # those that had a gradient in some pass so far
         self._waiting = named  # the others
         self._all = list(named.values())
         self._origin: list[Tensor] = []
+        self._memory = memory
         self._seed = seed
         self._generator: torch.Generator | None = None
         if arguments.perturbation_dtype == "stochastic":
@@ -132,16 +135,22 @@ class MovableWeights:
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Copies the weights, which stand at θ_0, and writes them back at the end of the block; see [`weights_kept`]."""
-        with weights_kept(self._all) as self._origin:
+        with weights_kept(self._all, self._memory) as self._origin:
             yield
 
-    def climb(self, step: list[Tensor]) -> None:
-        r"""$\theta_{i+1} = \theta_i + \varepsilon_i$; then frees the step and all gradients, for the next pass to make its own."""
+    def climb(self, direction: list[Tensor], factor: Tensor) -> None:
+        r"""
+        $\theta_{i+1} = \theta_i + \varepsilon_i$; then frees the direction and all gradients, for the next pass to make its own.
+
+        Args:
+            direction (`list[torch.Tensor]`): used up.
+            factor (`torch.Tensor`): makes the direction ε_i, 0-dim.
+        """
         if self._generator is not None:
-            add_rounded(self.weights, [(step, 1.0)], self._generator)
+            add_rounded(self.weights, [(direction, factor)], self._generator)
         else:
-            torch._foreach_add_(local(self.weights), local(step))
-        step.clear()
+            add_(self.weights, direction, factor)
+        direction.clear()
         self.drop_gradients()
 
     def displacement(self, own_memory: bool) -> list[Tensor]:
@@ -150,12 +159,12 @@ class MovableWeights:
 
         A search moves the weights, so that the displacement must not stand there.
         """
-        torch._foreach_sub_(local(self._all), self._origin)
+        subtract_(self._all, self._origin)
         return [weight.clone() for weight in self.weights] if own_memory else self.weights
 
     def move_to(self, *terms: tuple[Sequence[Tensor], float | Tensor]) -> None:
         r"""$\theta \leftarrow \theta_0 + \sum a x$."""
-        torch._foreach_copy_(local(self._all), self._origin)
+        copy_(self._all, self._origin)
         # Every point of one search is rounded alike, or α would follow the rounding; but not as the ascent was rounded, which
         # is in v_0 and would add to itself.
         if self._generator is not None:
@@ -170,19 +179,31 @@ def drop_gradients(weights: Iterable[Tensor]) -> None:
 
 
 @contextmanager
-def weights_kept(weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def weights_kept(weights: Sequence[Tensor], memory: list[Tensor] | None = None) -> Iterator[list[Tensor]]:
     """
     Gives a copy of the weights and writes it back at the end, bit for bit, also when an exception ends the block.
 
     The copy is written back in place (`copy_`): storage, and with it DDP's buckets, FSDP's shards, compiled graphs and tied
     weights, stays where it is. Subtracting the displacement again would not do: (w + e) − e is not w in floating point.
 
+    Args:
+        weights (`Sequence[torch.Tensor]`): all of them.
+        memory (`list[torch.Tensor]`, *optional*):
+            Where the copy stands, if it fits; made to fit otherwise, on a CPU. Fresh pages from the kernel take longer than the
+            copy; the allocators of other devices keep their memory themselves.
+
     Yields:
         `list[torch.Tensor]`: the copy, this process's part of each weight. One parameter-sized buffer.
     """
     shards = local(weights)
-    origin = [shard.clone() for shard in shards]
+    if memory is None or shards[0].device.type != "cpu":
+        origin = clone(shards)
+    else:
+        if [(part.shape, part.dtype) for part in memory] != [(w.shape, w.dtype) for w in shards]:
+            memory[:] = [torch.empty_like(shard) for shard in shards]
+        origin = list(memory)
+        copy_(origin, shards)
     try:
         yield origin
     finally:
-        torch._foreach_copy_(shards, origin)
+        copy_(shards, origin)

@@ -43,6 +43,7 @@ def xsam_gradient(
     ascend: bool | None = None,
     before: PassState | None = None,
     loss_scaling: bool = False,
+    measure: bool = True,
 ) -> XSAMUpdate:
     r"""
     Puts XSAM's direction $\|g_k\|\,v(\alpha)$ (Eq. 8) into `p.grad`, for the base optimizer to step against.
@@ -75,6 +76,9 @@ def xsam_gradient(
             Without one, a later pass that is not finite falls back to the ascent's direction with norm ‖g_0‖, which for
             `sam` and `ascent_steps=1` is g_0; a first pass that is not finite is left as it is, as in plain training.
 
+        measure (`bool`, *optional*, defaults to `True`):
+            Whether the update says the angle between v_0 and g_k although α = 1 does not need it; NaN otherwise.
+
     Returns:
         [`XSAMUpdate`]: the loss L(θ_0) and what the update saw. With `rho=0` nothing is done but call `gradient` once.
 
@@ -89,7 +93,8 @@ def xsam_gradient(
         follower = follower_of(weights) if isinstance(weights, nn.Module) else None
         before = PassState.capture(follower, by_content=state.search_due or state.updates < 2)
     state.updates += 1
-    theta, passes = MovableWeights(weights, arguments, seed=state.updates), Passes(gradient, probe, before)
+    theta = MovableWeights(weights, arguments, state.updates, state.memory)
+    passes = Passes(gradient, probe, before)
     loss = passes.first()  # L(θ_0), and g_0 = ∇L(θ_0)
     if not (ascend and passes.repeatable):
         return _plain_update(loss, theta, state)
@@ -99,14 +104,15 @@ def xsam_gradient(
         # Eq. 1, max L(θ+δ), by k ascent steps (§2.1).
         for _ in range(arguments.ascent_steps):
             g = trail.add(loss, *theta.gradients())  # g_i
-            ascent_step(g, trail.norms[-1], theta, arguments, state)  # now ε_i; SAM's is (ρ/k) g_i/‖g_i‖
-            theta.climb(g)  # θ_{i+1} = θ_i + ε_i
+            factor = ascent_step(g, trail.norms[-1], theta, arguments, state)  # of ε_i; SAM's is (ρ/k)/‖g_i‖
+            theta.climb(g, factor)  # θ_{i+1} = θ_i + ε_i
             loss = passes.gradient()  # L(θ_{i+1}), and ∇L(θ_{i+1})
         g = trail.add(loss, *theta.gradients(), last=True)  # g_k
 
         # Eq. 5 and 6: the arc through v_0, along θ_k − θ_0, and v_1, along g_k.
         searching = arguments.searches and state.search_due
-        arc, radius = Arc(theta.displacement(own_memory=searching), g, trail.norms[-1]), arguments.radius
+        arc, radius = Arc(lambda: theta.displacement(searching), g, trail.norms[-1]), arguments.radius
+        psi = arc.psi if measure else torch.full_like(trail.norms[-1], torch.nan)
 
         # Eq. 7: α* = argmax L(θ_0 + ρ_max v(α)).
         def loss_at(*terms) -> Tensor:  # L(θ_0 + Σ a x)
@@ -124,9 +130,7 @@ def xsam_gradient(
         c, d = arc.coefficients(alpha) if arguments.direction == "arc" else trail.sum_into(g)
         arc.combine(*trail.or_fall_back(c, d, arc))
         rescale(arguments.gradient_scale, trail, arc, radius, lambda times: loss_at((g, times)))  # Appendix F
-    return XSAMUpdate(
-        trail.losses[0], loss, alpha, arc.psi, trail.norms[0], trail.norms[-1], trail.fell_back, search
-    )  # fmt: skip
+    return XSAMUpdate(trail.losses[0], loss, alpha, psi, trail.norms[0], trail.norms[-1], trail.fell_back, search)
 
 
 def _plain_update(loss: Tensor, theta: MovableWeights, state: XSAMState) -> XSAMUpdate:

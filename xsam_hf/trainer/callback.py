@@ -42,7 +42,8 @@ class XSAMCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict:
         # Tensors go into a file of their own: see checkpoint.py.
-        numbers = {f.name: getattr(self.xsam, f.name) for f in dataclasses.fields(XSAMState) if f.name != "average"}
+        apart = ("average", "memory")
+        numbers = {f.name: getattr(self.xsam, f.name) for f in dataclasses.fields(XSAMState) if f.name not in apart}
         return {"args": {}, "attributes": {"xsam": numbers, "averages": len(self.xsam.average)}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
@@ -61,7 +62,7 @@ class XSAMCallback(TrainerCallback, ExportableState):
             self._resumed_inside_epoch = False
         else:
             numbers = saved.get("attributes", {}).get("xsam", {})
-            missing = {f.name for f in dataclasses.fields(XSAMState)} - {"average"} - numbers.keys()
+            missing = {f.name for f in dataclasses.fields(XSAMState)} - {"average", "memory"} - numbers.keys()
             if missing:
                 raise ValueError(
                     f"The checkpoint of update {state.global_step} lacks {', '.join(sorted(missing))} of XSAM's own state in its "

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from ..arguments import XSAMArguments
@@ -28,6 +28,7 @@ _REPLICATED = {
     DistributedType.MULTI_MUSA,
     DistributedType.MULTI_SDAA,
 }
+_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 _STEP_IN_BACKWARD = ("lomo", "adalomo", "layerwise")
 
 
@@ -42,6 +43,7 @@ def check_supported(trainer: Trainer, arguments: XSAMArguments) -> None:
     if arguments.rho == 0:
         return
     _check_distribution(trainer, arguments.ascent_scope)
+    _check_compilation(trainer.args)
     _check_optimizer(trainer)
     rescaled = {"perturbation": arguments.perturbation, "gradient_scale": arguments.gradient_scale}
     for name, value in rescaled.items():
@@ -108,6 +110,16 @@ def _check_distribution(trainer: Trainer, ascent_scope: str) -> None:
         )
 
 
+def _check_compilation(args: TrainingArguments) -> None:
+    for name, graphs in (("torch_compile_mode", _GRAPH_MODES), ("torch_compile_backend", ("cudagraphs",))):
+        value = getattr(args, name, None)
+        if args.torch_compile and value in graphs:
+            raise NotImplementedError(
+                f"`{name}` {value!r} replays CUDA graphs, whose gradients and losses are overwritten by the next pass, and XSAM "
+                "compares those of several passes: use `torch_compile_mode='max-autotune-no-cudagraphs'`, or set `rho` to 0."
+            )
+
+
 def _check_optimizer(trainer: Trainer) -> None:
     names = [str(getattr(trainer.args.optim, "value", trainer.args.optim)).lower()]
     if trainer.optimizer is not None:
@@ -130,6 +142,12 @@ def _check_model(model: Any, arguments: XSAMArguments) -> None:
             "The model has no trainable weights, so XSAM has none to perturb: unfreeze some, or set `rho` to 0."
         )
     perturbed_and_excluded(model, arguments.rho_exclude)
+    devices = sorted({str(weight.device) for weight in weights})
+    if len(devices) > 1:
+        raise NotImplementedError(
+            f"The model's weights are on several devices of one process ({', '.join(devices)}), whose random numbers and norms XSAM "
+            "does not follow: load it without `device_map`, and train with DDP or FSDP2, or set `rho` to 0."
+        )
     for name, weight in model.named_parameters():
         if weight.requires_grad and weight._post_accumulate_grad_hooks:
             raise NotImplementedError(

@@ -92,7 +92,10 @@ def random_subset(inputs: Any, fraction: float, key: Sequence[int]) -> tuple[Ten
     if batch is None or count == size:
         return None, 1.0
     chosen = np.sort(np.random.default_rng(list(key)).choice(size, count, replace=False))
-    return torch.from_numpy(chosen).to(batch.device), count / size
+    subset = torch.from_numpy(chosen)
+    if batch.is_cuda:
+        subset = subset.pin_memory()  # or the copy would wait for the device
+    return subset.to(batch.device, non_blocking=True), count / size
 
 
 def _cut(inputs: Any, subset: Tensor) -> Any:

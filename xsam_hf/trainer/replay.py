@@ -112,7 +112,17 @@ class ReplayMixin(_Trainer):
                 for module in model.modules():
                     if isinstance(module, FSDPModule):
                         module.reshard()
+        self._xsam_wait_for_offload(model)
         return self.accelerator.reduce(loss, reduction="mean")
+
+    def _xsam_wait_for_offload(self, model: nn.Module) -> None:
+        """
+        FSDP2's CPU offload copies pinned shards to the device without waiting, and the next probe writes over them.
+
+        A backward pass waits for itself, one without it does not.
+        """
+        if self.args.device.type != "cpu" and next(model.parameters()).device.type == "cpu":
+            torch.accelerator.synchronize()
 
     def _xsam_pass_again(
         self, model: nn.Module, micro_batch: MicroBatch, micro_batches: Sequence[MicroBatch], whole: bool

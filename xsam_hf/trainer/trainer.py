@@ -14,9 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from ..arguments import XSAMArguments
+from ..arithmetic import copy_
+from ..geometry import together
 from ..pass_state import RandomState
 from ..schedule import ascends_at
 from ..weights import drop_gradients
@@ -104,6 +107,14 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
         return micro_batch.loss
 
     @property
+    def _xsam_is_logged(self) -> bool:
+        """Whether a log follows the coming update, as far as can be told: SAM needs no angle, it is measured for logs alone."""
+        if self.args.logging_strategy != IntervalStrategy.STEPS:
+            return True
+        step = self.state.global_step + 1
+        return step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
+
+    @property
     def _xsam_may_wait(self) -> bool:
         """
         Whether the coming update may wait for the device, to see what its first pass moves: a searching one does anyhow.
@@ -145,6 +156,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
                 ascend=ascend,
                 before=micro_batches[0].before,
                 loss_scaling=self.accelerator.scaler is not None,
+                measure=arguments.searches or self._xsam_is_logged,
             )
         callback.step_due = True
         self._xsam_updates += 1
@@ -268,9 +280,16 @@ def _average_over_processes(weights: Sequence[Tensor]) -> None:
     """The mean of every gradient over processes, in place; a weight that only some of them used counts zero elsewhere."""
     used = torch.tensor([weight.grad is not None for weight in weights], dtype=torch.int32, device=weights[0].device)
     dist.all_reduce(used, op=dist.ReduceOp.MAX)
+    gradients = []
     for weight, somewhere in zip(weights, used.tolist(), strict=True):
         if somewhere:
-            if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
-            dist.all_reduce(weight.grad)
-            weight.grad.div_(dist.get_world_size())
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            gradients.append(weight.grad)
+    for kind in {(gradient.device, gradient.dtype): None for gradient in gradients}:
+        # As DDP does: one reduction for many gradients, which stand in one piece of memory for it.
+        for (some,) in together([gradient for gradient in gradients if (gradient.device, gradient.dtype) == kind]):
+            flat = torch.cat([gradient.reshape(-1) for gradient in some])
+            dist.all_reduce(flat)
+            flat.div_(dist.get_world_size())
+            parts = flat.split([gradient.numel() for gradient in some])
+            copy_(some, [part.view_as(gradient) for part, gradient in zip(parts, some, strict=True)])

@@ -1,0 +1,141 @@
+"""
+Arithmetic on vectors, which are lists of tensors: in place, one call for all tensors of a device and a dtype.
+
+A factor that lives on a CPU is a number, which saves a pass over the memory. On another device it stays there: reading it would
+wait for the device.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .geometry import local, number, together
+
+
+_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def copy_(y: Sequence[Tensor], x: Sequence[Tensor]) -> None:
+    r"""$y \leftarrow x$."""
+    for ys, xs in groups(y, x):
+        torch._foreach_copy_(ys, xs)
+
+
+def clone(x: Sequence[Tensor]) -> list[Tensor]:
+    """A copy of x."""
+    parts = local(x)
+    if len({(part.device, part.dtype) for part in parts}) == 1:
+        return list(torch._foreach_clone(parts))
+    return [part.clone() for part in parts]
+
+
+def scale_(x: Sequence[Tensor], factor: Tensor | float) -> None:
+    r"""$x \leftarrow a\,x$, rounded once."""
+    for (xs,) in groups(x):
+        a = number_or_tensor(factor)
+        if not isinstance(a, Tensor):
+            torch._foreach_mul_(xs, a)
+        elif xs[0].dtype in (torch.float32, torch.float64):
+            torch._foreach_mul_(xs, a.to(xs[0].device, xs[0].dtype))
+        else:
+            # A factor in half precision would be rounded itself, and one of another dtype is multiplied tensor by tensor.
+            a = a.to(xs[0].device, torch.float32)
+            torch._amp_foreach_non_finite_check_and_unscale_(xs, torch.zeros_like(a).view(1), a.view(1))
+
+
+def add_(y: Sequence[Tensor], x: Sequence[Tensor], factor: Tensor | float = 1.0, keep: bool = False) -> None:
+    r"""
+    $y \leftarrow y + a\,x$.
+
+    Args:
+        y, x (`Sequence[torch.Tensor]`): of equal shapes and dtypes.
+        factor (`torch.Tensor` or `float`, *optional*, defaults to 1.0): a.
+        keep (`bool`, *optional*, defaults to `False`): leave x as it is; otherwise it is used up.
+    """
+    a = number_or_tensor(factor)
+    for ys, xs in groups(y, x):
+        if not isinstance(a, Tensor):
+            torch._foreach_add_(ys, xs, alpha=a)
+        elif not keep:
+            scale_(xs, a)
+            torch._foreach_add_(ys, xs)
+        else:
+            for some, others in together(ys, xs):
+                scaled = torch._foreach_clone(others)
+                scale_(scaled, a)
+                torch._foreach_add_(some, scaled)
+                del scaled  # before the next one is made
+
+
+def subtract_(y: Sequence[Tensor], x: Sequence[Tensor]) -> None:
+    r"""$y \leftarrow y - x$."""
+    for ys, xs in groups(y, x):
+        torch._foreach_sub_(ys, xs)
+
+
+def zero_unless(condition: Tensor, x: Sequence[Tensor]) -> None:
+    """
+    Zeroes the vector, in place, where the 0-dim condition is false.
+
+    A product with 0 would keep NaN; that of the bits, read as a whole number, with 0 or 1 does not.
+    """
+    for (xs,) in groups(x):
+        if condition.device.type == "cpu":
+            if not number(condition):
+                torch._foreach_zero_(xs)
+        else:
+            whole = _WHOLE[xs[0].element_size()]
+            torch._foreach_mul_([part.view(whole) for part in xs], condition.to(xs[0].device, whole))
+
+
+def average_(d: Sequence[Tensor], g: Sequence[Tensor], share: float, condition: Tensor, less: float = 0.0) -> None:
+    r"""
+    $d \leftarrow (1-s)\,d + s\,g$ where the 0-dim condition holds; before that, $g \leftarrow g - b\,d$.
+
+    Args:
+        d, g (`Sequence[torch.Tensor]`): of equal shapes and dtypes.
+        share (`float`): s.
+        condition (`torch.Tensor`): whether g is finite.
+        less (`float`, *optional*, defaults to 0.0): b.
+    """
+    for ds, gs in groups(d, g):
+        for some, others in together(ds, gs):
+            change = torch._foreach_sub(others, some)
+            zero_unless(condition, change)
+            if less:
+                torch._foreach_add_(others, some, alpha=-less)
+            torch._foreach_add_(some, change, alpha=share)
+            del change
+
+
+def multiply_by_sizes_(g: Sequence[Tensor], w: Sequence[Tensor], plus: float) -> None:
+    r"""$g \leftarrow (|w| + \eta)\,g$, element by element."""
+    for gs, ws in groups(g, w):
+        for some, others in together(gs, ws):
+            sizes = torch._foreach_abs(others)
+            torch._foreach_add_(sizes, plus)
+            torch._foreach_mul_(some, sizes)
+            del sizes
+
+
+def number_or_tensor(factor: Tensor | float) -> Tensor | float:
+    """A factor that lives on a CPU as a number, another one as it is."""
+    return number(factor) if isinstance(factor, Tensor) and factor.device.type == "cpu" else factor
+
+
+def groups(*vectors: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
+    """The local parts of some vectors, those of one device and one dtype of the first together."""
+    parts = [local(vector) for vector in vectors]
+    kinds = {(part.device, part.dtype) for part in parts[0]}
+    if len(kinds) == 1:
+        yield tuple(parts)
+        return
+    groups = defaultdict(list)
+    for members in zip(*parts, strict=True):
+        groups[members[0].device, members[0].dtype].append(members)
+    for alike in groups.values():
+        yield tuple(map(list, zip(*alike, strict=True)))
