@@ -79,6 +79,19 @@ def collect(group: Path) -> tuple[dict, dict[str, list[dict]]]:
     return {"common": common, "runs": [without(run, common) for run in runs]}, results
 
 
+def keep(group: Path) -> dict[str, list[dict]]:
+    """Writes the finished runs of a folder of runs/ to the file of the same name in results/, and returns them by method."""
+    kept, results = collect(group)
+    write(kept, group)
+    return results
+
+
+def write(kept: dict, group: Path) -> None:
+    path = ROOT / "results" / f"{group.resolve().name}.json"
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, json.dumps(kept, indent=1) + "\n")
+
+
 def read(path: Path) -> dict[str, list[dict]]:
     """
     The whole results of each method in a file that `collect` made.
@@ -121,9 +134,7 @@ def main(argv: Sequence[str]) -> None:
         make_cells(make_rows(results, args.metric, args.split), args.metric, args.baselines, args.split)
     )
     if kept is not None:
-        path = ROOT / "results" / f"{source.resolve().name}.json"
-        path.parent.mkdir(exist_ok=True)
-        write_whole(path, json.dumps(kept, indent=1) + "\n")
+        write(kept, source)
     print(table)
 
 

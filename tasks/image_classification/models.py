@@ -1,9 +1,15 @@
-"""The models: ViT-Ti for 32×32 images as in the paper's comparison, and a ViT and a residual CNN that a laptop's CPU can train."""
+"""The models: ViT-Ti as in the paper's comparison, and a ViT and a residual CNN that a laptop's CPU can train."""
 
 from functools import partial
 
 from torch import nn
-from transformers import PreTrainedModel, ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 from transformers.models.resnet.modeling_resnet import ResNetConvLayer
 
 from tasks.image_classification.catalogue import DATASETS, Images
@@ -16,10 +22,8 @@ MODELS = (*VITS, *RESNETS)
 
 class SmallResNetForImageClassification(ResNetForImageClassification):
     """
-    Transformers' ResNet for images of 8×8 to 32×32 pixels, as He et al. 2016 (arXiv:1512.03385, section 4.2) have it for CIFAR.
-
-    The stem is a 3×3 convolution without pooling instead of ImageNet's 7×7, which would leave 2×2 of an 8×8 image. It has stride 2
-    for images of more than 16 pixels (`config.image_size`), which costs a quarter.
+    Transformers' ResNet with the stem for small images of He et al. 2016 (arXiv:1512.03385, section 4.2): a 3×3 convolution and
+    no pooling. ImageNet's would leave 2×2 of an 8×8 image. Images of more than 16 pixels (`config.image_size`) are halved by it.
     """
 
     def __init__(self, config: ResNetConfig):
@@ -38,8 +42,8 @@ def build(name: str, dataset: str, dropout: float = 0.0) -> PreTrainedModel:
 
     `vit-ti` is the ViT-Ti of Zhao et al. 2022 ("Penalizing Gradient Norm", whose settings the XSAM paper follows): 192 wide,
     12 layers, 3 heads, MLP 768; 5.38 M parameters for 100 classes. `vit-small` is 64 wide and has 4 layers. Patches are 4×4 for
-    32×32 images, 7×7 for 28×28, 2×2 for 8×8. `resnet-small` is a [`SmallResNetForImageClassification`] of one basic block in each of three
-    stages of 8, 16 and 32 channels: 20 thousand parameters.
+    32×32 images, 7×7 for 28×28, 2×2 for 8×8. `resnet-small` is a [`SmallResNetForImageClassification`] of three stages of one
+    basic block, with 8, 16 and 32 channels: 20 thousand parameters.
 
     Raises:
         `ValueError`: there is no such model, or dropout is asked of one that has none.
@@ -50,7 +54,9 @@ def build(name: str, dataset: str, dropout: float = 0.0) -> PreTrainedModel:
     if name in VITS:
         return _vit(name, images, dropout)
     if dropout:
-        raise ValueError(f"`dropout` is {dropout}, and {name} has no dropout: leave it out, or choose one of {', '.join(VITS)}.")
+        raise ValueError(
+            f"`dropout` is {dropout}, and {name} has no dropout: leave it out, or choose one of {', '.join(VITS)}."
+        )
     channels = RESNETS[name]
     return SmallResNetForImageClassification(
         ResNetConfig(
