@@ -140,6 +140,11 @@ def best_rho(scores: Mapping[float, Sequence[float]]) -> float:
     return max(sorted(scores), key=lambda rho: statistics.mean(scores[rho]))
 
 
+def chosen(setting: str) -> dict[str, float]:
+    """The `rho` of each method that has one, as the tuning chose it."""
+    return {method: best_rho(scores) for method, scores in tuning(setting).items()}
+
+
 def tune(setting: str, method: str, jobs: int) -> None:
     """Trains until the best `rho` stands inside its grid."""
     of, start = SETTINGS[setting], METHODS[method].stretch * recipe(setting)["rho"]
@@ -186,13 +191,13 @@ def main(argv: Sequence[str]) -> None:
             keep(ROOT / "runs" / f"{args.setting}-tuning")
     if args.tune_only:
         return
-    chosen = {method: best_rho(scores) for method, scores in tuning(args.setting).items()}
+    rhos = chosen(args.setting)
     seeds = range(of.seeds) if args.seeds is None else args.seeds
     # Seeds outside, methods inside: an interrupted comparison holds pairs.
     for seed in seeds:
         run_or_exit(
             [
-                Run(TASK, of.recipe, args.setting, method, seed, flags(args.setting, method, chosen.get(method)))
+                Run(TASK, of.recipe, args.setting, method, seed, flags(args.setting, method, rhos.get(method)))
                 for method in args.methods
             ],
             args.jobs,

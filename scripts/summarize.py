@@ -127,12 +127,12 @@ def main(argv: Sequence[str]) -> None:
             f"There is no {args.source}, here or in {ROOT}: give a folder of runs/, or a file of results/."
         )
     kept, results = collect(source) if source.is_dir() else (None, read(source))
-    if missing := [name for name in args.baselines if name not in results]:
-        raise ValueError(f"There is no run of the baseline {', '.join(missing)}: choose among {', '.join(results)}.")
     check_metric(results, args.metric, args.split)
-    table = to_markdown(
-        make_cells(make_rows(results, args.metric, args.split), args.metric, args.baselines, args.split)
-    )
+    rows = make_rows(results, args.metric, args.split)
+    names = [row.name for row in rows]
+    if missing := [name for name in args.baselines if name not in names]:
+        raise ValueError(f"There is no run of the baseline {', '.join(missing)}: choose among {', '.join(names)}.")
+    table = to_markdown(make_cells(rows, args.metric, args.baselines, args.split))
     if kept is not None:
         write(kept, source)
     print(table)
