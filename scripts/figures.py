@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
@@ -65,12 +66,22 @@ def plot_curves(runs: Mapping[str, Sequence[FinishedRun]], metric: str) -> Figur
             axes.yaxis.set_major_formatter(PercentFormatter(1))
         if key == "loss":
             axes.set_yscale("log")
+        elif key != learnt:
+            _cut_the_start(axes)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if handles:
         legend = figure.legend(handles, labels, loc="outside lower center", ncols=len(handles))
         for line in legend.get_lines():
             line.set(lw=3, alpha=1)
     return figure
+
+
+def _cut_the_start(axes: Axes) -> None:
+    """Leaves the axis to what the later halves of the lines are about: a first epoch can be far below."""
+    later = [value for line in axes.lines for value in list(line.get_ydata())[len(line.get_ydata()) // 2 :]]
+    if later:
+        bottom = min(later) - (max(later) - min(later)) / 2
+        axes.set_ylim(bottom=max(bottom, axes.get_ylim()[0]))
 
 
 def plot_searches(runs: Mapping[str, Sequence[FinishedRun]]) -> Figure:

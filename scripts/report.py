@@ -16,7 +16,7 @@ import numpy as np
 
 from scripts.figures import draw, plot_curves, plot_searches
 from scripts.group import FinishedRun, check_metric, load_group
-from scripts.table import Row, equal_passes, make_cells, make_rows, paired_difference, to_markdown
+from scripts.table import BEST_EPOCH, Row, equal_passes, make_cells, make_rows, paired_difference, to_markdown
 from tasks.command import Parser, run
 from tasks.files import write_whole
 
@@ -31,7 +31,7 @@ def join(names: Sequence[str]) -> str:
 def compare_passes(rows: Sequence[Row]) -> list[str]:
     sentences = []
     unit = min(row.backward for row in rows)
-    for group in equal_passes(rows):
+    for group in equal_passes([row for row in rows if not row.name.endswith(BEST_EPOCH)]):
         names, passes = join([row.name for row in group]), f"{group[0].backward / unit:.2f}"
         if len(group) == 1:
             sentences.append(f"{names} made {passes} times the cheapest row's backward passes, and no other row did.")
@@ -47,14 +47,14 @@ def compare_passes(rows: Sequence[Row]) -> list[str]:
 
 
 def conclude(rows: Sequence[Row], metric: str, baselines: Sequence[str]) -> list[str]:
-    """What the differences to baselines that made as many passes, or more, allow to be said."""
+    """What the differences at equal passes allow to be said; a best epoch is compared with, and not compared."""
     sentences = []
-    for position, name in enumerate(baselines):
-        (reference,) = (row for row in rows if row.name == name)
-        for row in rows:
+    for group in equal_passes(rows):
+        references = [row for name in baselines for row in group if row.name == name]
+        for position, reference in enumerate(references):
             # Of two baselines only one is compared with the other.
-            if row.name not in baselines[: position + 1] and round(row.backward) <= round(reference.backward):
-                sentences.append(compare(row, reference, metric))
+            others = (row for row in group if row not in references[: position + 1])
+            sentences += [compare(row, reference, metric) for row in others if not row.name.endswith(BEST_EPOCH)]
     return sentences
 
 

@@ -14,6 +14,7 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from scripts.run_seeds import ROOT, Run, run_or_exit
 from scripts.summarize import keep, read
@@ -55,31 +56,48 @@ METHODS = {
 }
 
 
+# In tables: plain training, then by what an update costs.
+ORDER = ("base", "base-2x", "base, best epoch", "base-2x, best epoch", *list(METHODS)[2:])
+
+
 @dataclass(frozen=True)
 class Setting:
     """
     Args:
         recipe (`str`): of the image task.
-        title (`str`): for the tables.
+        short, title (`str`): for the head of a column, and of a table.
         flags (`str`): for all runs.
         base_flags (`str`): for the runs of `base` and `base-2x`, whose best epoch is looked for.
         seeds (`int`): how many.
+        earlier (`str`, *optional*): a file of results/ with an older study of the same recipe, whose methods have the task's names.
     """
 
     recipe: str
+    short: str
     title: str
     flags: str = ""
     base_flags: str = ""
     seeds: int = 10
+    earlier: str | None = None
 
 
 SETTINGS = {
-    "digits-noise": Setting("digits-noise-resnet-small", "digits, 30 % of the labels wrong, residual CNN, SGD"),
+    "digits-noise": Setting(
+        "digits-noise-resnet-small", "digits, CNN", "Digits, 30 % of the labels wrong, residual CNN, SGD"
+    ),
     "fashion-noise": Setting(
         "fashion-mnist-noise-resnet-small",
+        "Fashion-MNIST, CNN",
         "Fashion-MNIST, 1,000 images, 20 % of the labels wrong, residual CNN, SGD",
         base_flags="--eval_strategy steps --eval_steps 32",
         seeds=5,
+    ),
+    "fashion-noise-vit": Setting(
+        "fashion-mnist-noise-vit-small",
+        "Fashion-MNIST, ViT",
+        "Fashion-MNIST, 300 images, 20 % of the labels wrong, small ViT, AdamW",
+        seeds=5,
+        earlier="noise",
     ),
 }
 
@@ -117,6 +135,18 @@ def extend(first: int, last: int, scores: Sequence[float]) -> tuple[int, int]:
     return first, last
 
 
+def results(setting: str) -> dict[str, list[dict]]:
+    """The results of each method of the study, from results/; empty if there are none."""
+    of, found = SETTINGS[setting], {}
+    if of.earlier is not None:
+        for name, runs in read(ROOT / "results" / f"{of.earlier}.json").items():
+            found[name.replace("sgd", "base")] = runs
+    path = ROOT / "results" / f"{setting}.json"
+    if path.is_file():
+        found.update(read(path))
+    return {method: found[method] for method in METHODS if method in found}
+
+
 def tuning(setting: str) -> dict[str, dict[float, list[float]]]:
     """
     What the tuning gave: the validation accuracies of the seeds for each `rho`, by method.
@@ -124,15 +154,19 @@ def tuning(setting: str) -> dict[str, dict[float, list[float]]]:
     Raises:
         `ValueError`: the setting has not been tuned.
     """
-    path = ROOT / "results" / f"{setting}-tuning.json"
-    if not path.is_file():
-        raise ValueError(f"There is no {path.relative_to(ROOT)}: scripts/run study {setting} makes it.")
+    earlier = SETTINGS[setting].earlier
+    files = [ROOT / "results" / f"{name}-tuning.json" for name in (earlier, setting) if name is not None]
+    if not any(file.is_file() for file in files):
+        raise ValueError(f"There is no {files[-1].relative_to(ROOT)}: scripts/run study {setting} makes it.")
     found: dict[str, dict[float, list[float]]] = {}
-    for name, runs in read(path).items():
-        for one in runs:
-            accuracies = found.setdefault(name.rpartition("-rho-")[0], {}).setdefault(one["arguments"]["rho"], [])
-            accuracies.append(one["metrics"]["validation"]["accuracy"])
-    return {method: dict(sorted(values.items())) for method, values in found.items()}
+    for file in filter(Path.is_file, files):
+        for name, runs in read(file).items():
+            # The older studies' names are the task's, with numbers after them.
+            method = name.rpartition("-rho-")[0] or runs[0]["method"]
+            if method in METHODS:
+                scores = found.setdefault(method, {})
+                scores[runs[0]["arguments"]["rho"]] = [run["metrics"]["validation"]["accuracy"] for run in runs]
+    return {method: dict(sorted(scores.items())) for method, scores in found.items()}
 
 
 def best_rho(scores: Mapping[float, Sequence[float]]) -> float:
@@ -166,12 +200,12 @@ def tune(setting: str, method: str, jobs: int) -> None:
             for rho in grid(start, *ends)
         }
         run_or_exit([run for seeds in runs.values() for run in seeds], jobs)
-        results = {
+        found = {
             rho: [json.loads((ROOT / run.folder / "result.json").read_bytes()) for run in seeds]
             for rho, seeds in runs.items()
         }
         scores = [
-            statistics.mean(result["metrics"]["validation"]["accuracy"] for result in results[rho]) for rho in results
+            statistics.mean(result["metrics"]["validation"]["accuracy"] for result in found[rho]) for rho in found
         ]
         ends = extend(*ends, scores)
 

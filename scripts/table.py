@@ -110,8 +110,17 @@ def equal_passes(rows: Sequence[Row]) -> list[list[Row]]:
     return [list(group) for _, group in groupby(rows, key=lambda row: round(row.backward))]
 
 
-def make_cells(rows: Sequence[Row], metric: str, baselines: Sequence[str], split: str = "test") -> list[list[str]]:
-    """The table as text, its first line the header. Passes are multiples of the cheapest row's."""
+def make_cells(
+    rows: Sequence[Row], metric: str, baselines: Sequence[str], split: str = "test", seconds: bool = True
+) -> list[list[str]]:
+    """
+    The table as text, its first line the header. Passes are multiples of the cheapest row's.
+
+    Args:
+        rows, baselines: the methods, and the names of those to take differences to.
+        metric, split (`str`): which score.
+        seconds (`bool`, *optional*, defaults to `True`): `False` where other processes shared the machine.
+    """
     named = {row.name: row for row in rows}
     forward, backward = (min(passes) for passes in zip(*((row.forward, row.backward) for row in rows), strict=True))
     noisy = any(row.learnt is not None for row in rows)
@@ -122,7 +131,7 @@ def make_cells(rows: Sequence[Row], metric: str, baselines: Sequence[str], split
         *["wrong labels learnt"] * noisy,
         "passes",
         "forward",
-        "s",
+        *["s"] * seconds,
         "seeds",
     ]
     lines = [header]
@@ -136,7 +145,7 @@ def make_cells(rows: Sequence[Row], metric: str, baselines: Sequence[str], split
                 *["" if row.learnt is None else f"{row.learnt:.0%}"] * noisy,
                 f"{row.backward / backward:.2f}",
                 f"{row.forward / forward:.2f}",
-                f"{row.seconds:.0f}",
+                *[f"{row.seconds:.0f}"] * seconds,
                 str(len(row.values)),
             ]
         )
