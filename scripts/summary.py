@@ -1,5 +1,6 @@
 """
-Writes what the study found into RESULTS.md, between its two marks: one table of all settings and methods, and one for each setting.
+Writes what the study found into RESULTS.md, between its two marks: one table of all settings and methods, and one for each setting; and
+docs/gain.svg, the gains against the passes that they cost.
 
     scripts/run summary             # after scripts/run study
     scripts/run summary --check     # writes nothing, and fails if RESULTS.md says something else than results/
@@ -10,7 +11,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from scripts import study
+from matplotlib.figure import Figure
+
+from scripts import study, svg
 from scripts.run_seeds import ROOT
 from scripts.table import BEST_EPOCH, Row, format_difference, make_cells, make_rows, paired_difference, to_markdown
 from tasks.command import Parser, run
@@ -44,6 +47,33 @@ def overview(settings: Mapping[str, Mapping[str, Row]]) -> str:
     return to_markdown(cells)
 
 
+def draw(settings: Mapping[str, Mapping[str, Row]]) -> Figure:
+    """A panel for each setting: the gain of each method, with its 95 % interval, against its passes."""
+    figure, panels = svg.make(len(settings), figsize=(4.2 * len(settings), 4), squeeze=False)
+    for axes, (setting, rows) in zip(panels[0], settings.items(), strict=True):
+        for number, name in enumerate(name for name in study.METHODS if name in rows):
+            row = rows[name]
+            difference = paired_difference(row, equal_base(row, rows))
+            if difference is None or row in (rows["base"], rows["base-2x"]):
+                continue
+            passes = row.backward / rows["base"].backward
+            points = axes.errorbar(passes, difference.mean, yerr=difference.margin, fmt="o", capsize=3)
+            place = (-6, -12) if passes > 1.5 else (6, -12 if number % 2 else 4)
+            axes.annotate(
+                name,
+                (passes, difference.mean),
+                xytext=place,
+                textcoords="offset points",
+                ha="right" if passes > 1.5 else "left",
+                fontsize=8,
+                color=points[0].get_color(),
+            )
+        axes.set(title=study.SETTINGS[setting].short, xlabel="passes an update", ylabel="points above the base")
+        axes.axhline(0, color="gray", lw=0.8)
+        axes.margins(x=0.3)
+    return figure
+
+
 def describe_tuning(setting: str) -> str:
     """Which `rho` each method has, among which, and whether the best stood at an end."""
     parts = []
@@ -68,13 +98,22 @@ def section(setting: str, rows: Sequence[Row]) -> str:
     )
 
 
+def rows_of_settings() -> dict[str, list[Row]]:
+    """The rows of each setting that has results."""
+    found = {setting: study.results(setting) for setting in study.SETTINGS}
+    return {setting: make_rows(results, "accuracy") for setting, results in found.items() if results}
+
+
+def named(rows: Sequence[Row]) -> dict[str, Row]:
+    return {row.name: row for row in rows}
+
+
 def summary() -> str:
     """All of it, from the files of results/."""
-    rows = {
-        setting: make_rows(results, "accuracy") for setting in study.SETTINGS if (results := study.results(setting))
-    }
-    named = {setting: {row.name: row for row in of} for setting, of in rows.items()}
-    return "\n\n".join([overview(named), *(section(setting, of) for setting, of in rows.items())])
+    settings = rows_of_settings()
+    table = overview({setting: named(rows) for setting, rows in settings.items()})
+    picture = "![Points above the base at equal passes, against passes](docs/gain.svg)"
+    return "\n\n".join([table, picture, *(section(setting, rows) for setting, rows in settings.items())])
 
 
 def replaced(text: str) -> str:
@@ -96,6 +135,10 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("RESULTS.md does not say what results/ does: scripts/run summary writes it anew.")
     if not args.check:
         write_whole(path, new)
+        (ROOT / "docs").mkdir(exist_ok=True)
+        svg.save(
+            draw({setting: named(rows) for setting, rows in rows_of_settings().items()}), ROOT / "docs" / "gain.svg"
+        )
 
 
 if __name__ == "__main__":

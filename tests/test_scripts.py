@@ -1008,6 +1008,8 @@ def test_the_summary_is_paired_with_the_base_at_equal_passes(summarized):
     ]
     assert "sam 0.4 of 0.2, 0.4, 0.8" in text and "fraction.1 0.8 (at the end of its grid) of 0.4, 0.8" in text
     assert "minus base-2x, best epoch" in text
+    drawn = (summarized / "docs" / "gain.svg").read_text()
+    assert drawn.count("<!-- sam -->") == drawn.count("<!-- fraction.1 -->") == 1 and "<!-- base" not in drawn
 
 
 def test_a_summary_that_is_not_what_the_results_say_is_told(summarized):
