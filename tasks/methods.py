@@ -17,6 +17,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "lsam+": {"direction": "lsam+", "ascent_steps": 2},
     "msam": {"direction": "msam", "ascent_steps": 2},
     "msam+": {"direction": "msam+", "ascent_steps": 2},
+    "stale-sam": {"perturbation": "stale", "alpha": 1.0},
+    "stale-xsam": {"perturbation": "stale"},
     "xsam": {},
     "xsam+asam": {"perturbation": "asam"},
 }
@@ -41,6 +43,8 @@ def name_of(args: Any) -> str:
     name = args.direction if args.direction != "arc" else {None: "xsam", 1.0: "sam"}.get(args.alpha, "wsam")
     if args.perturbation == "sam":
         return name
+    if args.perturbation == "stale":
+        return f"stale-{name}"
     return args.perturbation if name == "sam" else f"{name}+{args.perturbation}"
 
 

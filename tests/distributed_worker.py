@@ -106,6 +106,15 @@ SCENARIOS = {
         {"ascent_scope": "micro", "optim": "adamw_torch", "weight_decay": 0.1, "ddp_find_unused_parameters": True},
     ),
     "vasso": (Classifier, {"perturbation": "vasso", "alpha": 1.7}),
+    "stale": (
+        Classifier,
+        {
+            "perturbation": "stale",
+            "alpha_search_steps": 3,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+        },
+    ),
     "msam+": (Classifier, {"direction": "msam+", "ascent_steps": 2, "gradient_scale": "slope"}),
     "slope_max": (Classifier, {"perturbation": "asam", "gradient_scale": "slope_max"}),
     "every other": (Classifier, {"sharpness_every": 2, "rho_exclude": ["^first.bias$"]}),

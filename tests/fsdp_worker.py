@@ -23,6 +23,7 @@ SCENARIOS = {
     "accumulation": {"gradient_accumulation_steps": 2},
     "asam": {"perturbation": "asam", "gradient_scale": "slope_max"},
     "vasso": {"perturbation": "vasso", "alpha": 1.7},
+    "stale": {"perturbation": "stale", "alpha_search_steps": 3, "gradient_accumulation_steps": 2},
     "msam+": {"direction": "msam+", "ascent_steps": 2, "gradient_scale": "mean"},
     "every other": {"sharpness_every": 2, "rho_exclude": ["wpe"]},
 }
@@ -88,7 +89,7 @@ def main(directory):
     for name in SCENARIOS:
         reductions.clear()
         results[name] = {**result(run(directory, name, batch)), "reductions": list(reductions)}
-    for name in ("xsam", "vasso"):
+    for name in ("xsam", "vasso", "stale"):
         settings = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "learning_rate": 0.01}
         whole = run(directory / "whole", name, batch, **settings)
         checkpoint = str(directory / "whole" / name / "checkpoint-3")

@@ -103,6 +103,33 @@ class Method:
         return np.where(free, size * v, gradients[-1])
 
 
+class Stale:
+    """One pass an update, where the average of the updates before points: m ← β m + (1−β) g/‖g‖, from 0."""
+
+    def __init__(self, decay=0.5, frozen=None):
+        self.decay, self.frozen, self.average, self.alpha = decay, frozen, None, 1.0
+
+    def update(self, theta, loss, gradient, rho, alpha=1.0, rho_max=0.0, search=False):
+        """The direction, the loss of the only pass, and α after it (if none is given: 1, or where a search found the top)."""
+        free = np.ones(len(theta), bool) if self.frozen is None else ~self.frozen
+        m, point, searched = self.average, theta, alpha is None
+        if m is not None:
+            point = theta + rho * m / np.linalg.norm(m)
+        g, seen = gradient(point), loss(point)
+        moving = np.where(free, g, 0)
+        size, direction = np.linalg.norm(moving), g
+        unit = moving / size
+        if m is not None:
+            v0 = m / np.linalg.norm(m)
+            if searched and search:
+                grid = np.linspace(0, 2, 21)
+                self.alpha = grid[np.argmax([loss(theta + rho_max * rotate(v0, unit, a)) for a in grid])]
+            alpha = self.alpha if searched else alpha
+            direction = np.where(free, size * rotate(v0, unit, alpha), g)
+        self.average = (1 - self.decay) * unit + (0 if m is None else self.decay * m)
+        return direction, seen, self.alpha if searched else alpha
+
+
 class SGD:
     def __init__(self, lr, momentum=0.0):
         self.lr, self.momentum, self.velocity = lr, momentum, None

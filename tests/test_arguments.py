@@ -61,6 +61,7 @@ BAD = [
     ("vasso_decay", 0.0),
     ("fsam_sigma", -1.0),
     ("fsam_lambda", 1.0),
+    ("stale_decay", 1.0),
     ("rho", None),
     ("rho", "0.05"),
     ("alpha", "auto"),
@@ -139,6 +140,7 @@ def test_defaults_are_the_papers():
         "vasso_decay": 0.4,
         "fsam_sigma": 1.0,
         "fsam_lambda": 0.9,
+        "stale_decay": 0.5,
     }
     assert arguments.alphas == pytest.approx([i / 10 for i in range(21)])
     assert XSAMArguments(alpha_max=1.5, alpha_samples=4).alphas == [0, 0.5, 1.0, 1.5]

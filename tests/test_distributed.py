@@ -30,6 +30,7 @@ SAME = {
     "adamw": {"per_device_train_batch_size": 16, "optim": "adamw_torch", "learning_rate": 0.01, "adam_epsilon": 1e-3},
     "used": {"per_device_train_batch_size": 16},
     "vasso": {"per_device_train_batch_size": 16, "perturbation": "vasso", "alpha": 1.7},
+    "stale": {"per_device_train_batch_size": 16, "perturbation": "stale", "alpha_search_steps": 3},
     "msam+": {"per_device_train_batch_size": 16, "direction": "msam+", "ascent_steps": 2, "gradient_scale": "slope"},
     "slope_max": {"per_device_train_batch_size": 16, "perturbation": "asam", "gradient_scale": "slope_max"},
     "every other": {"per_device_train_batch_size": 16, "sharpness_every": 2, "rho_exclude": ["^first.bias$"]},

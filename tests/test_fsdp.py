@@ -54,13 +54,13 @@ def test_shards_equal_whole_weights(ranks, whole, name):
 def test_scenarios_differ(whole):
     found = {
         name: whole(name)["weights"]
-        for name in ("xsam", "sam", "three steps", "asam", "vasso", "msam+", "every other")
+        for name in ("xsam", "sam", "three steps", "asam", "vasso", "stale", "msam+", "every other")
     }
     for name, weights in found.items():
         assert all((weights - other).abs().max() > 1e-4 for n, other in found.items() if n != name), name
 
 
-@pytest.mark.parametrize("name", ["xsam", "vasso"])
+@pytest.mark.parametrize("name", ["xsam", "vasso", "stale"])
 def test_resume_is_bitwise(ranks, name):
     for rank in ranks:
         uninterrupted, resumed = rank[f"resume {name}"]

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
-Perturbation = Literal["sam", "asam", "vasso", "fsam"]
+Perturbation = Literal["sam", "asam", "vasso", "fsam", "stale"]
 Direction = Literal["arc", "lsam", "lsam+", "msam", "msam+"]
 GradientScale = Literal["last", "first", "mean", "max", "slope", "slope_max"]
 
@@ -36,6 +36,7 @@ _RANGES: list[tuple[str, Callable[[float], bool], str]] = [
     ("vasso_decay", lambda v: 0 < v <= 1, "a share above 0, up to 1 (the authors' is 0.4)"),
     ("fsam_sigma", lambda v: v >= 0, "0 or more (the authors' is 1)"),
     ("fsam_lambda", lambda v: 0 <= v < 1, "a share from 0 to below 1 (the authors' is 0.6 to 0.95)"),
+    ("stale_decay", lambda v: 0 <= v < 1, "a share from 0 to below 1 (0.5 did best)"),
 ]
 
 
@@ -50,7 +51,7 @@ class XSAMArguments:
     - the search for α: `alpha_max`, `alpha_samples`, `alpha_search_steps`;
     - which weights, and whose gradients: `rho_exclude`, `ascent_scope`, `perturbation_dtype`;
     - fewer than two passes an update: `ascent_fraction`, `sharpness_start`, `sharpness_end`, `sharpness_every`;
-    - of one perturbation alone: `asam_eta`, `asam_scope`, `vasso_decay`, `fsam_sigma`, `fsam_lambda`.
+    - of one perturbation alone: `asam_eta`, `asam_scope`, `vasso_decay`, `fsam_sigma`, `fsam_lambda`, `stale_decay`.
 
     Raises:
         `ValueError`: a value is out of range or unknown; the message names the field, the value and the way out.
@@ -72,7 +73,8 @@ class XSAMArguments:
         default="sam",
         metadata={
             "help": "Where to climb: along the gradient (sam), scaled by the weights' sizes (asam), along a running average "
-            "(vasso), or away from one (fsam)."
+            "(vasso), away from one (fsam), or along a running average of earlier updates' gradients (stale). The last takes one "
+            "pass an update, and the reported loss is L(θ_0 + ε)."
         },
     )
     direction: Direction = field(
@@ -165,6 +167,13 @@ class XSAMArguments:
         default=0.9, metadata={"help": "FSAM: share of the past in the running average. Denoted lambda."}
     )
 
+    stale_decay: float = field(
+        default=0.5,
+        metadata={
+            "help": "Stale ascent: share of the past in the running average. 0: the last gradient. Denoted beta."
+        },
+    )
+
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         ours = inspect.get_annotations(XSAMArguments)  # as written; HfArgumentParser changes the types of fields
@@ -220,7 +229,7 @@ class XSAMArguments:
 
     def _combinations(self):
         """Fields that contradict each other, and the way out."""
-        averaging = self.perturbation in ("vasso", "fsam")
+        averaging, stale = self.perturbation in ("vasso", "fsam", "stale"), self.perturbation == "stale"
         sloping = self.gradient_scale.startswith("slope")
         yield (
             self.direction != "arc" and self.alpha is not None,
@@ -228,8 +237,8 @@ class XSAMArguments:
         )
         yield (
             averaging and self.ascent_steps > 1,
-            f"`ascent_steps` is {self.ascent_steps}, but {self.perturbation} is defined for a single step from the average of "
-            "first gradients: set it to 1, or choose the perturbation `sam` or `asam`.",
+            f"`ascent_steps` is {self.ascent_steps}, but {self.perturbation} is defined for a single step along an average of "
+            "gradients: set it to 1, or choose the perturbation `sam` or `asam`.",
         )
         for name, value in (
             ("perturbation", averaging and self.perturbation),
@@ -238,6 +247,12 @@ class XSAMArguments:
             yield (
                 self.ascent_scope == "micro" and value,
                 f"`{name}` is {value!r}, which is a matter of the whole update batch: set `ascent_scope` to `update`.",
+            )
+        for name, needed in (("direction", "arc"), ("gradient_scale", "last"), ("ascent_fraction", 1.0)):
+            yield (
+                stale and getattr(self, name) != needed,
+                f"`{name}` is {getattr(self, name)!r}, but stale ascent has a single pass: set it to {needed!r}, or choose another "
+                "`perturbation`.",
             )
         yield (
             sloping and self.ascent_fraction < 1,

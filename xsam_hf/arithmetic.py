@@ -112,6 +112,35 @@ def average_(d: Sequence[Tensor], g: Sequence[Tensor], share: float, condition: 
             del change
 
 
+def mix_(
+    g: Sequence[Tensor], m: Sequence[Tensor], c: Tensor | float, d: Tensor | float, share: float, size: Tensor
+) -> None:
+    r"""
+    $g \leftarrow c\,m + d\,g$ and $m \leftarrow \beta\,m + (1-\beta)\,g/\|g\|$, both from the old ones; nothing for a g that is not finite.
+
+    Args:
+        g, m (`Sequence[torch.Tensor]`): of equal shapes and dtypes.
+        c, d (`torch.Tensor` or `float`): 0-dim.
+        share (`float`): β.
+        size (`torch.Tensor`): ‖g‖, 2-norm over all of it, 0-dim.
+    """
+    finite = torch.isfinite(size)
+    one = torch.ones_like(size)
+    kept = torch.where(finite, share * one, one)
+    unit = torch.where(finite & (size > 0), (1 - share) / size, 0 * one)
+    for gs, ms in groups(g, m):
+        for some, others in together(gs, ms):
+            old = torch._foreach_clone(some)
+            zero_unless(finite, old)
+            if isinstance(d, Tensor):
+                scale_(some, torch.where(finite, d, one))
+            if isinstance(c, Tensor):
+                add_(some, others, torch.where(finite, c, 0 * one), keep=True)
+            scale_(others, kept)
+            add_(others, old, unit)
+            del old  # before the next one is made
+
+
 def multiply_by_sizes_(g: Sequence[Tensor], w: Sequence[Tensor], plus: float) -> None:
     r"""$g \leftarrow (|w| + \eta)\,g$, element by element."""
     for gs, ws in groups(g, w):

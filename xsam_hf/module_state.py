@@ -181,7 +181,7 @@ class StateFollower:
                 strangers.append(key)
         if self._first:
             self._first = False
-            self._forget_what_stands_still(before)
+            self._forget_pass_state_of_still(before)
             named = {
                 place.called(name)
                 for place, name in strangers
@@ -198,7 +198,7 @@ class StateFollower:
             if place.kind == "parameters":
                 yield from (weight for weight in place.values.values() if weight is not None and weight.requires_grad)
 
-    def _forget_what_stands_still(self, before: ModuleState) -> None:
+    def _forget_pass_state_of_still(self, before: ModuleState) -> None:
         """
         From the second update on only looks at buffers, frozen weights, and attributes that are tensors or generators.
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .module_state import ModuleState, StateFollower
+from .module_state import ModuleState, StateFollower, follower_of
+from .state import XSAMState
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,17 @@ class PassState:
         self.random.restore()
         if self.modules is not None:
             self.modules.restore()
+
+
+def pass_state_of(weights: Any, state: XSAMState) -> PassState:
+    """
+    Captures what the first pass of an update in a bare loop starts from; that of a model's modules if the weights are a model.
+
+    The first two updates may wait for the device, to see what a pass moves: what moves at all moves there, also a teacher that
+    begins as a copy of its student. A searching one waits anyhow.
+    """
+    follower = follower_of(weights) if isinstance(weights, nn.Module) else None
+    return PassState.capture(follower, by_content=state.search_due or state.updates <= 2)
 
 
 def _device_module():

@@ -6,12 +6,22 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from .pass_state import PassState
 from .weights import MovableWeights
+
+
+_Result = TypeVar("_Result")
+
+
+class Stoppable(Protocol):
+    """Runs a pass, which Ctrl-C may end."""
+
+    def __call__(self, one_pass: Callable[[], _Result]) -> _Result: ...
 
 
 class Passes:
@@ -25,7 +35,7 @@ class Passes:
 
     def __init__(self, gradient: Callable[[], Tensor], probe: Callable[[], Tensor], before: PassState):
         self._gradient, self._probe, self._before = gradient, probe, before
-        self._stoppable: Callable[[Callable[[], Tensor]], Tensor] = lambda one_pass: one_pass()
+        self._stoppable: Stoppable = _at_once
         self._probe_with_gradients = False
 
     def first(self) -> Tensor:
@@ -105,7 +115,7 @@ class Passes:
 
 
 @contextmanager
-def interrupts_held() -> Iterator[Callable[[Callable[[], Tensor]], Tensor]]:
+def interrupts_held() -> Iterator[Stoppable]:
     """
     Lets Ctrl-C stop a pass, and holds it back between two passes until the next one or the end of the block.
 
@@ -114,11 +124,11 @@ def interrupts_held() -> Iterator[Callable[[Callable[[], Tensor]], Tensor]]:
     thread alone, so that there is nothing to hold back in others.
 
     Yields:
-        `Callable`: runs a pass, which Ctrl-C may end.
+        [`Stoppable`]: runs a pass, which Ctrl-C may end.
     """
     earlier = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(earlier):
-        yield lambda one_pass: one_pass()
+        yield _at_once
         return
     in_pass = waiting = False
 
@@ -128,7 +138,7 @@ def interrupts_held() -> Iterator[Callable[[Callable[[], Tensor]], Tensor]]:
         if in_pass:
             earlier(number, frame)
 
-    def stoppable(one_pass: Callable[[], Tensor]) -> Tensor:
+    def stoppable(one_pass: Callable[[], _Result]) -> _Result:
         nonlocal in_pass
         in_pass = True
         try:
@@ -146,3 +156,7 @@ def interrupts_held() -> Iterator[Callable[[Callable[[], Tensor]], Tensor]]:
         signal.signal(signal.SIGINT, earlier)
         if waiting:
             signal.raise_signal(signal.SIGINT)
+
+
+def _at_once(one_pass: Callable[[], _Result]) -> _Result:
+    return one_pass()

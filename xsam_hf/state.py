@@ -22,7 +22,7 @@ class XSAMState:
         alpha_at_edge (`bool`, *optional*): whether the last search ended at an end of its grid.
         search_noise (`float`, *optional*): noise of the last search's curve as a share of its range; above 1, α was kept.
         average (`dict[str, torch.Tensor]`):
-            The running average of `vasso` and `fsam`, by the weights' names. Empty for all others.
+            The running average of `vasso`, `fsam` and `stale`, by the weights' names. Empty for all others.
         memory (`list[torch.Tensor]`): room for the copy of weights on a CPU; no state, and not for a checkpoint.
     """
 
@@ -49,13 +49,13 @@ class XSAMUpdate:
     What one update saw. Numbers are 0-dim tensors on the weights' device, so that reading them is the caller's choice.
 
     Args:
-        loss (`torch.Tensor`): L(θ_0), the loss to report.
+        loss (`torch.Tensor`): L(θ_0), the loss to report; L(θ_0 + ε) of `stale`, which knows nothing at θ_0 (NaN below).
         last_loss (`torch.Tensor`): L(θ_k); `last_loss - loss` is the sharpness.
         alpha (`float`): α of this update.
         angle (`torch.Tensor`): ψ between the displacement and g_k, in radians.
         grad_norm_first (`torch.Tensor`): ‖g_0‖, the 2-norm over all trainable weights.
         grad_norm_last (`torch.Tensor`): ‖g_k‖.
-        fell_back (`torch.Tensor`): whether g_0's direction had to stand in for a non-finite g_k (boolean).
+        fell_back (`torch.Tensor`): whether g_0's direction (`stale`: nothing) had to stand in for a non-finite g_k (boolean).
         search (`AlphaSearch`, *optional*): the search, if there was one.
     """
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .arguments import XSAMArguments
 from .arithmetic import add_, clone, copy_, subtract_
-from .geometry import local
+from .geometry import local, norm
 from .rounding import add_rounded
 
 
@@ -152,6 +152,24 @@ class MovableWeights:
             add_(self.weights, direction, factor)
         direction.clear()
         self.drop_gradients()
+
+    def climb_along(self, average: Mapping[str, Tensor], length: float) -> None:
+        r"""
+        $\theta \leftarrow \theta + \ell\, m/\|m\|$ for a vector m that is kept by name; weights without a part in it stay.
+
+        Args:
+            average (`Mapping[str, torch.Tensor]`): m, left as it is.
+            length (`float`): ℓ, 2-norm of the step over all perturbed weights.
+        """
+        pairs = [(weight, average[name]) for name, weight in self._waiting.items() if name in average]
+        if pairs:
+            weights, parts = map(list, zip(*pairs, strict=True))
+            size = norm(parts)
+            factor = torch.where(size > 0, length / size, torch.zeros_like(size))
+            if self._generator is None:
+                add_(weights, parts, factor, keep=True)
+            else:
+                add_rounded(weights, [(parts, factor)], self._generator)
 
     def displacement(self, own_memory: bool) -> list[Tensor]:
         """

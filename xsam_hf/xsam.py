@@ -9,8 +9,8 @@ XSAM, the algorithm ("Revisiting Sharpness-Aware Minimization: A More Faithful a
     θ ← θ − η ‖g_k‖ v(α*)                                        the base optimizer's step                     Eq. 8
 
 L is the training loss on one update batch, ‖·‖ the 2-norm over all trainable weights. One departure: a search whose curve is
-no more than noise keeps α (`search.py`). Only torch is needed here: the two callables `gradient` and `probe` are all that this
-file knows of a training framework.
+no more than noise keeps α (`search.py`). Stale ascent, which has no pass at θ_0, is in `stale.py`. Only torch is needed here:
+the two callables `gradient` and `probe` are all that this file knows of a training framework.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .arguments import XSAMArguments
 from .ascent import ascent_step
 from .direction import Arc, Trail, rescale
 from .geometry import norm
-from .module_state import follower_of
-from .pass_state import PassState
+from .pass_state import PassState, pass_state_of
 from .passes import Passes
 from .schedule import follow_schedule
 from .search import search_alpha
+from .stale import stale_gradient
 from .state import XSAMState, XSAMUpdate
 from .weights import MovableWeights, Weights
 
@@ -89,12 +89,13 @@ def xsam_gradient(
     """
     if ascend is None:
         ascend = follow_schedule(arguments, state)
-    if before is None:
-        follower = follower_of(weights) if isinstance(weights, nn.Module) else None
-        before = PassState.capture(follower, by_content=state.search_due or state.updates < 2)
     state.updates += 1
     theta = MovableWeights(weights, arguments, state.updates, state.memory)
-    passes = Passes(gradient, probe, before)
+    if ascend and arguments.perturbation == "stale":
+        return stale_gradient(
+            theta, weights, gradient, probe, arguments, state, before, loss_scaling=loss_scaling, measure=measure
+        )
+    passes = Passes(gradient, probe, before or pass_state_of(weights, state))
     loss = passes.first()  # L(θ_0), and g_0 = ∇L(θ_0)
     if not (ascend and passes.repeatable):
         return _plain_update(loss, theta, state)

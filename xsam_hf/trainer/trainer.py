@@ -5,7 +5,8 @@ batch is replayed at the moved weights. Nothing else changes, so optimizers, sch
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from ..arithmetic import copy_
 from ..geometry import together
 from ..pass_state import RandomState
 from ..schedule import ascends_at
-from ..weights import drop_gradients
+from ..stale import climbed
+from ..weights import MovableWeights, drop_gradients
 from ..xsam import xsam_gradient
 from .callback import XSAMCallback
 from .checkpoint import CheckpointMixin
@@ -42,7 +44,8 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
 
     The method's hyperparameters are read from `args` if they are [`XSAMTrainingArguments`] (or another [`XSAMArguments`]),
     and are the defaults otherwise. A class attribute `xsam_arguments = XSAMArguments(...)` sets them where `args` has a field of
-    the same name with another meaning. The reported loss stays L(θ_0), at the unperturbed weights.
+    the same name with another meaning. The reported loss stays L(θ_0), at the unperturbed weights; with stale ascent, which has no
+    other pass, it is L(θ_0 + ε).
 
     Raises:
         `ValueError`: the model has no trainable weights.
@@ -94,7 +97,11 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
         try:
             if arguments.ascent_scope == "micro":
                 return self._xsam_micro_step(model, inputs, num_items_in_batch, arguments)
-            micro_batch = self._xsam_first_pass(model, inputs, num_items_in_batch, arguments, self._xsam_may_wait)
+            first = partial(self._xsam_first_pass, model, inputs, num_items_in_batch, arguments, self._xsam_may_wait)
+            if arguments.perturbation == "stale":
+                micro_batch = self._xsam_climb_first(first, arguments)
+            else:
+                micro_batch = first()
             self._xsam_micro_batches.append(micro_batch)
             # Not "the last of the chunk": an iterable data set's short last chunk takes no step, and its gradients (so its
             # micro-batches) carry over into the next epoch.
@@ -105,6 +112,14 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
             self._xsam_micro_batches = []
             raise
         return micro_batch.loss
+
+    def _xsam_climb_first(self, first_pass: Callable[[], MicroBatch], arguments: XSAMArguments) -> MicroBatch:
+        """The only pass of a stale update, at moved weights, which are back when it ends: no callback ever sees them away."""
+        weights, _ = self._xsam_weights()
+        self._xsam_read_average({**self._xsam_named, **weights})
+        state = self._xsam_callback.xsam
+        with climbed(MovableWeights(weights, arguments, state.updates, state.memory), arguments, state) as stoppable:
+            return stoppable(first_pass)
 
     @property
     def _xsam_is_logged(self) -> bool:
@@ -146,6 +161,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
             return self.accelerator.reduce(loss, reduction="mean") if sloping else loss
 
         ascend = all([micro_batch.before.learn() for micro_batch in micro_batches])
+        stale = arguments.perturbation == "stale"  # it has climbed already, and repeats no pass
         with self._xsam_unheard(model):
             update = xsam_gradient(
                 weights,
@@ -153,7 +169,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
                 lambda: self._xsam_probe(model, micro_batches),
                 arguments,
                 callback.xsam,
-                ascend=ascend,
+                ascend=ascend or stale,
                 before=micro_batches[0].before,
                 loss_scaling=self.accelerator.scaler is not None,
                 measure=arguments.searches or self._xsam_is_logged,
@@ -164,7 +180,9 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
             end.restore()  # where a pass over the whole batch leaves it, as in plain training
         if update.search is not None:
             callback.record_search(self.args, self.state, update.search)
-        if ascend:
+        if stale:
+            self._xsam_sums.add(1, update)
+        elif ascend:
             self._xsam_sums.add(1 + share * arguments.ascent_steps, update)
         else:
             self._xsam_sums.add(passes=1)
