@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
@@ -35,24 +36,52 @@ STYLE = {
 
 
 def plot_curves(runs: Mapping[str, Sequence[FinishedRun]], metric: str) -> Figure:
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for panel, key, label in zip(
-        panels, ["loss", f"eval_{metric}"], ["training loss", f"validation {metric}"], strict=True
-    ):
+    """
+    Two values over training, a line a seed: test score and wrong labels learnt where they were measured, else loss and validation.
+
+    The axis is the backward passes made so far, in units of the cheapest run's, so that the methods end where their cost is.
+    """
+    logged = {key for seeds in runs.values() for run in seeds for entry in run.history for key in entry}
+    learnt = f"eval_wrong_labels_{metric}"
+    if learnt in logged:
+        panels = {f"eval_test_{metric}": f"test {metric}", learnt: "wrong labels learnt"}
+    else:
+        panels = {"loss": "training loss", f"eval_{metric}": f"validation {metric}"}
+    unit = min(run.passes for seeds in runs.values() for run in seeds)
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    for axes, (key, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         for number, (name, seeds) in enumerate(runs.items()):
-            for run in seeds:
-                if run.history:
-                    label_once = name if run is seeds[0] else None
-                    panel.plot(
-                        *run.curve(key), color=COLORS[number % len(COLORS)], lw=1.3, alpha=0.8, label=label_once
-                    )
-        panel.set(xlabel="backward passes", ylabel=label)
-    if metric.endswith("accuracy"):
-        panels[1].yaxis.set_major_formatter(PercentFormatter(1))
-    panels[0].set_yscale("log")
-    panels[1].legend(loc="lower right")
+            curves = [run.curve(key) for run in seeds if run.history]
+            for place, (passes, values) in enumerate(curves):
+                axes.plot(
+                    [passed / unit for passed in passes],
+                    values,
+                    color=COLORS[number % len(COLORS)],
+                    lw=1.1,
+                    alpha=0.75,
+                    label=None if place else name,
+                )
+        axes.set(xlabel="backward passes, the cheapest training = 1", ylabel=label)
+        if metric.endswith("accuracy") and key != "loss":
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+        if key == "loss":
+            axes.set_yscale("log")
+        elif key != learnt:
+            _cut_the_start(axes)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if handles:
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=len(handles))
+        for line in legend.get_lines():
+            line.set(lw=3, alpha=1)
     return figure
+
+
+def _cut_the_start(axes: Axes) -> None:
+    """Leaves the axis to what the later halves of the lines are about: a first epoch can be far below."""
+    later = [value for line in axes.lines for value in list(line.get_ydata())[len(line.get_ydata()) // 2 :]]
+    if later:
+        bottom = min(later) - (max(later) - min(later)) / 2
+        axes.set_ylim(bottom=max(bottom, axes.get_ylim()[0]))
 
 
 def plot_searches(runs: Mapping[str, Sequence[FinishedRun]]) -> Figure:

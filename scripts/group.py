@@ -42,10 +42,16 @@ class FinishedRun:
             searches=_read(searches, list, lines=True) if searches.exists() else [],
         )
 
+    @property
+    def passes(self) -> float:
+        """Backward passes of the training; over examples where they were counted, so that a part of a batch is a part of a pass."""
+        passes = self.result["passes"]
+        return passes.get("backward_examples", passes["backward"])
+
     def curve(self, key: str) -> tuple[list[float], list[float]]:
         """A logged value against the backward passes made so far, the axis on which all methods are worth the same."""
         points = [(entry["step"], entry[key]) for entry in self.history if entry.get(key) is not None]
-        passes_a_step = self.result["passes"]["backward"] / max(entry["step"] for entry in self.history)
+        passes_a_step = self.passes / max(entry["step"] for entry in self.history)
         return [passes_a_step * step for step, _ in points], [value for _, value in points]
 
 

@@ -7,7 +7,7 @@ The page holds everything in itself: table, training curves, what the search for
 """
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -16,7 +16,7 @@ import numpy as np
 
 from scripts.figures import draw, plot_curves, plot_searches
 from scripts.group import FinishedRun, check_metric, load_group
-from scripts.table import Row, equal_passes, make_cells, make_rows, paired_difference, to_markdown
+from scripts.table import BEST_EPOCH, Row, equal_passes, make_cells, make_rows, paired_difference, to_markdown
 from tasks.command import Parser, run
 from tasks.files import write_whole
 
@@ -30,15 +30,16 @@ def join(names: Sequence[str]) -> str:
 
 def compare_passes(rows: Sequence[Row]) -> list[str]:
     sentences = []
-    for group in equal_passes(rows):
-        names, passes = join([row.name for row in group]), f"{group[0].backward:,.0f} backward passes a run"
+    unit = min(row.backward for row in rows)
+    for group in equal_passes([row for row in rows if not row.name.endswith(BEST_EPOCH)]):
+        names, passes = join([row.name for row in group]), f"{group[0].backward / unit:.2f}"
         if len(group) == 1:
-            sentences.append(f"{names} made {passes}, and no other row did.")
+            sentences.append(f"{names} made {passes} times the cheapest row's backward passes, and no other row did.")
             continue
-        sentences.append(f"{names} made the same {passes} and can be compared.")
+        sentences.append(f"{names} made {passes} times the cheapest row's backward passes and can be compared.")
         least = min(row.forward for row in group)
         sentences += [
-            f"{row.name} made {row.forward - least:,.0f} more forward passes ({row.forward / least - 1:+.0%})."
+            f"{row.name} made {row.forward / least - 1:.0%} more forward passes."
             for row in group
             if row.forward > least
         ]
@@ -46,36 +47,37 @@ def compare_passes(rows: Sequence[Row]) -> list[str]:
 
 
 def conclude(rows: Sequence[Row], metric: str, baselines: Sequence[str]) -> list[str]:
-    """What the differences at equal passes allow to be said."""
-    unit = " points" if metric.endswith("accuracy") else ""
+    """What the differences at equal passes allow to be said; a best epoch is compared with, and not compared."""
     sentences = []
     for group in equal_passes(rows):
         references = [row for name in baselines for row in group if row.name == name]
         for position, reference in enumerate(references):
             # Of two baselines only one is compared with the other.
-            for row in (row for row in group if row not in references[: position + 1]):
-                difference = paired_difference(row, reference)
-                who = f"{row.name} minus {reference.name}"
-                if difference is None:
-                    sentences.append(f"{who}: no seed in common, so nothing can be said.")
-                elif difference.margin is None:
-                    why = "one pair of seeds gives" if difference.pairs == 1 else "pairs that all differ alike give"
-                    sentences.append(
-                        f"{who}: {difference.mean:+.2f}{unit}, without an interval, since {why} none: "
-                        "nothing can be concluded."
-                    )
-                else:
-                    low, high = difference.mean - difference.margin, difference.mean + difference.margin
-                    verdict = (
-                        f"{row.name} was {'higher' if difference.mean > 0 else 'lower'} in {metric}."
-                        if difference.is_clear
-                        else "these runs do not tell the two apart."
-                    )
-                    sentences.append(
-                        f"{who}: {difference.mean:+.2f}{unit}, 95 % interval {low:+.2f} to {high:+.2f} over "
-                        f"{difference.pairs} pairs of seeds: {verdict}"
-                    )
+            others = (row for row in group if row not in references[: position + 1])
+            sentences += [compare(row, reference, metric) for row in others if not row.name.endswith(BEST_EPOCH)]
     return sentences
+
+
+def compare(row: Row, reference: Row, metric: str) -> str:
+    """One difference, its interval, and which of the two was higher, if the interval says so."""
+    unit = " points" if metric.endswith("accuracy") else ""
+    difference = paired_difference(row, reference)
+    who = f"{row.name} minus {reference.name}"
+    if difference is None:
+        return f"{who}: no seed in common, so nothing can be said."
+    if difference.margin is None:
+        why = "one pair of seeds gives" if difference.pairs == 1 else "pairs that all differ alike give"
+        return f"{who}: {difference.mean:+.2f}{unit}, without an interval, since {why} none: nothing can be concluded."
+    low, high = difference.mean - difference.margin, difference.mean + difference.margin
+    verdict = (
+        f"{row.name} was {'higher' if difference.mean > 0 else 'lower'} in {metric}."
+        if difference.is_clear
+        else "these runs do not tell the two apart."
+    )
+    return (
+        f"{who}: {difference.mean:+.2f}{unit}, 95 % interval {low:+.2f} to {high:+.2f} over {difference.pairs} pairs of seeds: "
+        f"{verdict}"
+    )
 
 
 def describe_searches(runs: Mapping[str, Sequence[FinishedRun]]) -> str:
@@ -115,12 +117,13 @@ def paragraphs(sentences: Sequence[str]) -> str:
 
 def make_page(
     runs: Mapping[str, Sequence[FinishedRun]],
+    rows: Sequence[Row],
     unfinished: Sequence[str],
     metric: str,
     baselines: Sequence[str],
+    lead: Callable[[Sequence[Row]], str] | None = None,
 ) -> tuple[str, str]:
-    """The text for the terminal and the page."""
-    rows = make_rows({name: [run.result for run in seeds] for name, seeds in runs.items()}, metric)
+    """The text for the terminal and the page; `lead` makes the sentences that both begin with."""
     cells = make_cells(rows, metric, baselines)
     conclusion = [
         " ".join(compare_passes(rows)),
@@ -130,11 +133,15 @@ def make_page(
     if unfinished:
         conclusion.append(f"Not finished, and so not in the table: {join(unfinished)}.")
 
-    runs = {row.name: runs[row.name] for row in rows}
+    runs = {row.name: runs[row.name] for row in rows if row.name in runs}
     searching = {name: kept for name, seeds in runs.items() if (kept := [run for run in seeds if run.searches])}
-    figures = [to_figure("Training", draw(plot_curves, runs, metric), "A line is one seed.")]
-    if searching:
-        figures.append(to_figure("The search for α", draw(plot_searches, searching), describe_searches(searching)))
+    curves = to_figure("Training", draw(plot_curves, runs, metric), "A line is one seed.")
+    search = (
+        to_figure("The search for α", draw(plot_searches, searching), describe_searches(searching))
+        if searching
+        else ""
+    )
+    opening = lead(rows) if lead else ""
 
     every = [run for seeds in runs.values() for run in seeds]
     first = every[0].result
@@ -150,28 +157,35 @@ def make_page(
         for name, seeds in runs.items()
     ]
     page = PAGE.substitute(
-        title=escape(f"{join([row.name for row in rows])} on {first['dataset']}"),
+        title=escape(f"{join(list(runs))} on {first['dataset']}"),
+        lead=paragraphs([opening] if opening else []),
+        curves=curves,
         subtitle=escape(f"{first['task'].replace('_', ' ')}, {first['model']}"),
         table=to_table(cells),
         conclusion=paragraphs(conclusion),
-        figures="\n".join(figures),
+        search=search,
         provenance='<p class="soft">'
         + escape("; ".join(f"{name}: {', '.join(map(str, values))}" for name, values in facts.items()))
         + f"</p>\n<pre>{escape(chr(10).join(commands))}</pre>",
     )
-    return "\n\n".join([to_markdown(cells), "\n".join(conclusion)]), page
+    return "\n\n".join(filter(None, [opening, to_markdown(cells), "\n".join(conclusion)])), page
 
 
-def report(group: Path, metric: str, baselines: Sequence[str]) -> None:
+def report(
+    group: Path, metric: str, baselines: Sequence[str], lead: Callable[[Sequence[Row]], str] | None = None
+) -> None:
+    """Writes the page of a group, and says the same on the terminal; see [`make_page`]."""
     if not group.is_dir():
         raise ValueError(f"There is no folder {group}: give one of runs/.")
     runs, unfinished = load_group(group)
     if not runs:
         raise ValueError(f"There is no finished run in {group}.")
-    if missing := [name for name in baselines if name not in runs]:
+    results = {name: [run.result for run in seeds] for name, seeds in runs.items()}
+    check_metric(results, metric, "test")
+    rows = make_rows(results, metric)
+    if missing := [name for name in baselines if name not in [row.name for row in rows]]:
         raise ValueError(f"There is no finished run of the baseline {join(missing)} in {group}.")
-    check_metric({name: [run.result for run in seeds] for name, seeds in runs.items()}, metric, "test")
-    text, page = make_page(runs, unfinished, metric, baselines)
+    text, page = make_page(runs, rows, unfinished, metric, baselines, lead)
     write_whole(group / "report.html", page)
     print(f"{text}\n\nWith the curves: {group / 'report.html'}")
 

@@ -79,6 +79,19 @@ def collect(group: Path) -> tuple[dict, dict[str, list[dict]]]:
     return {"common": common, "runs": [without(run, common) for run in runs]}, results
 
 
+def keep(group: Path) -> dict[str, list[dict]]:
+    """Writes the finished runs of a folder of runs/ to the file of the same name in results/, and returns them by method."""
+    kept, results = collect(group)
+    write(kept, group)
+    return results
+
+
+def write(kept: dict, group: Path) -> None:
+    path = ROOT / "results" / f"{group.resolve().name}.json"
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, json.dumps(kept, indent=1) + "\n")
+
+
 def read(path: Path) -> dict[str, list[dict]]:
     """
     The whole results of each method in a file that `collect` made.
@@ -114,16 +127,14 @@ def main(argv: Sequence[str]) -> None:
             f"There is no {args.source}, here or in {ROOT}: give a folder of runs/, or a file of results/."
         )
     kept, results = collect(source) if source.is_dir() else (None, read(source))
-    if missing := [name for name in args.baselines if name not in results]:
-        raise ValueError(f"There is no run of the baseline {', '.join(missing)}: choose among {', '.join(results)}.")
     check_metric(results, args.metric, args.split)
-    table = to_markdown(
-        make_cells(make_rows(results, args.metric, args.split), args.metric, args.baselines, args.split)
-    )
+    rows = make_rows(results, args.metric, args.split)
+    names = [row.name for row in rows]
+    if missing := [name for name in args.baselines if name not in names]:
+        raise ValueError(f"There is no run of the baseline {', '.join(missing)}: choose among {', '.join(names)}.")
+    table = to_markdown(make_cells(rows, args.metric, args.baselines, args.split))
     if kept is not None:
-        path = ROOT / "results" / f"{source.resolve().name}.json"
-        path.parent.mkdir(exist_ok=True)
-        write_whole(path, json.dumps(kept, indent=1) + "\n")
+        write(kept, source)
     print(table)
 
 

@@ -8,15 +8,29 @@ from itertools import groupby
 from scipy.stats import t
 
 
+BEST_EPOCH = ", best epoch"  # ends the name of a row that shows plain training's best epoch
+
+
 @dataclass(frozen=True)
 class Row:
-    """One method. `values` holds the metric of each seed; passes and seconds are means over the seeds."""
+    """
+    One method: means over the seeds, but for `values`.
+
+    Args:
+        name (`str`): the method's.
+        values (`Mapping[int, float]`): the metric of each seed.
+        forward, backward (`float`): how many passes a run made. Over the examples of a batch where the result tells them (a pass
+            over a part of it is a part of a pass), over batches otherwise.
+        seconds (`float`): that a run took.
+        learnt (`float`, *optional*): the share of the wrong labels that the trained model gives back.
+    """
 
     name: str
     values: Mapping[int, float]
     forward: float
     backward: float
     seconds: float
+    learnt: float | None = None
 
     @property
     def mean(self) -> float:
@@ -41,19 +55,41 @@ class Difference:
 
 
 def make_rows(results: Mapping[str, Sequence[dict]], metric: str, split: str = "test") -> list[Row]:
-    """A row for each method, cheapest first. `results` maps its name to the results of its seeds; accuracies in percent."""
+    """
+    A row for each method, cheapest first; accuracies in percent.
+
+    Where the test split was scored during training, plain training (`rho` 0) has another row for its best epoch: early stopping with
+    hindsight, which has to make all the passes to know.
+
+    Args:
+        results (`Mapping[str, Sequence[dict]]`): those of the seeds, by the method's name.
+        metric, split (`str`): which score.
+    """
     scale = 100 if metric.endswith("accuracy") else 1
-    rows = [
-        Row(
+
+    def make_row(name: str, runs: Sequence[dict], split: str) -> Row:
+        learnt = [run["metrics"]["wrong_labels"]["accuracy"] for run in runs if "wrong_labels" in run["metrics"]]
+        return Row(
             name=name,
             values={run["seed"]: scale * run["metrics"][split][metric] for run in runs},
-            forward=statistics.mean(run["passes"]["forward"] for run in runs),
-            backward=statistics.mean(run["passes"]["backward"] for run in runs),
+            forward=statistics.mean(_passes(run, "forward") for run in runs),
+            backward=statistics.mean(_passes(run, "backward") for run in runs),
             seconds=statistics.mean(run["seconds"] for run in runs),
+            learnt=statistics.mean(learnt) if len(learnt) == len(runs) and split != "best_epoch" else None,
         )
-        for name, runs in results.items()
-    ]
+
+    rows = [make_row(name, runs, split) for name, runs in results.items()]
+    if split == "test":
+        rows += [
+            make_row(name + BEST_EPOCH, runs, "best_epoch")
+            for name, runs in results.items()
+            if all(run.get("arguments", {}).get("rho") == 0 and "best_epoch" in run["metrics"] for run in runs)
+        ]
     return sorted(rows, key=lambda row: (row.backward, row.forward, row.name))
+
+
+def _passes(run: dict, kind: str) -> float:
+    return run["passes"].get(f"{kind}_examples", run["passes"][kind])
 
 
 def paired_difference(row: Row, baseline: Row) -> Difference | None:
@@ -74,16 +110,28 @@ def equal_passes(rows: Sequence[Row]) -> list[list[Row]]:
     return [list(group) for _, group in groupby(rows, key=lambda row: round(row.backward))]
 
 
-def make_cells(rows: Sequence[Row], metric: str, baselines: Sequence[str], split: str = "test") -> list[list[str]]:
-    """The table as text, its first line the header."""
+def make_cells(
+    rows: Sequence[Row], metric: str, baselines: Sequence[str], split: str = "test", seconds: bool = True
+) -> list[list[str]]:
+    """
+    The table as text, its first line the header. Passes are multiples of the cheapest row's.
+
+    Args:
+        rows, baselines: the methods, and the names of those to take differences to.
+        metric, split (`str`): which score.
+        seconds (`bool`, *optional*, defaults to `True`): `False` where other processes shared the machine.
+    """
     named = {row.name: row for row in rows}
+    forward, backward = (min(passes) for passes in zip(*((row.forward, row.backward) for row in rows), strict=True))
+    noisy = any(row.learnt is not None for row in rows)
     header = [
         "method",
         f"{split} {metric}",
         *(f"minus {name}" for name in baselines),
+        *["wrong labels learnt"] * noisy,
+        "passes",
         "forward",
-        "backward",
-        "s",
+        *["s"] * seconds,
         "seeds",
     ]
     lines = [header]
@@ -94,9 +142,10 @@ def make_cells(rows: Sequence[Row], metric: str, baselines: Sequence[str], split
                 row.name,
                 f"{row.mean:.2f} ± " + ("–" if row.std is None else f"{row.std:.2f}"),
                 *map(format_difference, differences),
-                f"{row.forward:.0f}",
-                f"{row.backward:.0f}",
-                f"{row.seconds:.0f}",
+                *["" if row.learnt is None else f"{row.learnt:.0%}"] * noisy,
+                f"{row.backward / backward:.2f}",
+                f"{row.forward / forward:.2f}",
+                *[f"{row.seconds:.0f}"] * seconds,
                 str(len(row.values)),
             ]
         )

@@ -43,7 +43,13 @@ IMMATERIAL = {
     ),
     *("restore_callback_states_from_checkpoint", "do_train", "do_eval", "do_predict", "eval_strategy", "eval_steps"),
     *("eval_delay", "eval_on_start", "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object"),
-    *("batch_eval_metrics", "per_device_eval_batch_size", "prediction_loss_only", "include_for_metrics"),
+    *(
+        "batch_eval_metrics",
+        "per_device_eval_batch_size",
+        "eval_splits",
+        "prediction_loss_only",
+        "include_for_metrics",
+    ),
     *("bf16_full_eval", "fp16_full_eval", "predict_with_generate", "generation_num_beams", "generation_max_length"),
     *(
         "dataloader_num_workers",

@@ -27,7 +27,7 @@ from transformers import TrainingArguments as HFArguments
 from tasks import metric, recipes
 from tasks.image_classification import archives, data, models
 from tasks.image_classification.top_k_accuracy import TopKAccuracy
-from tasks.image_classification.train import ImageArguments, TrainingArguments
+from tasks.image_classification.train import ImageArguments, TrainingArguments, best_epoch, train
 from tasks.methods import METHODS, flags, name_of
 from xsam_hf import XSAMTrainer, XSAMTrainingArguments
 
@@ -64,6 +64,39 @@ def test_parameter_counts_and_patches():
         assert model(x).logits.shape == (2, images.classes)
     with pytest.raises(ValueError, match="`model` is 'vit-huge': choose one of vit-ti, vit-small"):
         models.build("vit-huge", "digits")
+
+
+def test_the_small_resnet_keeps_small_images_large_enough():
+    model = models.build("resnet-small", "digits")
+    # Stem 9·8 + 16; blocks 2·(9·8·8 + 16), 9·8·16 + 9·16·16 + 8·16 + 3·32 and 9·16·32 + 9·32·32 + 16·32 + 3·64; head 33·10.
+    assert sum(p.numel() for p in model.parameters()) == 88 + 1184 + 3680 + 14528 + 330
+    for name, edges in {"digits": (8, 4, 2), "fashion_mnist": (14, 7, 4), "cifar100": (16, 8, 4)}.items():
+        images = data.DATASETS[name]
+        model = models.build("resnet-small", name).eval()
+        x = torch.zeros(2, images.channels, images.size, images.size)
+        found = model(x, output_hidden_states=True)
+        assert found.logits.shape == (2, images.classes)
+        assert tuple(state.shape[-1] for state in found.hidden_states[1:]) == edges
+        assert [state.shape[1] for state in found.hidden_states] == [8, 8, 16, 32]
+    # The new stem is initialised as transformers' convolutions are: He's normal, fan out.
+    torch.manual_seed(0)
+    stem = torch.cat(
+        [
+            models.build("resnet-small", "cifar10").resnet.embedder.embedder.convolution.weight.flatten()
+            for _ in range(40)
+        ]
+    )
+    assert stem.std().item() == pytest.approx((2 / (8 * 9)) ** 0.5, rel=0.03)
+    with pytest.raises(ValueError, match="`dropout` is 0.1, and resnet-small has no dropout"):
+        models.build("resnet-small", "digits", 0.1)
+
+
+def test_a_saved_small_resnet_is_the_same(tmp_path):
+    model = models.build("resnet-small", "digits").eval()
+    model.save_pretrained(tmp_path)
+    again = models.SmallResNetForImageClassification.from_pretrained(tmp_path).eval()
+    x = torch.randn(3, 1, 8, 8)
+    assert torch.equal(model(x).logits, again(x).logits)
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -205,6 +238,19 @@ def test_a_fifth_of_the_training_labels_is_wrong_and_no_other():
         assert (clean[split].labels == noisy[split].labels).all()
     again = data.load("digits", label_noise=0.2, seed=2)
     assert (again["train"].labels == noisy["train"].labels).all()
+
+
+def test_the_wrong_labels_are_a_split_of_their_own():
+    clean, noisy = data.load("digits"), data.load("digits", label_noise=0.3)
+    wrong = clean["train"].labels != noisy["train"].labels
+    split = noisy["wrong_labels"]
+    assert len(split) == wrong.sum() == 388 and "wrong_labels" not in clean
+    assert (split.labels == noisy["train"].labels[wrong]).all() and (
+        split.labels != clean["train"].labels[wrong]
+    ).all()
+    assert torch.equal(split.images, clean["train"].images[torch.from_numpy(wrong)])
+    first = int(np.flatnonzero(wrong)[0])
+    assert torch.equal(split[0]["pixel_values"], noisy["train"][first]["pixel_values"])
 
 
 def test_a_part_of_the_training_images_has_equal_shares_of_the_classes():
@@ -361,6 +407,56 @@ def test_result_and_model_card(tmp_path, flags, method, forward, backward):
     card = (tmp_path / "README.md").read_text()
     assert ("| rho | 0.05 |" in card) == (method in ("sam", "wsam", "xsam"))
     assert re.search(r"base_model|tags:", card)
+
+
+def test_test_and_wrong_labels_over_training(tmp_path):
+    watched = ["--eval_splits", "test", "wrong_labels", "--eval_strategy", "steps", "--eval_steps", "2"]
+    noise = ["--label_noise", "0.3", "--model", "resnet-small", "--learning_rate", "0.01"]
+    finish(run(tmp_path, "--rho", "0", *watched, *noise))
+    result = json.loads((tmp_path / "result.json").read_text())
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    accuracies = [entry["eval_test_accuracy"] for entry in history if "eval_test_accuracy" in entry]
+    learnt = [entry["eval_wrong_labels_accuracy"] for entry in history if "eval_wrong_labels_accuracy" in entry]
+    assert len(accuracies) == len(learnt) == 3
+    assert (result["metrics"]["test"]["accuracy"], result["metrics"]["wrong_labels"]["accuracy"]) == (
+        accuracies[-1],
+        learnt[-1],
+    )
+    assert result["metrics"]["best_epoch"]["accuracy"] == max(accuracies)
+    assert set(result["metrics"]) == {"validation", "test", "wrong_labels", "best_epoch"}
+    assert "wrong_labels_data" not in result["identity"] and "eval_splits" not in result["identity"]
+
+
+def test_the_best_epoch_is_the_first_of_the_highest_test_accuracy():
+    history = [{"epoch": 1.0, "loss": 2.0}] + [
+        {"epoch": e, "eval_test_accuracy": a, "eval_test_top5_accuracy": 1.0, "eval_test_loss": e}
+        for e, a in ((1.0, 0.5), (2.0, 0.9), (3.0, 0.9), (4.0, 0.7))
+    ]
+    assert best_epoch(history) == {"accuracy": 0.9, "top5_accuracy": 1.0, "loss": 2.0, "epoch": 2.0}
+    assert best_epoch(history[:1]) == {}
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--eval_splits", "training"], "`eval_splits` is training: choose among validation, test, wrong_labels."),
+        (
+            ["--eval_splits", "wrong_labels", "--eval_strategy", "epoch"],
+            "`label_noise` is 0.0, so there is no wrong_labels to evaluate",
+        ),
+        (
+            ["--validation_share", "0", "--eval_strategy", "epoch"],
+            "`validation_share` is 0.0, so there is no validation to evaluate on",
+        ),
+        (
+            ["--eval_splits", "test", "--metric_for_best_model", "accuracy"],
+            "the best model is chosen by validation alone, so leave one of them out",
+        ),
+    ],
+)
+def test_what_cannot_be_watched_is_refused(tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        train(*parse(*SHORT, "--output_dir", str(tmp_path), *flags))
 
 
 KILL = ["--max_steps", "12", "--save_strategy", "steps", "--save_steps", "2", "--rho", "0.1", "--dropout", "0.1"]

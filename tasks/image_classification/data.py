@@ -162,11 +162,15 @@ def load(
             ) from error
     labels = _with_noise(y[rows], label_noise, images.classes)
     augmentation = Augmentation(images, cutout)
-    return {
+    splits = {
         "train": Split(x[rows], labels, None if augmentation.is_none else augmentation, seed),
         "validation": Split(x[held_out], y[held_out]),
         "test": Split(*test),
     }
+    wrong = labels != y[rows]
+    if wrong.any():
+        splits["wrong_labels"] = Split(x[rows][wrong], labels[wrong])
+    return splits
 
 
 def _with_noise(labels: np.ndarray, share: float, classes: int) -> np.ndarray:

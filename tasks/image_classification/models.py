@@ -1,32 +1,84 @@
-"""The Vision Transformers: ViT-Ti for 32×32 images as in the paper's comparison, and one that a laptop's CPU can train."""
+"""The models: ViT-Ti as in the paper's comparison, and a ViT and a residual CNN that a laptop's CPU can train."""
 
 from functools import partial
 
-from transformers import ViTConfig, ViTForImageClassification
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+from transformers.models.resnet.modeling_resnet import ResNetConvLayer
 
-from tasks.image_classification.catalogue import DATASETS
+from tasks.image_classification.catalogue import DATASETS, Images
 from tasks.image_classification.pixels import accept_bytes
 
 
-# hidden, layers, heads, MLP
-SIZES = {"vit-ti": (192, 12, 3, 768), "vit-small": (64, 4, 4, 128)}
+VITS = {"vit-ti": (192, 12, 3, 768), "vit-small": (64, 4, 4, 128)}  # hidden, layers, heads, MLP
+RESNETS = {"resnet-small": (8, 16, 32)}  # channels of the stages
+MODELS = (*VITS, *RESNETS)
 
 
-def build(name: str, dataset: str, dropout: float = 0.0) -> ViTForImageClassification:
+class SmallResNetForImageClassification(ResNetForImageClassification):
     """
-    A new ViT for a data set's images, in its patches: 4×4 for 32×32 images, 7×7 for 28×28, 2×2 for 8×8.
+    Transformers' ResNet with the stem for small images of He et al. 2016 (arXiv:1512.03385, section 4.2): a 3×3 convolution and
+    no pooling. ImageNet's would leave 2×2 of an 8×8 image. Images of more than 16 pixels (`config.image_size`) are halved by it.
+    """
+
+    def __init__(self, config: ResNetConfig):
+        super().__init__(config)
+        stem = self.resnet.embedder
+        stem.embedder = ResNetConvLayer(
+            config.num_channels, config.embedding_size, stride=1 if config.image_size <= 16 else 2
+        )
+        stem.pooler = nn.Identity()
+        self.post_init()
+
+
+def build(name: str, dataset: str, dropout: float = 0.0) -> PreTrainedModel:
+    """
+    A new model for a data set's images.
 
     `vit-ti` is the ViT-Ti of Zhao et al. 2022 ("Penalizing Gradient Norm", whose settings the XSAM paper follows): 192 wide,
-    12 layers, 3 heads, MLP 768; 5.38 M parameters for 100 classes. `vit-small` is 64 wide and has 4 layers. Both take bytes, and
-    floats that are normalised.
+    12 layers, 3 heads, MLP 768; 5.38 M parameters for 100 classes. `vit-small` is 64 wide and has 4 layers. Patches are 4×4 for
+    32×32 images, 7×7 for 28×28, 2×2 for 8×8. `resnet-small` is a [`SmallResNetForImageClassification`] of three stages of one
+    basic block, with 8, 16 and 32 channels: 20 thousand parameters. All take
+    bytes, and floats that are normalised.
 
     Raises:
-        `ValueError`: there is no such model.
+        `ValueError`: there is no such model, or dropout is asked of one that has none.
     """
-    if name not in SIZES:
-        raise ValueError(f"`model` is {name!r}: choose one of {', '.join(SIZES)}.")
-    hidden, layers, heads, mlp = SIZES[name]
+    if name not in MODELS:
+        raise ValueError(f"`model` is {name!r}: choose one of {', '.join(MODELS)}.")
     images = DATASETS[dataset]
+    if dropout and name not in VITS:
+        raise ValueError(
+            f"`dropout` is {dropout}, and {name} has no dropout: leave it out, or choose one of {', '.join(VITS)}."
+        )
+    model = _vit(name, images, dropout) if name in VITS else _resnet(name, images)
+    accept_bytes(model, images)
+    return model
+
+
+def _resnet(name: str, images: Images) -> ResNetForImageClassification:
+    channels = RESNETS[name]
+    return SmallResNetForImageClassification(
+        ResNetConfig(
+            num_channels=images.channels,
+            embedding_size=channels[0],
+            hidden_sizes=list(channels),
+            depths=[1] * len(channels),
+            layer_type="basic",
+            image_size=images.size,
+            num_labels=images.classes,
+        )
+    )
+
+
+def _vit(name: str, images: Images, dropout: float) -> ViTForImageClassification:
+    hidden, layers, heads, mlp = VITS[name]
     model = ViTForImageClassification(
         ViTConfig(
             hidden_size=hidden,
@@ -39,12 +91,11 @@ def build(name: str, dataset: str, dropout: float = 0.0) -> ViTForImageClassific
             initializer_range=hidden**-0.5,
             image_size=images.size,
             patch_size=images.patch,
-            num_channels=len(images.mean),
+            num_channels=images.channels,
             num_labels=images.classes,
         )
     )
     # By default transformers gives a saved ViT the weight names of its older versions, and the Trainer, which reads a
     # checkpoint without translating them back, would resume with random weights (transformers issue 43701).
     model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
-    accept_bytes(model, images)
     return model

@@ -1,5 +1,5 @@
 """
-Trains a Vision Transformer and scores it.
+Trains an image classifier and scores it.
 
     python -m tasks.image_classification.train tasks/image_classification/recipes/digits-vit-small.yaml
     python -m tasks.image_classification.train tasks/image_classification/recipes/digits-vit-small.yaml --method sam
@@ -26,6 +26,11 @@ from tasks.results import CostMeter, write_result
 from xsam_hf import XSAMTrainer, XSAMTrainingArguments
 
 
+METRICS = ("accuracy", "top5_accuracy", "loss")
+# The share of `wrong_labels` that a model gives back is the share that it has learnt.
+EVAL_SPLITS = ("validation", "test", "wrong_labels")
+
+
 @dataclass
 class ImageArguments(TaskArguments):
     """Which images, which model."""
@@ -44,7 +49,16 @@ class ImageArguments(TaskArguments):
         default=0.0, metadata={"help": "Share of the training labels that are replaced by another class's."}
     )
     cutout: int = field(default=0, metadata={"help": "Edge in pixels of the square blanked out in training images."})
-    model: str = field(default="vit-small", metadata={"help": f"One of {', '.join(models.SIZES)}."})
+    model: str = field(default="vit-small", metadata={"help": f"One of {', '.join(models.MODELS)}."})
+    eval_splits: list[str] = field(
+        default_factory=lambda: ["validation"],
+        metadata={"help": f"What an evaluation during training scores: {', '.join(EVAL_SPLITS)}."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.eval_splits or not set(self.eval_splits) <= set(EVAL_SPLITS):
+            raise ValueError(f"`eval_splits` is {' '.join(self.eval_splits)}: choose among {', '.join(EVAL_SPLITS)}.")
 
 
 @dataclass
@@ -58,11 +72,14 @@ def score(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def train(task: ImageArguments, args: TrainingArguments) -> Path:
-    """Trains, scores the test split once, and returns the path of `result.json`."""
+    """Trains, scores all splits, and returns the path of `result.json`."""
     task.use_threads()
-    runs.check_output(args, ("accuracy", "top5_accuracy"))
-    if task.validation_share == 0 and args.eval_strategy != "no":
-        raise ValueError("`validation_share` is 0, so there is nothing to evaluate on: set `eval_strategy` to `no`.")
+    runs.check_output(args, METRICS)
+    if task.eval_splits != ["validation"] and args.metric_for_best_model is not None:
+        raise ValueError(
+            f"`metric_for_best_model` is {args.metric_for_best_model}, and `eval_splits` is {' '.join(task.eval_splits)}: the "
+            "best model is chosen by validation alone, so leave one of them out."
+        )
     splits = data.load(
         task.dataset,
         task.data_dir,
@@ -72,17 +89,18 @@ def train(task: ImageArguments, args: TrainingArguments) -> Path:
         train_examples=task.train_examples,
         label_noise=task.label_noise,
     )
+    watched = _watched(task, args, splits)
     set_seed(args.seed)
     model = models.build(task.model, task.dataset, task.dropout or 0.0)
     meter = CostMeter(model)
-    prints = {name: split.fingerprint for name, split in splits.items()}
+    prints = {name: splits[name].fingerprint for name in ("train", "validation", "test")}
     identity = runs.identity("image_classification", task, args, prints, dropout=task.dropout or 0.0)
     with refusals():
         trainer = XSAMTrainer(
             model=model,
             args=args,
             train_dataset=splits["train"],
-            eval_dataset=splits["validation"],
+            eval_dataset=watched["validation"] if list(watched) == ["validation"] else watched,
             processing_class=pixels.processor(data.DATASETS[task.dataset]),  # written beside the weights
             compute_metrics=score,
             callbacks=[meter, data.EpochCallback(splits["train"]), runs.RunIdentity(identity)],
@@ -90,11 +108,13 @@ def train(task: ImageArguments, args: TrainingArguments) -> Path:
     runs.start(trainer, identity)
 
     scores = {}
-    for split in ("validation", "test"):
-        if len(splits[split]):
+    for split in EVAL_SPLITS:
+        if len(splits.get(split, ())):
             found = trainer.evaluate(splits[split], metric_key_prefix=split)
-            scores[split] = {name: found[f"{split}_{name}"] for name in ("accuracy", "top5_accuracy", "loss")}
+            scores[split] = {name: found[f"{split}_{name}"] for name in METRICS}
             trainer.log_metrics(split, found)
+    if best := best_epoch(trainer.state.log_history):
+        scores["best_epoch"] = best
     result = Path(args.output_dir) / runs.RESULT
     if trainer.is_world_process_zero():
         facts = {"task": "image_classification", "dataset": task.dataset, "model": task.model, "metrics": scores}
@@ -105,6 +125,33 @@ def train(task: ImageArguments, args: TrainingArguments) -> Path:
         except (OSError, UnicodeError) as error:  # a folder's name, for instance, that the locale has no letters for
             print(f"There is no model card: {sentence(error)}.", file=sys.stderr)
     return result
+
+
+def _watched(task: ImageArguments, args: TrainingArguments, splits: dict[str, data.Split]) -> dict[str, data.Split]:
+    """The splits that are scored during training."""
+    watched = {name: splits[name] for name in task.eval_splits if len(splits.get(name, ()))}
+    if args.eval_strategy != "no" and len(watched) < len(task.eval_splits):
+        name = next(name for name in task.eval_splits if name not in watched)
+        share = {"wrong_labels": "label_noise"}.get(name, "validation_share")
+        raise ValueError(
+            f"`{share}` is {getattr(task, share)}, so there is no {name} to evaluate on: change `eval_splits`, or set "
+            "`eval_strategy` to `no`."
+        )
+    return watched
+
+
+def best_epoch(history: Sequence[dict]) -> dict[str, float]:
+    """
+    The test scores of the epoch with the highest test accuracy: early stopping with hindsight, which no one has before the end.
+
+    Args:
+        history (`Sequence[dict]`): the Trainer's log; without test scores in it there is no best epoch.
+    """
+    scored = [entry for entry in history if "eval_test_accuracy" in entry]
+    if not scored:
+        return {}
+    best = max(scored, key=lambda entry: entry["eval_test_accuracy"])
+    return {**{name: best[f"eval_test_{name}"] for name in METRICS}, "epoch": best["epoch"]}
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,0 +1,245 @@
+"""
+Where climbing pays: trains one setting with all methods of the study, each with a `rho` of its own.
+
+    scripts/run study digits-noise --jobs 2     # writes results/digits-noise-tuning.json and results/digits-noise.json
+    scripts/run study digits-noise --methods base base-2x sam xsam --seeds 0 1 2
+
+`rho` is chosen by validation accuracy on seeds that no table shows: three values, each √2 times the one before, and more of them as
+long as the best one stands at an end. Call it again after a failure or an interruption: finished runs are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.run_seeds import ROOT, Run, run_or_exit
+from scripts.summarize import keep, read
+from tasks import recipes
+from tasks.command import Parser, run
+
+
+TASK = "image_classification"
+TUNING_SEEDS = (100, 101)
+QUICK = "--eval_strategy no"
+MOST_VALUES = 8  # of rho: where climbing does not pay, the best is always the shortest
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    One method of the study.
+
+    Args:
+        flags (`str`): the task's, without `rho`.
+        stretch (`float`): where the search for `rho` starts, as a multiple of the recipe's. `None`: there is no `rho` to tune.
+        epochs (`int`): as a multiple of the recipe's.
+    """
+
+    flags: str
+    stretch: float | None = None
+    epochs: int = 1
+
+
+METHODS = {
+    "base": Method("--method sgd"),
+    "base-2x": Method("--method sgd", epochs=2),
+    "sam": Method("--method sam", stretch=1),
+    "xsam": Method("--method xsam", stretch=1.2),
+    "stale-sam": Method("--method stale-sam", stretch=1.4),
+    "stale-xsam": Method("--method stale-xsam", stretch=1.4),
+    "fraction.1": Method("--method xsam --ascent_fraction 0.1", stretch=2),
+    "fraction.25": Method("--method xsam --ascent_fraction 0.25", stretch=1.4),
+    "late.3": Method("--method xsam --sharpness_start 0.7", stretch=1.4),
+    "xsam+asam": Method("--method xsam+asam", stretch=8),
+}
+
+
+# In tables: plain training, then by what an update costs.
+ORDER = ("base", "base-2x", "base, best epoch", "base-2x, best epoch", *list(METHODS)[2:])
+
+
+@dataclass(frozen=True)
+class Setting:
+    """
+    Args:
+        recipe (`str`): of the image task.
+        short, title (`str`): for the head of a column, and of a table.
+        flags (`str`): for all runs.
+        base_flags (`str`): for the runs of `base` and `base-2x`, whose best epoch is looked for.
+        seeds (`int`): how many.
+        earlier (`str`, *optional*): a file of results/ with an older study of the same recipe, whose methods have the task's names.
+    """
+
+    recipe: str
+    short: str
+    title: str
+    flags: str = ""
+    base_flags: str = ""
+    seeds: int = 10
+    earlier: str | None = None
+
+
+SETTINGS = {
+    "digits-noise": Setting(
+        "digits-noise-resnet-small", "digits, CNN", "Digits, 30 % of the labels wrong, residual CNN, SGD"
+    ),
+    "fashion-noise": Setting(
+        "fashion-mnist-noise-resnet-small",
+        "Fashion-MNIST, CNN",
+        "Fashion-MNIST, 1,000 images, 20 % of the labels wrong, residual CNN, SGD",
+        base_flags="--eval_strategy steps --eval_steps 32",
+        seeds=5,
+    ),
+    "fashion-noise-vit": Setting(
+        "fashion-mnist-noise-vit-small",
+        "Fashion-MNIST, ViT",
+        "Fashion-MNIST, 300 images, 20 % of the labels wrong, small ViT, AdamW",
+        seeds=5,
+        earlier="noise",
+    ),
+}
+
+
+def flags(setting: str, method: str, rho: float | None) -> str:
+    """All that a method's runs in a setting are told."""
+    of, what = SETTINGS[setting], METHODS[method]
+    parts = [what.flags, of.flags]
+    if what.stretch is None:
+        parts.append(of.base_flags)
+    if what.epochs > 1:
+        parts.append(f"--num_train_epochs {what.epochs * recipe(setting)['num_train_epochs']:g}")
+    if rho is not None:
+        parts.append(f"--rho {rho:g}")
+    return " ".join(filter(None, parts))
+
+
+def recipe(setting: str) -> dict:
+    return recipes.read(ROOT / "tasks" / TASK / "recipes" / f"{SETTINGS[setting].recipe}.yaml")
+
+
+def grid(start: float, first: int, last: int) -> list[float]:
+    """start·√2^i for i from first to last, to two digits."""
+    return [float(f"{start * 2 ** (i / 2):.2g}") for i in range(first, last + 1)]
+
+
+def extend(first: int, last: int, scores: Sequence[float]) -> tuple[int, int]:
+    """The ends of the grid, moved on by one where the best score stands at one; of equal scores the shorter `rho`'s counts."""
+    best = first + scores.index(max(scores))
+    if last - first + 1 < MOST_VALUES:
+        if best == first:
+            return first - 1, last
+        if best == last:
+            return first, last + 1
+    return first, last
+
+
+def results(setting: str) -> dict[str, list[dict]]:
+    """The results of each method of the study, from results/; empty if there are none."""
+    of, found = SETTINGS[setting], {}
+    if of.earlier is not None:
+        for name, runs in read(ROOT / "results" / f"{of.earlier}.json").items():
+            found[name.replace("sgd", "base")] = runs
+    path = ROOT / "results" / f"{setting}.json"
+    if path.is_file():
+        found.update(read(path))
+    return {method: found[method] for method in METHODS if method in found}
+
+
+def tuning(setting: str) -> dict[str, dict[float, list[float]]]:
+    """
+    What the tuning gave: the validation accuracies of the seeds for each `rho`, by method.
+
+    Raises:
+        `ValueError`: the setting has not been tuned.
+    """
+    earlier = SETTINGS[setting].earlier
+    files = [ROOT / "results" / f"{name}-tuning.json" for name in (earlier, setting) if name is not None]
+    if not any(file.is_file() for file in files):
+        raise ValueError(f"There is no {files[-1].relative_to(ROOT)}: scripts/run study {setting} makes it.")
+    found: dict[str, dict[float, list[float]]] = {}
+    for file in filter(Path.is_file, files):
+        for name, runs in read(file).items():
+            # The older studies' names are the task's, with numbers after them.
+            method = name.rpartition("-rho-")[0] or runs[0]["method"]
+            if method in METHODS:
+                scores = found.setdefault(method, {})
+                scores[runs[0]["arguments"]["rho"]] = [run["metrics"]["validation"]["accuracy"] for run in runs]
+    return {method: dict(sorted(scores.items())) for method, scores in found.items()}
+
+
+def best_rho(scores: Mapping[float, Sequence[float]]) -> float:
+    """Of the highest mean; of equal ones the shortest."""
+    return max(sorted(scores), key=lambda rho: statistics.mean(scores[rho]))
+
+
+def chosen(setting: str) -> dict[str, float]:
+    """The `rho` of each method that has one, as the tuning chose it."""
+    return {method: best_rho(scores) for method, scores in tuning(setting).items()}
+
+
+def tune(setting: str, method: str, jobs: int) -> None:
+    """Trains until the best `rho` stands inside its grid."""
+    of, start = SETTINGS[setting], METHODS[method].stretch * recipe(setting)["rho"]
+    ends, before = (-1, 1), None
+    while ends != before:
+        before = ends
+        runs = {
+            rho: [
+                Run(
+                    TASK,
+                    of.recipe,
+                    f"{setting}-tuning",
+                    f"{method}-rho-{rho:g}",
+                    seed,
+                    f"{flags(setting, method, rho)} {QUICK}",
+                )
+                for seed in TUNING_SEEDS
+            ]
+            for rho in grid(start, *ends)
+        }
+        run_or_exit([run for seeds in runs.values() for run in seeds], jobs)
+        found = {
+            rho: [json.loads((ROOT / run.folder / "result.json").read_bytes()) for run in seeds]
+            for rho, seeds in runs.items()
+        }
+        scores = [
+            statistics.mean(result["metrics"]["validation"]["accuracy"] for result in found[rho]) for rho in found
+        ]
+        ends = extend(*ends, scores)
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("setting", choices=SETTINGS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0, 1 and so on, as many as the setting has")
+    parser.add_argument("--tune_only", action="store_true")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; with more than one, each has one thread")
+    args = parser.parse_args(argv)
+    of = SETTINGS[args.setting]
+    for method in args.methods:
+        if METHODS[method].stretch is not None:
+            tune(args.setting, method, args.jobs)
+            keep(ROOT / "runs" / f"{args.setting}-tuning")
+    if args.tune_only:
+        return
+    rhos = chosen(args.setting)
+    seeds = range(of.seeds) if args.seeds is None else args.seeds
+    # Seeds outside, methods inside: an interrupted comparison holds pairs.
+    for seed in seeds:
+        run_or_exit(
+            [
+                Run(TASK, of.recipe, args.setting, method, seed, flags(args.setting, method, rhos.get(method)))
+                for method in args.methods
+            ],
+            args.jobs,
+        )
+        keep(ROOT / "runs" / args.setting)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,145 @@
+"""
+Writes what the study found into RESULTS.md, between its two marks: one table of all settings and methods, and one for each setting; and
+docs/gain.svg, the gains against the passes that they cost.
+
+    scripts/run summary             # after scripts/run study
+    scripts/run summary --check     # writes nothing, and fails if RESULTS.md says something else than results/
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from matplotlib.figure import Figure
+
+from scripts import study, svg
+from scripts.run_seeds import ROOT
+from scripts.table import BEST_EPOCH, Row, format_difference, make_cells, make_rows, paired_difference, to_markdown
+from tasks.command import Parser, run
+from tasks.files import write_whole
+
+
+BEGIN, END = "<!-- scripts/run summary writes from here -->", "<!-- to here -->"
+BASELINES = ("base-2x", "base-2x" + BEST_EPOCH, "sam")
+
+
+def equal_base(row: Row, rows: Mapping[str, Row]) -> Row:
+    """The base optimizer with as many passes as a row, or more: a row that made no more than `base` is compared with that."""
+    return rows["base"] if row.backward <= 1.005 * rows["base"].backward else rows["base-2x"]
+
+
+def overview(settings: Mapping[str, Mapping[str, Row]]) -> str:
+    """Settings by methods: the gain over the base optimizer at equal passes, with half of its 95 % interval."""
+    names = [name for name in study.ORDER if any(name in rows for rows in settings.values())]
+    cells = [["method", "passes", *(study.SETTINGS[setting].short for setting in settings)]]
+    for name in names:
+        passes = [rows[name].backward / rows["base"].backward for rows in settings.values() if name in rows]
+        line = [name, f"{statistics.mean(passes):.2f}"]
+        for rows in settings.values():
+            if name not in rows:
+                line.append("")
+            elif name in ("base", "base-2x"):
+                line.append(f"{rows[name].mean:.2f} %")
+            else:
+                line.append(format_difference(paired_difference(rows[name], equal_base(rows[name], rows))))
+        cells.append(line)
+    return to_markdown(cells)
+
+
+def draw(settings: Mapping[str, Mapping[str, Row]]) -> Figure:
+    """A panel for each setting: the gain of each method, with its 95 % interval, against its passes."""
+    figure, panels = svg.make(len(settings), figsize=(4.2 * len(settings), 4), squeeze=False)
+    for axes, (setting, rows) in zip(panels[0], settings.items(), strict=True):
+        for number, name in enumerate(name for name in study.METHODS if name in rows):
+            row = rows[name]
+            difference = paired_difference(row, equal_base(row, rows))
+            if difference is None or row in (rows["base"], rows["base-2x"]):
+                continue
+            passes = row.backward / rows["base"].backward
+            points = axes.errorbar(passes, difference.mean, yerr=difference.margin, fmt="o", capsize=3)
+            place = (-6, -12) if passes > 1.5 else (6, -12 if number % 2 else 4)
+            axes.annotate(
+                name,
+                (passes, difference.mean),
+                xytext=place,
+                textcoords="offset points",
+                ha="right" if passes > 1.5 else "left",
+                fontsize=8,
+                color=points[0].get_color(),
+            )
+        axes.set(title=study.SETTINGS[setting].short, xlabel="passes an update", ylabel="points above the base")
+        axes.axhline(0, color="gray", lw=0.8)
+        axes.margins(x=0.3)
+    return figure
+
+
+def describe_tuning(setting: str) -> str:
+    """Which `rho` each method has, among which, and whether the best stood at an end."""
+    parts = []
+    for method, scores in study.tuning(setting).items():
+        best, grid = study.best_rho(scores), list(scores)
+        end = " (at the end of its grid)" if best in (grid[0], grid[-1]) else ""
+        parts.append(f"{method} {best:g}{end} of {', '.join(f'{rho:g}' for rho in grid)}")
+    return "; ".join(parts)
+
+
+def section(setting: str, rows: Sequence[Row]) -> str:
+    """One setting: what it is, its table, its `rho`s."""
+    of = study.SETTINGS[setting]
+    names = [row.name for row in rows]
+    files = [name for name in (of.earlier, setting) if name and (ROOT / "results" / f"{name}.json").is_file()]
+    links = " and ".join(f"[results/{name}.json](results/{name}.json)" for name in files)
+    tunings = " and ".join(f"[results/{name}-tuning.json](results/{name}-tuning.json)" for name in files)
+    table = to_markdown(make_cells(rows, "accuracy", [name for name in BASELINES if name in names], seconds=False))
+    return (
+        f"### {of.title}\n\n`scripts/run study {setting}`; {links}. `rho` by validation accuracy ({tunings}): "
+        f"{describe_tuning(setting)}.\n\n{table}"
+    )
+
+
+def rows_of_settings() -> dict[str, list[Row]]:
+    """The rows of each setting that has results."""
+    found = {setting: study.results(setting) for setting in study.SETTINGS}
+    return {setting: make_rows(results, "accuracy") for setting, results in found.items() if results}
+
+
+def named(rows: Sequence[Row]) -> dict[str, Row]:
+    return {row.name: row for row in rows}
+
+
+def summary() -> str:
+    """All of it, from the files of results/."""
+    settings = rows_of_settings()
+    table = overview({setting: named(rows) for setting, rows in settings.items()})
+    picture = "![Points above the base at equal passes, against passes](docs/gain.svg)"
+    return "\n\n".join([table, picture, *(section(setting, rows) for setting, rows in settings.items())])
+
+
+def replaced(text: str) -> str:
+    """RESULTS.md with the summary as it is now."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"RESULTS.md should have the lines {BEGIN} and {END} once each.")
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n\n{summary()}\n\n{END}{rest.partition(END)[2]}"
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args(argv)
+    path = ROOT / "RESULTS.md"
+    old = path.read_text(encoding="utf-8")
+    new = replaced(old)
+    if args.check and new != old:
+        raise ValueError("RESULTS.md does not say what results/ does: scripts/run summary writes it anew.")
+    if not args.check:
+        write_whole(path, new)
+        (ROOT / "docs").mkdir(exist_ok=True)
+        svg.save(
+            draw({setting: named(rows) for setting, rows in rows_of_settings().items()}), ROOT / "docs" / "gain.svg"
+        )
+
+
+if __name__ == "__main__":
+    run(main)
