@@ -144,8 +144,8 @@ class StateFollower:
 
         Args:
             by_content (`bool`, *optional*, defaults to `False`):
-                [`learn`] compares contents too, which waits for the device. Otherwise it goes by PyTorch's count of writes,
-                which leaves out those through `tensor.data` and of other libraries' kernels. True in the first update.
+                [`learn`] compares contents too, which waits for the device. Otherwise it goes by PyTorch's count of writes, in
+                which writes through `tensor.data` and by other libraries' kernels are missing. True in the first update.
         """
         by_content = by_content or self._first
         records: dict[_Key, _Record] = {}

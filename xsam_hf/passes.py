@@ -146,7 +146,7 @@ def interrupts_held() -> Iterator[Stoppable]:
                 signal.raise_signal(signal.SIGINT)
             return one_pass()
         finally:
-            # Python looks for signals at calls and jumps back: there are none between the pass and this line.
+            # Python handles signals at calls and at backward jumps only: there is neither between the pass and this line.
             in_pass = False
 
     signal.signal(signal.SIGINT, on_interrupt)

@@ -132,7 +132,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
     @property
     def _xsam_may_wait(self) -> bool:
         """
-        Whether the coming update may wait for the device, to see what its first pass moves: a searching one does anyhow.
+        Whether the coming update may wait for the device, to see what its first pass moves. An update with a search waits anyway.
 
         The first two of a training do: what moves at all moves there, also a teacher that begins as a copy of its student.
         """
