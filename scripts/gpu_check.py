@@ -69,7 +69,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "alpha 1.5": {"alpha": 1.5},
     "xsam": {"alpha_search_steps": 1},
     "three steps": {"alpha": 1.5, "ascent_steps": 3},
-    **{name: {"perturbation": name, "alpha": 1.3} for name in ("asam", "vasso", "fsam")},
+    **{name: {"perturbation": name, "alpha": 1.3} for name in ("asam", "vasso", "fsam", "stale")},
     **{name: {"direction": name, "ascent_steps": 2} for name in ("lsam", "lsam+", "msam", "msam+")},
     **{f"{scale} norm": {"alpha": 1.3, "gradient_scale": scale} for scale in ("first", "mean", "max", "slope")},
     "slope_max norm": {"alpha": 1.3, "gradient_scale": "slope_max"},
