@@ -14,7 +14,7 @@ import torch
 from pretend_gpu import pretended_gpu
 
 from scripts import checks, gpu_check
-from scripts.checks import TOLD, Expected, Line, Skip, at_least, at_most, exactly, run_checks
+from scripts.checks import TOLD, Expected, Line, Skip, at_least, at_most, each, exactly, run_checks
 from tasks.command import sentence
 
 
@@ -90,8 +90,19 @@ def raises(device):
 
 def is_killed(device):
     os.write(2, b"Fatal: the driver is gone")
-    os.kill(os.getpid(), signal.SIGSEGV)
+    os.kill(os.getpid(), signal.SIGKILL)
     yield
+
+
+def parts_raise(device):
+    yield from each(part, ["first", "second", "third"], 3)
+
+
+def part(name, value):
+    yield "before", value, exactly(3), ""
+    if name == "second":
+        raise KeyError("no kernel")
+    yield "after", value, exactly(3), ""
 
 
 def hangs(device):
@@ -109,12 +120,22 @@ def is_skipped(device):
 
 def test_no_check_ends_the_others():
     began = time.monotonic()
-    lines = [*run_checks([raises, is_killed, hangs, wrong, not_a_number, is_skipped, good], "cpu", 8, began + 500)]
+    lines = [
+        *run_checks(
+            [raises, is_killed, parts_raise, hangs, wrong, not_a_number, is_skipped, good], "cpu", 8, began + 500
+        )
+    ]
     found = [(line.check, line.what, line.status, line.expected) for line in lines]
     assert found == [
         ("raises", "before", "ok", "0"),
         ("raises", "", "raised", ""),
         ("is killed", "", "raised", ""),
+        ("parts raise", "first: before", "ok", "3"),
+        ("parts raise", "first: after", "ok", "3"),
+        ("parts raise", "second: before", "ok", "3"),
+        ("parts raise", "second", "raised", ""),
+        ("parts raise", "third: before", "ok", "3"),
+        ("parts raise", "third: after", "ok", "3"),
         ("hangs", "worker", "told", ""),
         ("hangs", "", "raised", ""),
         ("wrong", "too many", "failed", "≤ 1"),
@@ -126,11 +147,12 @@ def test_no_check_ends_the_others():
     ]
     notes = [line.note for line in lines if line.note]
     assert notes[0].startswith("RuntimeError: CUDA error: device-side assert (test_gpu_check.py:")
-    assert notes[1] == f"its process ended with status {-signal.SIGSEGV}: Fatal: the driver is gone"
-    assert notes[2:] == ["it was not done after 8 s", "there are not two GPUs"]
+    assert notes[1] == f"its process ended with status {-signal.SIGKILL}: Fatal: the driver is gone"
+    assert notes[2].startswith("KeyError: 'no kernel' (test_gpu_check.py:")
+    assert notes[3:] == ["it was not done after 8 s", "there are not two GPUs"]
     with pytest.raises(ProcessLookupError):
         for _ in range(50):  # its parent is gone, and whoever takes orphans buries it
-            os.kill(int(lines[3].found), 0)
+            os.kill(int(lines[9].found), 0)
             time.sleep(0.1)
     late = [*run_checks([good, wrong], "cpu", 8, time.monotonic() - 1)]
     assert [(line.status, line.note) for line in late] == [("skipped", "no time was left")] * 2
