@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 
 from xsam_hf import XSAMArguments, XSAMMixin, XSAMState, XSAMTrainer, xsam_gradient
 from xsam_hf.module_state import StateFollower
+from xsam_hf.trainer.micro_batch import copy_of
 
 
 METHODS = {"search": {}, "sam": {"alpha": 1.0}, "three steps": {"ascent_steps": 3, "alpha": 1.7}}
@@ -144,6 +145,64 @@ class Keeps(Net):
         return {"loss": loss, "logits": logits}
 
 
+class Elsewhere(Net):
+    """The same, in a place that is easily passed over."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, zeros = how, torch.zeros(CLASSES, dtype=torch.float64)
+        self.register_buffer("passes", torch.zeros((), dtype=torch.long))
+        if how == "attribute of torch's own module":
+            self.second.kept = zeros
+        elif how == "module in a list":
+            self.hidden = [Holds(zeros)]
+        elif how == "tuple":
+            self.kept = (zeros,)
+        elif how == "through data, later":
+            self.register_buffer("kept", zeros)
+        elif how == "nothing, until later":
+            self.kept = None
+
+    def place(self):
+        if self.how == "module made in the first pass" and not hasattr(self, "made"):
+            self.made = Holds(torch.zeros(CLASSES, dtype=torch.float64))
+        return {"attribute of torch's own module": self.second, "module in a list": getattr(self, "hidden", [None])[0],
+                "module made in the first pass": getattr(self, "made", None)}.get(self.how, self)  # fmt: skip
+
+    def forward(self, x, labels=None):
+        self.passes += 1
+        logits, place = self.logits(x), self.place()
+        kept = place.kept[0] if self.how == "tuple" else place.kept
+        mean = torch.zeros(CLASSES, dtype=torch.float64) if kept is None else kept
+        new = 0.7 * mean + 0.3 * logits.detach().mean(0)
+        if not self.how.endswith("later") or self.passes > 4:
+            if self.how == "through data, later":
+                loss = nn.functional.cross_entropy(logits - 1.5 * mean.clone(), labels)
+                self.kept.data.copy_(new)
+                return {"loss": loss}
+            place.kept = (new,) if self.how == "tuple" else new
+        return {"loss": nn.functional.cross_entropy(logits - 1.5 * mean, labels), "logits": logits}
+
+
+class Holds(nn.Module):
+    def __init__(self, kept):
+        super().__init__()
+        self.register_buffer("kept", kept)
+
+
+class Turns(Net):
+    """Two modules of one name, in turn."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Linear(HIDDEN, CLASSES, dtype=torch.float64)
+
+    def forward(self, x, labels=None):
+        loss = nn.functional.cross_entropy(self.logits(x), labels)
+        self.second, self.other = self.other, self.second
+        return {"loss": loss}
+
+
 class Alternates(Net):
     """A buffer that is there in every other pass."""
 
@@ -197,6 +256,10 @@ MODELS = {
     ) if how != "assigned"},
     "assigned": lambda: Keeps("assigned"),
     "whole numbers": lambda: Whole(Net()),
+    **{how: functools.partial(Elsewhere, how) for how in (
+        "attribute of torch's own module", "module in a list", "module made in the first pass", "tuple",
+        "through data, later", "nothing, until later",
+    )},
     "alternates": Alternates,
     "teacher": Teacher,
     **{f"{kind} generator": functools.partial(OwnGenerator, kind) for kind in ("torch", "numpy", "old numpy", "python")},
@@ -227,6 +290,66 @@ def test_every_pass_starts_from_the_state_before_the_first(tmp_path, name, metho
     for key, value in ours.items():
         assert value.shape == theirs[key].shape and value.dtype == theirs[key].dtype, key
         assert (value.double() - theirs[key].double()).abs().max() <= 1e-9, key
+
+
+def test_modules_that_take_turns(tmp_path):
+    class Indexed(Turns):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("turn", torch.zeros((), dtype=torch.long))
+
+        def forward(self, x, labels=None):
+            last = (self.second, self.other)[int(self.turn) % 2]
+            self.turn += 1
+            return {"loss": nn.functional.cross_entropy(last(torch.tanh(self.first(x))), labels)}
+
+    for method in ({}, {"ascent_steps": 2, "alpha": 0.6}):
+        data = Points(32, torch.float64)
+        one, two = (train(tmp_path, model(), data, rho=0.5, **method) for model in (Turns, Indexed))
+        assert torch.equal(weights_of(one), weights_of(two)) and one.state.global_step == 8
+
+
+@pytest.mark.parametrize("how", ["detached", "data", "buffer", "in every pass"])
+def test_a_view_of_a_trained_weight_moves_with_it(tmp_path, how):
+    class Views(Net):
+        def __init__(self, how):
+            super().__init__()
+            self.how, weight = how, self.second.weight
+            if how == "buffer":
+                self.register_buffer("view", weight.detach(), persistent=False)
+            else:
+                self.view = weight.data if how == "data" else weight.detach()
+
+        def forward(self, x, labels=None):
+            if self.how == "in every pass":
+                self.view = self.second.weight.detach()
+            view = self.second.weight.detach() if self.how == "none" else self.view
+            loss = nn.functional.cross_entropy(self.logits(x), labels)
+            return {"loss": loss + (torch.tanh(self.first(x)) @ view.T).square().mean()}
+
+    data = Points(32, torch.float64)
+    kept, made = (train(tmp_path, Views(each), data, rho=0.5, ascent_steps=2) for each in (how, "none"))
+    assert torch.equal(weights_of(kept), weights_of(made))
+
+
+@pytest.mark.parametrize("through_data", [False, True])
+def test_a_teacher_that_nobody_froze_is_followed(tmp_path, through_data):
+    class Taught(XSAMTrainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            out = model(**inputs)
+            with torch.no_grad():
+                for old, new in zip(self.teacher.parameters(), model.parameters(), strict=True):
+                    (old.data if through_data else old).lerp_(new, 0.3)
+                wanted = self.teacher(**inputs)["logits"]
+            return out["loss"] + (out["logits"] - wanted).square().mean()
+
+    def run(frozen):
+        made = build(tmp_path, Net(), Points(32, torch.float64), Taught, rho=0.5, ascent_steps=2)
+        made.teacher = Net().requires_grad_(not frozen)
+        made.train()
+        return torch.cat([weights_of(made), *(p.detach().reshape(-1) for p in made.teacher.parameters())])
+
+    assert torch.equal(run(frozen=True), run(frozen=False))
 
 
 @pytest.mark.parametrize("name", ["assigned", "whole numbers", "torch generator", "alternates"])
@@ -306,6 +429,16 @@ class CentringObject:
         return Centring.forward(self, outputs, labels)
 
 
+class Delegates:
+    """No module, and has one."""
+
+    def __init__(self, loss):
+        self.losses = {"first": loss}
+
+    def __call__(self, outputs, labels, num_items_in_batch=None):
+        return self.losses["first"](outputs, labels)
+
+
 class Both(nn.Module):
     def __init__(self):
         super().__init__()
@@ -315,7 +448,10 @@ class Both(nn.Module):
         return {"loss": self.loss(self.net(x, labels), labels)}
 
 
-@pytest.mark.parametrize("how", ["module", "method", "partial", "object", "of the trainer", "the trainer's tensor"])
+@pytest.mark.parametrize("how", [
+    "module", "method", "partial", "partial's argument", "object", "object with a module", "closure", "of the trainer",
+    "the trainer's tensor",
+])  # fmt: skip
 def test_what_a_loss_keeps_is_put_back_too(tmp_path, how):
     class Bare(Net):
         def forward(self, x, labels=None):
@@ -327,7 +463,13 @@ def test_what_a_loss_keeps_is_put_back_too(tmp_path, how):
             return loss({"logits": model.logits(inputs["x"])}, inputs["labels"])
 
     loss = CentringObject() if how == "object" else Centring()
-    given = {"method": loss.forward if how != "object" else None, "partial": functools.partial(loss)}.get(how, loss)
+    given = {
+        "method": loss.forward if how != "object" else None,
+        "partial": functools.partial(loss),
+        "partial's argument": functools.partial(Centring.forward, loss),
+        "object with a module": Delegates(loss),
+        "closure": lambda outputs, labels, num_items_in_batch=None: loss(outputs, labels),
+    }.get(how, loss)
     own = how in ("of the trainer", "the trainer's tensor")
     data = Points(32, torch.float64)
     run = (Own if own else XSAMTrainer)(
@@ -432,7 +574,66 @@ class MaxNorm(Net):
         return super().forward(x, labels)
 
 
+class Normalises(Net):
+    def forward(self, x, labels=None):
+        self.second.weight.data = nn.functional.normalize(self.second.weight.data)
+        return super().forward(x, labels)
+
+
+class Sparse(Net):
+    """A graph's edges, for instance: written into, or assigned anew."""
+
+    def __init__(self, in_place=True):
+        super().__init__()
+        self.in_place = in_place
+        self.register_buffer("edges", torch.eye(HIDDEN, dtype=torch.float64).to_sparse(), persistent=False)
+
+    def forward(self, x, labels=None):
+        if self.in_place:
+            self.edges.mul_(0.9)
+        else:
+            self.edges = self.edges * 0.9
+        logits = self.second((self.edges @ torch.tanh(self.first(x)).T).T)
+        return {"loss": nn.functional.cross_entropy(logits, labels)}
+
+
+def test_sparse_buffers_are_followed_by_name(tmp_path):
+    class Factor(Net):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("factor", torch.ones((), dtype=torch.float64))
+
+        def forward(self, x, labels=None):
+            self.factor *= 0.9
+            logits = self.second(self.factor * torch.tanh(self.first(x)))
+            return {"loss": nn.functional.cross_entropy(logits, labels)}
+
+    data = Points(32, torch.float64)
+    sparse, dense = (train(tmp_path, model, data, rho=0.5) for model in (Sparse(in_place=False), Factor()))
+    assert (weights_of(sparse) - weights_of(dense)).abs().max() <= 1e-12
+
+
+def test_a_lazy_module_without_a_batch_is_refused(tmp_path):
+    class Lazy(Net):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LazyBatchNorm1d(affine=False, dtype=torch.float64)
+
+        def forward(self, x, labels=None):
+            return super().forward(self.norm(x), labels)
+
+    model, data = Lazy(), Points(32, torch.float64)
+    with pytest.raises(
+        NotImplementedError, match="'norm.running_mean' belongs to a lazy module.*call the model on a batch"
+    ):
+        train(tmp_path, model, data, rho=0.5)
+    model(data.x, data.y)
+    train(tmp_path, model, data, rho=0.5)
+
+
 @pytest.mark.parametrize("model, sentence", [
+    (Normalises, "writes into the trained weight 'second.weight'"),
+    (Sparse, "writes into the sparse tensor 'edges'"),
     (ReplacesFrozen, "puts another parameter in the place of 'scale'"),
     (ReplacesTrained, "puts another parameter in the place of 'second.bias'"),
     (MaxNorm, "writes into the trained weight 'first.weight'"),
@@ -545,7 +746,43 @@ class Mixed(XSAMMixin, ChangesInputs):
     pass
 
 
+class Scales(Net):
+    def forward(self, x, part, labels=None):
+        x.mul_(1.5)  # and so the part
+        return super().forward(x + part.sum(1, keepdim=True), labels)
+
+
+class DoesNotScale(Net):
+    def forward(self, x, part, labels=None):
+        return super().forward(1.5 * (x + part.sum(1, keepdim=True)), labels)
+
+
+def with_part(rows):
+    x = torch.stack([row["x"] for row in rows])
+    return {"x": x, "part": x[:, :2], "labels": torch.stack([row["labels"] for row in rows])}
+
+
+class Differentiates(Net):
+    def forward(self, x, labels=None):
+        logits = self.logits(x)
+        (slope,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
+        return {"loss": nn.functional.cross_entropy(logits, labels) + slope.square().mean()}
+
+
+class DifferentiatesACopy(Differentiates):
+    def forward(self, x, labels=None):
+        return super().forward(x.detach().requires_grad_(), labels)
+
+
+def with_leaves(rows):
+    """Where a loss differentiates with respect to its inputs."""
+    x = torch.stack([row["x"] for row in rows]).requires_grad_()
+    return {"x": x, "labels": torch.stack([row["labels"] for row in rows])}
+
+
 BATCHES = {
+    "views of one memory": (XSAMTrainer, XSAMTrainer, Scales, DoesNotScale, Points, with_part),
+    "leaves": (XSAMTrainer, XSAMTrainer, Differentiates, DifferentiatesACopy, Points, with_leaves),
     "in place": (XSAMTrainer, XSAMTrainer, WritesIntoInputs, DoesNotWrite, Points, None),
     "popped": (Pops, DoesNotPop, Net, Net, Points, with_extra),
     "an object": (TakesFromBasket, Constant, Net, Net, Points, with_basket),
@@ -559,8 +796,8 @@ BATCHES = {
 )
 @pytest.mark.parametrize("name", BATCHES)
 def test_every_pass_gets_the_batch_that_the_first_one_got(tmp_path, name, method, accumulation):
-    if name == "an object" and "ascent_fraction" in method:
-        return  # an object cannot be cut
+    if name in ("an object", "views of one memory") and "ascent_fraction" in method:
+        return  # an object cannot be cut, and a cut copies
     writing, careful, model, like, points, collator = BATCHES[name]
 
     def run(where, trainer, net):
@@ -578,6 +815,59 @@ def test_every_pass_gets_the_batch_that_the_first_one_got(tmp_path, name, method
     assert [e.get("xsam/alpha") for e in first.state.log_history] == [
         e.get("xsam/alpha") for e in second.state.log_history
     ]
+
+
+def test_a_weight_in_the_batch_is_the_models(tmp_path):
+    class Prompted(Net):
+        def __init__(self):
+            super().__init__()
+            self.prompt = nn.Parameter(torch.full((INPUTS,), 0.1, dtype=torch.float64))
+
+        def forward(self, x, labels=None, prompt=None):
+            return super().forward(x + (self.prompt if prompt is None else prompt), labels)
+
+    class InTheBatch(XSAMTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            return super().training_step(model, {**inputs, "prompt": model.prompt}, num_items_in_batch)
+
+    data = Points(32, torch.float64)
+    one, two = (train(tmp_path, Prompted(), data, trainer, rho=0.5) for trainer in (XSAMTrainer, InTheBatch))
+    assert torch.equal(weights_of(one), weights_of(two))
+
+
+def test_a_copy_leaves_out_the_rest_of_a_large_memory():
+    corpus = torch.arange(10_000)
+    batch = {"input_ids": corpus[:8], "labels": corpus[1:9]}
+    copied = copy_of(batch)
+    assert copied["labels"].untyped_storage().nbytes() == batch["labels"].nbytes
+    assert torch.equal(copied["labels"], batch["labels"])
+
+
+def test_a_training_step_that_looks_at_gradients_is_told_that_a_search_makes_none(tmp_path):
+    class Scaled(Trainer):
+        careful = False
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            for weight in model.parameters():
+                if weight.grad is not None or not self.careful:
+                    weight.grad.mul_(0.5)
+            return loss
+
+    class Mixes(XSAMMixin, Scaled):
+        pass
+
+    def run(careful, **method):
+        made = Mixes(Net(), arguments(tmp_path, rho=0.5, **method), train_dataset=Points(32, torch.float64))
+        made.careful = careful
+        made.train()
+        return weights_of(made)
+
+    with pytest.raises(NotImplementedError, match="`training_step` of Mixes.*pass over weights whose `grad` is None"):
+        run(careful=False)
+    assert torch.equal(run(careful=True, alpha=1.0), run(careful=False, alpha=1.0))
+    halved = train(tmp_path, Net(), Points(32, torch.float64), rho=0.5, learning_rate=0.05)
+    assert torch.equal(run(careful=True), weights_of(halved))
 
 
 def test_a_batch_is_moved_to_the_device_once(tmp_path):

@@ -79,3 +79,41 @@ def test_replacing_the_word_is_enough(tmp_path):
         assert trainer.state.global_step - best == 4 * 6
     assert {"xsam/alpha", "xsam/sharpness"} <= set().union(*ours.state.log_history)
     assert set(metrics) == set(plain_metrics)
+
+
+def test_the_documented_subclass_with_a_weighted_loss(tmp_path):
+    # The example of the Trainer's documentation for `compute_loss`, with either class as its base.
+    def weights(base, classes, **method):
+        class CustomTrainer(base):
+            def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+                labels = inputs.pop("labels")
+                outputs = model(**inputs)
+                logits = outputs.get("logits")
+                loss_fct = torch.nn.CrossEntropyLoss(weight=torch.tensor(classes, device=model.device))
+                loss = loss_fct(logits.view(-1, self.model.config.num_labels), labels.view(-1))
+                return (loss, outputs) if return_outputs else loss
+
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=12,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            num_labels=3,
+        )
+        rows = [{"input_ids": [i % 12, (5 * i + 1) % 12], "labels": i % 3} for i in range(24)]
+        cls = xsam_hf.XSAMTrainingArguments if method else TrainingArguments
+        args = cls(output_dir=str(tmp_path), num_train_epochs=2, learning_rate=1e-2, report_to="none", use_cpu=True,
+                   disable_tqdm=True, save_strategy="no", eval_strategy="epoch", **method)  # fmt: skip
+        trainer = CustomTrainer(BertForSequenceClassification(config), args, train_dataset=rows, eval_dataset=rows)
+        trainer.train()
+        return torch.cat([p.detach().reshape(-1) for p in trainer.model.parameters()]), trainer
+
+    plain, _ = weights(transformers.Trainer, [1.0, 2.0, 3.0])
+    off, _ = weights(xsam_hf.XSAMTrainer, [1.0, 2.0, 3.0], rho=0.0)
+    ours, trainer = weights(xsam_hf.XSAMTrainer, [1.0, 2.0, 3.0], rho=0.1)
+    other, _ = weights(xsam_hf.XSAMTrainer, [1.0, 1.0, 1.0], rho=0.1)
+    assert torch.equal(plain, off)
+    assert (ours - plain).abs().max() > 1e-4 and (ours - other).abs().max() > 1e-4
+    assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 2

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import logging
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
@@ -15,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 
 logger = logging.getLogger(__name__)
@@ -22,13 +25,14 @@ logger = logging.getLogger(__name__)
 _SMALL = 2**16  # bytes of a tensor that is copied in every update, whether it has moved or not
 _MISSING = object()
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-_FOLLOWED = (Tensor, *_GENERATORS)
+_FOLLOWED = (Tensor, *_GENERATORS, tuple, nn.Module)  # tuples, such as an LSTM's state, by name alone
 _CONTAINERS = (list, dict, set, deque)
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # hooks, the dictionaries of buffers ...: no module's own attributes
 
 
 @dataclass(eq=False)
 class _Place:
-    """A dictionary in which a module or another object keeps things: its buffers, its parameters or its attributes."""
+    """A dictionary in which a module or another object keeps things: its buffers, parameters, modules or attributes."""
 
     values: dict[str, Any]
     kind: str
@@ -37,7 +41,7 @@ class _Place:
 
     def items(self) -> Iterable[tuple[str, Any]]:
         if self.names is None:
-            return self.values.items()
+            return [(name, value) for name, value in self.values.items() if name not in _OF_EVERY_MODULE]
         return [(name, self.values[name]) for name in self.names if name in self.values]
 
     def called(self, name: str) -> str:
@@ -57,6 +61,7 @@ class _Record:
     version: int = 0
     checksum: Tensor | None = None  # of a content that is too large to be copied
     size: int | None = None  # of a list or the like
+    trained: bool = False  # moved by us, or a view of such a weight: only the object is followed
 
     @property
     def restorable(self) -> bool:
@@ -70,16 +75,17 @@ class ModuleState:
     follower: StateFollower
     by_content: bool
     records: dict[_Key, _Record]
+    places: frozenset[_Place]  # that were looked at: a module that a pass made later has others
 
     def restore(self) -> None:
-        """Puts back what has been seen to move, up to now: the objects by name, and their contents bit for bit."""
+        """Puts back the objects that have been seen to move, by name, and all contents that were copied, bit for bit."""
         self.follower.learn(self, by_content=False)
         for place, name in self.follower.moving:
-            record = self.records.get((place, name))
-            if record is None:
+            if record := self.records.get((place, name)):
+                place.values[name] = record.value
+            elif place in self.places:
                 place.values.pop(name, None)
-                continue
-            place.values[name] = record.value
+        for record in self.records.values():  # also of tensors whose count of writes stands still: see `capture`
             if record.content is not None:
                 _put_back(record)
 
@@ -93,31 +99,44 @@ class StateFollower:
     """
     Follows what forward passes change beside the trained weights, so that every pass of an update can start alike.
 
-    Followed by name, in all modules below the roots: buffers of every kind, also those that a pass assigns anew, adds or
-    removes; frozen weights; tensors and random generators that are plain attributes. The first update copies all of them, as
-    far as they are not larger than the trained weights together: the optimizer's state is not there yet. Later updates copy
-    those that have moved, and small ones. A large one that begins to move later makes that update a plain one.
+    Followed by name, in all modules below the roots and in those that hang on their attributes: buffers of every kind, also
+    those that a pass assigns anew, adds or removes; frozen weights; modules; tensors, tuples and random generators that are
+    plain attributes. The first update copies all of them, as far as they are not larger than the trained weights together: the
+    optimizer's state is not there yet. Later updates copy those that have moved, and small ones. A large one that begins to
+    move later makes that update a plain one.
 
     Other attributes (numbers, lists, objects of the user's own) stay as the last pass leaves them; see docs/compatibility.md.
 
     Args:
         modules (sequence of `torch.nn.Module`): the roots.
-        others (sequence of `dict`): attributes of other objects, whose tensors and random generators are followed too.
+        others (sequence of `dict`): attributes of other objects, in which the same things are followed.
+        trained (`Callable`, *optional*):
+            Gives the weights that an update moves. Those of the roots that require a gradient by default.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], others: Sequence[dict[str, Any]] = ()):
-        owners: dict[nn.Module, str] = {}
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        others: Sequence[dict[str, Any]] = (),
+        trained: Callable[[], Iterable[Tensor]] | None = None,
+    ):
+        self._owners: dict[nn.Module, str] = {}
+        self._places: list[_Place] = []
+        self._trained = trained or (lambda: [weight for root in modules for weight in root.parameters()])
         for root in modules:
-            for name, module in root.named_modules():
-                owners.setdefault(module, name)
-        self._places = [_Place(module._buffers, "buffers", owner) for module, owner in owners.items()]
-        self._places += [_Place(module._parameters, "parameters", owner) for module, owner in owners.items()]
-        for module, owner in owners.items():
-            if _keeps_attributes(module):
-                self._places.append(_Place(vars(module), "attributes", owner))
+            self._follow(root)
         self._places += [_Place(values, "others") for values in others]
         self.moving: set[_Key] = set()
         self._first = True
+
+    def _follow(self, root: nn.Module) -> None:
+        for module, owner in modules_in([root]).items():
+            if module not in self._owners:
+                self._owners[module] = owner
+                kinds = ("buffers", module._buffers), ("parameters", module._parameters), ("modules", module._modules)
+                self._places += [
+                    _Place(values, kind, owner) for kind, values in (*kinds, ("attributes", vars(module)))
+                ]
 
     def capture(self, by_content: bool = False) -> ModuleState:
         """
@@ -130,25 +149,37 @@ class StateFollower:
         """
         by_content = by_content or self._first
         records: dict[_Key, _Record] = {}
-        room = sum(weight.nbytes for weight in self._trained()) if self._first else 0
-        for place in self._places:
-            for name, value in place.items():
-                if isinstance(value, Tensor):
-                    record = _Record(value, version=value._version)
-                    # What a pass has computed hangs in its graph, and trained weights are moved by us: only the object counts.
-                    if not value.requires_grad:
-                        record.memory = memory = _memory(value)
-                        if (place, name) in self.moving or memory.nbytes <= max(_SMALL, room):
-                            room -= memory.nbytes
-                            record.content = memory.clone()
-                        elif by_content:
+        things = [(place, name, value) for place in self._places for name, value in place.items()]
+        weights: list[Tensor] = []
+        if any([isinstance(value, Tensor) for *_, value in things]):
+            weights = [w for w in self._trained() if w.requires_grad and w.layout == torch.strided and not is_lazy(w)]
+        ours = {_storage(weight) for weight in weights} - {0}
+        room = sum(weight.nbytes for weight in weights) if self._first else 0
+        for place, name, value in things:
+            if isinstance(value, Tensor):
+                if is_lazy(value):
+                    raise NotImplementedError(
+                        f"{place.called(name)!r} belongs to a lazy module that has seen no batch yet, so that there is nothing to "
+                        "put back between the passes of an update: call the model on a batch once before training."
+                    )
+                record = _Record(value, version=_writes(value))
+                # What a pass has computed hangs in its graph, and trained weights are moved by us: only the object counts.
+                if value.layout == torch.strided and value.is_leaf:
+                    memory, record.trained = _memory(value), _storage(value) in ours
+                    if record.trained:
+                        if self._first and place.kind == "parameters" and not isinstance(value, DTensor):
                             record.checksum = _checksum(memory)
-                elif isinstance(value, _GENERATORS):
-                    record = _Record(value, _state_of(value))
-                else:
-                    record = _Record(value, size=len(value) if isinstance(value, _CONTAINERS) else None)
-                records[place, name] = record
-        return ModuleState(self, by_content, records)
+                    elif (place, name) in self.moving or memory.nbytes <= max(_SMALL, room):
+                        room -= memory.nbytes
+                        record.memory, record.content = memory, memory.clone()
+                    else:
+                        record.memory, record.checksum = memory, _checksum(memory) if by_content else None
+            elif isinstance(value, _GENERATORS):
+                record = _Record(value, _state_of(value))
+            else:
+                record = _Record(value, size=len(value) if isinstance(value, _CONTAINERS) else None)
+            records[place, name] = record
+        return ModuleState(self, by_content, records, frozenset(self._places))
 
     def learn(self, before: ModuleState, by_content: bool = True) -> None:
         """
@@ -157,8 +188,8 @@ class StateFollower:
         Raises:
             `NotImplementedError`: in the first update, if the pass replaced a parameter or wrote into a trained weight.
         """
-        by_content, strangers = by_content and before.by_content, []
-        appeared = [(place, name) for place in self._places for name, _ in place.items()]
+        by_content, strangers, modules = by_content and before.by_content, [], []
+        appeared = [(place, name) for place in before.places for name, _ in place.items()]
         for key in (*before.records, *(key for key in appeared if key not in before.records)):
             if key in self.moving:
                 continue
@@ -166,17 +197,21 @@ class StateFollower:
             value, old = place.values.get(name, _MISSING), _MISSING if record is None else record.value
             if value is old:
                 assert record is not None
-                if place.kind == "parameters" and old is not None and old.requires_grad:
-                    if self._first and not isinstance(old, DTensor) and old._version != record.version:
+                if record.trained:
+                    if record.checksum is not None and self._first and _written(record):
                         _refuse(f"writes into the trained weight {place.called(name)!r}")
+                elif isinstance(old, Tensor) and old.layout != torch.strided and _writes(old) != record.version:
+                    _refuse(f"writes into the sparse tensor {place.called(name)!r}")
                 elif _has_moved(record, by_content):
                     self.moving.add(key)
                 elif record.size is not None and self._first and len(old) != record.size:
                     strangers.append(key)
             elif place.kind == "parameters":
                 _refuse(f"puts another parameter in the place of {place.called(name)!r}")
-            elif place.kind == "buffers" or isinstance(value, _FOLLOWED) or isinstance(old, _FOLLOWED):
+            elif place.kind in ("buffers", "modules") or isinstance(value, _FOLLOWED) or isinstance(old, _FOLLOWED):
                 self.moving.add(key)
+                if isinstance(value, nn.Module):
+                    modules.append(value)
             else:
                 strangers.append(key)
         if self._first:
@@ -185,18 +220,15 @@ class StateFollower:
             named = {
                 place.called(name)
                 for place, name in strangers
-                if place.kind == "attributes" and not name.startswith("_") and name != "training"
+                if place.kind == "attributes" and not name.startswith("_")
             }
             if named:
                 logger.warning(
                     f"A forward pass changes {', '.join(sorted(named)[:5])}, and later passes of the update find it changed: if the "
                     "loss depends on it, keep it in a buffer, which XSAM puts back between passes."
                 )
-
-    def _trained(self) -> Iterator[nn.Parameter]:
-        for place in self._places:
-            if place.kind == "parameters":
-                yield from (weight for weight in place.values.values() if weight is not None and weight.requires_grad)
+        for module in modules:
+            self._follow(module)
 
     def _forget_pass_state_of_still(self, before: ModuleState) -> None:
         """
@@ -208,7 +240,8 @@ class StateFollower:
         for place, name in self.moving:
             followed.setdefault(place, set()).add(name)
         for (place, name), record in before.records.items():
-            if record.content is not None or record.memory is not None:
+            empty = record.value is None and place.kind != "parameters"  # a tensor may come later
+            if empty or record.content is not None or record.memory is not None:
                 followed.setdefault(place, set()).add(name)
         for place in self._places:
             if place.kind != "buffers":
@@ -226,15 +259,63 @@ def follower_of(module: nn.Module) -> StateFollower:
     return _followers[module]
 
 
-def _keeps_attributes(module: nn.Module) -> bool:
-    """Whether a module may keep something in plain attributes: PyTorch's own have buffers for that."""
-    classes = [cls for cls in type(module).__mro__ if issubclass(cls, nn.Module)]
-    return not all([cls.__module__.startswith("torch.") for cls in classes])
+def modules_in(things: Iterable[Any]) -> dict[nn.Module, str]:
+    """
+    Modules, those below them, and those that hang on their attributes or on functions, with their names.
+
+    Looks into lists, tuples and dictionaries, and into what a function is made of: the object of a method, the arguments of
+    a `functools.partial`, the variables outside that a function reads.
+    """
+    found: dict[nn.Module, str] = {}
+    waiting = [(thing, "") for thing in things]
+    for thing, name in waiting:  # which grows
+        if isinstance(thing, nn.Module) and thing not in found:
+            found[thing] = name
+            held: dict[str, Iterable[Any]] = {key: [value] for key, value in thing._modules.items()}
+            held |= {key: items_of(value) for key, value in vars(thing).items() if key != "_modules"}
+            waiting += [(inner, f"{name}.{key}".lstrip(".")) for key, inners in held.items() for inner in inners]
+        elif callable(thing) and not isinstance(thing, nn.Module):
+            waiting += [(inner, name) for inner in parts_of(thing)]
+    return found
+
+
+def parts_of(function: Any) -> list[Any]:
+    """What a function is made of, other functions taken apart."""
+    if isinstance(function, functools.partial):
+        return [function.func, *parts_of(function.func), *function.args, *function.keywords.values()]
+    if inspect.ismethod(function):
+        return [function.__self__]
+    if inspect.isfunction(function):
+        try:
+            outside = inspect.getclosurevars(function)
+        except ValueError:  # a variable that has no value yet
+            return []
+        read = [*outside.nonlocals.values(), *outside.globals.values()]
+        return [inner for value in read for inner in items_of(value) if isinstance(inner, nn.Module)]
+    return []
+
+
+def items_of(value: Any) -> Iterable[Any]:
+    """What a list, a tuple or a dictionary holds; anything else by itself."""
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
 
 
 def _memory(value: Tensor) -> Tensor:
-    """The tensor's memory, without its history; of a `DTensor` this process's shard."""
-    return (value.to_local() if isinstance(value, DTensor) else value).detach()
+    """
+    The tensor's memory, without its history; of a `DTensor` this process's shard.
+
+    `detach` would count what we write as writes into the tensor.
+    """
+    return (value.to_local() if isinstance(value, DTensor) else value).data
+
+
+def _writes(value: Tensor) -> int:
+    """PyTorch's count of writes into a tensor."""
+    return 0 if value.is_inference() else value._version
+
+
+def _storage(value: Tensor) -> int:
+    return _memory(value).untyped_storage().data_ptr()
 
 
 def _state_of(generator: Any) -> Any:
@@ -261,13 +342,21 @@ def _put_back(record: _Record) -> None:
 def _has_moved(record: _Record, by_content: bool) -> bool:
     if record.memory is None:
         return isinstance(record.value, _GENERATORS)  # put back whether it has drawn or not
-    if record.value._version != record.version or _stands_elsewhere(_memory(record.value), record.memory):
+    if _writes(record.value) != record.version or _stands_elsewhere(_memory(record.value), record.memory):
         return True
     if not by_content:
         return False
     if record.content is None:
         return record.checksum is not None and not torch.equal(_checksum(record.memory), record.checksum)
     return not torch.equal(record.memory, record.content)
+
+
+def _written(record: _Record) -> bool:
+    """Whether a pass has written into a trained weight, also where PyTorch's count of writes leaves it out."""
+    assert record.checksum is not None
+    return _writes(record.value) != record.version or not torch.equal(
+        _checksum(_memory(record.value)), record.checksum
+    )
 
 
 def _checksum(memory: Tensor) -> Tensor:

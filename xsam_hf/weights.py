@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .arguments import XSAMArguments
 from .arithmetic import add_, clone, copy_, subtract_
@@ -194,6 +195,17 @@ def drop_gradients(weights: Iterable[Tensor]) -> None:
     """Frees the gradients."""
     for weight in weights:
         weight.grad = None
+
+
+def weights_of(optimizer: Any) -> Iterator[Tensor]:
+    """What an optimizer steps, or the optimizers in it: accelerate's wrapper, or one that deals weights out to several."""
+    for group in getattr(optimizer, "param_groups", ()):
+        yield from group["params"]
+    for name, value in vars(optimizer).items():
+        held = value.values() if isinstance(value, dict) and name != "state" else value
+        for inner in held if isinstance(held, Iterable) and not isinstance(held, Tensor | str) else [held]:
+            if isinstance(inner, Optimizer):
+                yield from weights_of(inner)
 
 
 @contextmanager

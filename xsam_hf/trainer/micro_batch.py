@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import recursively_apply
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..pass_state import PassState
 
@@ -61,14 +62,36 @@ def copy_of(data: Any) -> Any:
         `NotImplementedError`: something in it cannot be copied, so that later passes could not get what the first one got.
     """
     try:
-        # `deepcopy` would copy the whole memory of a tensor that is a part of a larger one, and refuses one with a history.
-        known = {id(tensor): tensor.clone() if tensor.is_leaf else copy.deepcopy(tensor) for tensor in _tensors(data)}
-        return copy.deepcopy(data, known)
+        return copy.deepcopy(data, _copies(list(_tensors(data))))
     except Exception as error:
         raise NotImplementedError(
             f"The batch holds something that cannot be copied for the later passes of an update ({error}): give the model tensors "
             "and plain Python objects, or set `rho` to 0."
         ) from error
+
+
+def _copies(tensors: Sequence[Tensor]) -> dict[int, Any]:
+    """
+    Copies by the tensors' `id`, where `deepcopy` would not do; it refuses a tensor with a history, and rightly so.
+
+    A tensor that is a part of a larger memory is copied without the rest. Parts that make up a memory together keep sharing it:
+    what is written into one is seen in the others. A weight in the batch stays the weight, which moves and takes a gradient.
+    """
+    copies: dict[int, Any] = {}
+    together: dict[int, dict[int, Tensor]] = defaultdict(dict)
+    for tensor in tensors:
+        if tensor.layout == torch.strided:
+            together[tensor.untyped_storage().data_ptr()][id(tensor)] = tensor
+        elif tensor.is_leaf:  # sparse, nested
+            copies[id(tensor)] = tensor.clone()
+    for parts in together.values():
+        whole = sum(part.nbytes for part in parts.values())
+        for key, part in parts.items():
+            if isinstance(part, nn.Parameter):
+                copies[key] = part
+            elif part.is_leaf and (len(parts) == 1 or part.untyped_storage().nbytes() > whole):
+                copies[key] = part.detach().clone().requires_grad_(part.requires_grad)
+    return copies
 
 
 def random_subset(inputs: Any, fraction: float, key: Sequence[int]) -> tuple[Tensor | None, float]:

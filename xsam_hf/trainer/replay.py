@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import send_to_device
@@ -14,8 +14,9 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
 
 from ..arguments import XSAMArguments
-from ..module_state import StateFollower
+from ..module_state import StateFollower, items_of, parts_of
 from ..pass_state import PassState
+from ..weights import weights_of
 from .compatibility import generates
 from .micro_batch import MicroBatch, copy_of, random_subset
 
@@ -107,7 +108,15 @@ class ReplayMixin(_Trainer):
             for micro_batch in micro_batches:
                 # A loss that differentiates inside is probed with gradients, for which DDP must not wait.
                 with self.accelerator.no_sync(model) if torch.is_grad_enabled() else nullcontext():
-                    loss = loss + self._xsam_pass_again(model, micro_batch, micro_batches, whole=True)
+                    try:
+                        loss = loss + self._xsam_pass_again(model, micro_batch, micro_batches, whole=True)
+                    except (AttributeError, TypeError) as error:
+                        if "NoneType" not in str(error):
+                            raise
+                        raise NotImplementedError(
+                            f"The `training_step` of {type(self).__name__} seems to look at gradients, which the forward passes of a "
+                            f"search do not make ({error}): let it pass over weights whose `grad` is None, or fix `alpha`."
+                        ) from error
                 # FSDP2 leaves its root unsharded after a forward without a backward; the next pass would see stale weights.
                 for module in model.modules():
                     if isinstance(module, FSDPModule):
@@ -177,15 +186,16 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _follower_of(trainer: Trainer) -> StateFollower:
-    """Follows the modules that hang on the trainer: the model, a loss, a teacher; and tensors of the trainer's and the loss's own."""
-    loss: Any = trainer.compute_loss_func
-    loss = getattr(loss, "func", loss)  # of a `functools.partial`
-    loss = getattr(loss, "__self__", loss)  # of a method
-    modules: dict[nn.Module, None] = {}
-    for value in (trainer.model, loss, *vars(trainer).values()):
-        held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-        modules |= {module: None for module in held if isinstance(module, nn.Module)}
-    others = [vars(trainer)]
-    if not isinstance(loss, nn.Module) and hasattr(loss, "__dict__"):
-        others.append(vars(loss))
-    return StateFollower(list(modules), others)
+    """Follows the modules that hang on the trainer and on its loss: the model, a teacher; and both's own attributes."""
+    loss = [trainer.compute_loss_func, *parts_of(trainer.compute_loss_func)]
+    plain = [
+        thing for thing in (trainer, *loss) if hasattr(thing, "__dict__") and not isinstance(thing, nn.Module | type)
+    ]
+    holders = [vars(thing) for thing in {id(thing): thing for thing in plain}.values()]
+    held = [inner for values in holders for value in values.values() for inner in items_of(value)]
+    modules = [thing for thing in (trainer.model, *loss, *held) if isinstance(thing, nn.Module)]
+
+    def trained() -> list[Tensor]:
+        return [*cast(nn.Module, trainer.model).parameters(), *weights_of(trainer.optimizer)]
+
+    return StateFollower(modules, holders, trained)

@@ -5,7 +5,7 @@ batch is replayed at the moved weights. Nothing else changes, so optimizers, sch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ..geometry import together
 from ..pass_state import RandomState
 from ..schedule import ascends_at
 from ..stale import climbed
-from ..weights import MovableWeights, drop_gradients
+from ..weights import MovableWeights, drop_gradients, weights_of
 from ..xsam import xsam_gradient
 from .callback import XSAMCallback
 from .checkpoint import CheckpointMixin
@@ -227,7 +227,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
             assert model is not None
             # Names as they are without torch.compile.
             self._xsam_named = {name.replace("_orig_mod.", ""): w for name, w in model.named_parameters()}
-        stepped = dict.fromkeys(_weights_of(optimizer))
+        stepped = dict.fromkeys(weights_of(optimizer))
         trained = {name: weight for name, weight in self._xsam_named.items() if weight.requires_grad}
         weights: dict[str, Tensor] = {name: weight for name, weight in trained.items() if weight in stepped}
         if not weights:
@@ -281,17 +281,6 @@ class XSAMTrainer(XSAMMixin, Trainer):
 
 class XSAMSeq2SeqTrainer(XSAMMixin, Seq2SeqTrainer):
     """[`~transformers.Seq2SeqTrainer`] with XSAM's gradient. Takes exactly its arguments; see [`XSAMMixin`]."""
-
-
-def _weights_of(optimizer: Any) -> Iterator[Tensor]:
-    """What an optimizer steps, or the optimizers in it: accelerate's wrapper, or one that deals weights out to several."""
-    for group in getattr(optimizer, "param_groups", ()):
-        yield from group["params"]
-    for name, value in vars(optimizer).items():
-        held = value.values() if isinstance(value, dict) and name != "state" else value
-        for inner in held if isinstance(held, Iterable) and not isinstance(held, Tensor | str) else [held]:
-            if isinstance(inner, Optimizer):
-                yield from _weights_of(inner)
 
 
 def _average_over_processes(weights: Sequence[Tensor]) -> None:
