@@ -167,6 +167,7 @@ def start(trainer: Trainer, whole: dict) -> None:
     checkpoint = resume_point(args.resume_from_checkpoint, folder)
     if checkpoint is not None:
         check_parts(checkpoint, args, scaled=trainer.accelerator.scaler is not None)
+        check_contents(checkpoint, trainer)
         compare(whole, _identity_of_checkpoint(checkpoint), f"`resume_from_checkpoint` {checkpoint} belongs to", args)
     refuse_other_runs(folder, whole, args)
     _refuse_ignored_optim_args(trainer)
@@ -270,6 +271,41 @@ def check_parts(checkpoint: Path, args: TrainingArguments, scaled: bool = False)
                 f"{there[0]} is cut off, damaged or another kind of file: resume from an earlier checkpoint, or start anew in "
                 "another `output_dir`."
             )
+
+
+def check_contents(checkpoint: Path, trainer: Trainer) -> None:
+    """
+    Refuses a checkpoint from which the Trainer would go on at another step, or with random weights in place of missing ones.
+
+    Raises:
+        `ValueError`: its step is not that of its folder, or beyond the run's end; or it lacks a trained weight.
+    """
+    step = json.loads((checkpoint / "trainer_state.json").read_bytes()).get("global_step")
+    number = checkpoint.name.removeprefix("checkpoint-")
+    if type(step) is not int or step < 1 or (number.isdecimal() and step != int(number)):
+        raise ValueError(
+            f"{checkpoint / 'trainer_state.json'} says update {step}, which is not its folder's: resume from another checkpoint, or "
+            "start anew in another `output_dir`."
+        )
+    if 0 < trainer.args.max_steps < step:
+        raise ValueError(
+            f"`resume_from_checkpoint` {checkpoint} is of update {step}, and `max_steps` is {trainer.args.max_steps}."
+        )
+    file = checkpoint / "model.safetensors"
+    if not file.is_file():
+        return  # in several files, or in shards
+    with safe_open(file, framework="pt") as stored:
+        kept = set(stored.keys())
+    names: dict[int, set[str]] = {}  # a tied weight is stored once
+    for name, weight in trainer.model.named_parameters(remove_duplicate=False):
+        if weight.requires_grad:
+            names.setdefault(id(weight), set()).add(name)
+    missing = sorted(min(group) for group in names.values() if not group & kept)
+    if missing:
+        raise ValueError(
+            f"{file} lacks {missing[0]}, and {len(missing)} of {len(names)} weights: resume from a whole checkpoint, or start anew in "
+            "another `output_dir`."
+        )
 
 
 def _is_readable(file: Path) -> bool:

@@ -212,6 +212,43 @@ def test_a_part_that_is_cut_off_names_itself(killed, part, damage):
         train(killed, resume_from_checkpoint=path.parent)
 
 
+@pytest.mark.parametrize("step", [3, -1, 99, "two", None, True])
+def test_a_checkpoint_of_another_step_than_its_folders_is_refused(killed, step):
+    file = killed / "checkpoint-2" / "trainer_state.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "global_step": step}))
+    with pytest.raises(ValueError, match=f"trainer_state.json says update {step}, which is not its folder's"):
+        train(killed, resume_from_checkpoint="true")
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_refused_and_one_too_many_is_not_missed(finished, killed):
+    file = killed / "checkpoint-2" / "model.safetensors"
+    weights = load_file(file)
+    save_file({**weights, "surplus": torch.zeros(1)}, file, metadata={"format": "pt"})
+    name = sorted(weights)[3]
+    del weights[name]
+    assert (
+        train(killed, resume_from_checkpoint="true")["metrics"]
+        == json.loads((finished / "result.json").read_text())["metrics"]
+    )
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"model.safetensors lacks {name}, and 1 of .* weights"):
+        train(killed, resume_from_checkpoint=str(file.parent))
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch hostile-was-here",)
+
+
+@pytest.mark.parametrize("part", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_hostile_part_is_refused_in_a_sentence(killed, part, monkeypatch):
+    monkeypatch.chdir(killed)
+    torch.save({"state": Hostile()}, killed / "checkpoint-2" / part)
+    with pytest.raises(ValueError, match="Weights only load failed"):
+        train(killed, resume_from_checkpoint="true")
+    assert not (killed / "hostile-was-here").exists()
+
+
 def test_xsams_own_state_is_a_part_too(tmp_path):
     train(tmp_path, perturbation="vasso", alpha=1)
     shutil.rmtree(tmp_path / "checkpoint-4")
