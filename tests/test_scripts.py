@@ -810,6 +810,14 @@ def test_the_lowest_versions_get_an_environment_of_their_own(shell):
     assert not (shell.root / ".venv").exists()
 
 
+def test_a_bar_that_is_turned_off_ends_no_runs(root):
+    done = script(
+        root, "run_seeds", "fake", "tiny", "sam", "--group", "quiet", "--seeds", 0, env={"TQDM_DISABLE": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert (root / "runs/quiet/sam/seed-0/result.json").is_file()
+
+
 def test_scripts_run_names_the_scripts_there_are(shell):
     for arguments in ((), ("nowhere",), ("table",), ("../setup",), ("demo.py",), ("--help",)):
         done, asked = shell(shell.root / "scripts/run", *arguments)
