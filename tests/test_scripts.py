@@ -1042,6 +1042,23 @@ def test_results_md_says_what_results_do():
     summary.main(["--check"])
 
 
+def test_readme_says_what_results_do():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    settings = {setting: summary.named(rows) for setting, rows in summary.rows_of_settings().items()}
+    digits = settings["digits-noise"]
+    said = [table.paired_difference(digits["xsam"], digits["sam"])]
+    for setting, methods in {
+        "digits-noise": ("sam", "xsam", "fraction.1", "stale-sam"),
+        "fashion-noise-vit": ("sam", "xsam"),
+    }.items():
+        rows = settings[setting]
+        said += [table.paired_difference(rows[name], summary.equal_base(rows[name], rows)) for name in methods]
+    for difference in said:
+        assert f"{difference.mean:+.1f} ± {difference.margin:.1f}" in readme
+    for name in ("base", "base-2x", "base, best epoch"):
+        assert f"{digits[name].mean:.1f} %" in readme
+
+
 def test_the_benchmark_times_all_on_the_same_batch_and_says_what_is_our_own(tmp_path):
     output = tmp_path / "result.json"
     arguments = ["--configuration", "gpt2-1m", "--steps", "2", "--warm_up", "1", "--accumulation", "2"]
