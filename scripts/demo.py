@@ -1,8 +1,8 @@
 """
 `bash scripts/demo` without its set-up: a small residual CNN on digits with 30 % wrong labels.
 
-SGD, SGD with twice the epochs (the passes that SAM and XSAM take), SAM, XSAM, and XSAM that climbs on a tenth of the batch, each with
-the `rho` that `scripts/run study digits-noise` has chosen for it, on other seeds.
+SGD, SGD with twice the epochs (the passes that SAM and XSAM take), SAM, XSAM, and SAM with stale ascent (the passes that SGD takes), each
+with the `rho` that `scripts/run study digits-noise` has chosen for it, on other seeds.
 """
 
 from collections.abc import Sequence
@@ -15,35 +15,34 @@ from tasks.command import Parser, run
 
 
 SETTING, SEEDS = "digits-noise", 5
-METHODS = {"SGD": "base", "SGD-2x": "base-2x", "SAM": "sam", "XSAM": "xsam", "XSAM-tenth": "fraction.1"}
+EVERY_SECOND_EPOCH = "--eval_strategy steps --eval_steps 34"  # to evaluate in every epoch takes half a minute more
+METHODS = {"SGD": "base", "SGD-2x": "base-2x", "SAM": "sam", "XSAM": "xsam", "SAM-stale": "stale-sam"}
 
 
 def lead(rows: Sequence[Row]) -> str:
     """What the reader sees, what it cost, and what the intervals allow."""
     row = {one.name: one for one in rows}
-    plain, twice, best = row["SGD"], row["SGD-2x"], row["SGD-2x" + BEST_EPOCH]
-    unit = plain.backward
+    plain, twice = row["SGD"], row["SGD-2x"]
+    best = max((row["SGD" + BEST_EPOCH], row["SGD-2x" + BEST_EPOCH]), key=lambda one: one.mean)
     climbing = [row[name] for name in METHODS if name not in ("SGD", "SGD-2x")]
+    parts = [
+        f"{one.name} ({one.backward / plain.backward:.1f} times SGD's passes) learns {one.learnt:.0%} and ends at {one.mean:.1f} %"
+        for one in climbing
+    ]
     sentences = [
         f"Three in ten of the training labels are wrong. SGD learns {plain.learnt:.0%} of them and ends at {plain.mean:.1f} % of the "
-        f"test images (right labels); with twice the passes it learns {twice.learnt:.0%} and ends at {twice.mean:.1f} %.",
-        join(
-            [
-                f"{one.name} ({one.backward / unit:.1f} times SGD's passes) learns {one.learnt:.0%} and ends at {one.mean:.1f} %"
-                for one in climbing
-            ]
-        )
-        + ".",
-        f"The best epoch of SGD-2x, which nobody knows without the test labels, had {best.mean:.1f} %.",
+        f"test images, whose labels are right; with twice the passes it learns {twice.learnt:.0%} and ends at {twice.mean:.1f} %.",
+        join(parts) + ".",
+        f"{best.name}, which nobody knows without the test labels, had {best.mean:.1f} %.",
     ]
     for reference in (twice, best):
         above = [one.name for one in climbing if _sign(one, reference) > 0]
-        others = [one for one in climbing if _sign(one, reference) <= 0]
         if above:
+            pairs = len(reference.values)
             sentences.append(
-                f"Over {len(twice.values)} pairs of seeds the 95 % intervals of {join(above)} minus {reference.name} lie above 0."
+                f"Over {pairs} pairs of seeds the 95 % intervals of {join(above)} minus {reference.name} lie above 0."
             )
-        sentences += [compare(one, reference, "accuracy") for one in others]
+        sentences += [compare(one, reference, "accuracy") for one in climbing if one.name not in above]
     sentences.append(compare(row["XSAM"], row["SAM"], "accuracy"))
     return " ".join(sentences)
 
@@ -72,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
         for name, method in METHODS.items()
     ]
     run_or_exit(runs, jobs=2)
-    baselines = ["SGD-2x", "SGD-2x" + BEST_EPOCH, "SAM"]
+    baselines = ["SGD-2x", "SGD" + BEST_EPOCH, "SGD-2x" + BEST_EPOCH, "SAM"]
     report(ROOT / "runs" / "demo", "accuracy", baselines, lead)
 
 

@@ -15,7 +15,16 @@ from matplotlib.figure import Figure
 
 from scripts import study, svg
 from scripts.run_seeds import ROOT
-from scripts.table import BEST_EPOCH, Row, format_difference, make_cells, make_rows, paired_difference, to_markdown
+from scripts.table import (
+    BEST_EPOCH,
+    Difference,
+    Row,
+    format_difference,
+    make_cells,
+    make_rows,
+    paired_difference,
+    to_markdown,
+)
 from tasks.command import Parser, run
 from tasks.files import write_whole
 
@@ -30,7 +39,10 @@ def equal_base(row: Row, rows: Mapping[str, Row]) -> Row:
 
 
 def overview(settings: Mapping[str, Mapping[str, Row]]) -> str:
-    """Settings by methods: the gain over the base optimizer at equal passes, with half of its 95 % interval."""
+    """
+    Settings by methods: the gain over the base optimizer at equal passes, with half of its 95 % interval and, for the other methods
+    that climb, as a share of XSAM's.
+    """
     names = [name for name in study.ORDER if any(name in rows for rows in settings.values())]
     cells = [["method", "passes", *(study.SETTINGS[setting].short for setting in settings)]]
     for name in names:
@@ -42,9 +54,16 @@ def overview(settings: Mapping[str, Mapping[str, Row]]) -> str:
             elif name in ("base", "base-2x"):
                 line.append(f"{rows[name].mean:.2f} %")
             else:
-                line.append(format_difference(paired_difference(rows[name], equal_base(rows[name], rows))))
+                gain = _gain(rows, name)
+                xsam = _gain(rows, "xsam") if name in study.METHODS and name != "xsam" else None
+                share = f" ({gain.mean / xsam.mean:.0%})" if gain and xsam and xsam.mean > 0 else ""
+                line.append(format_difference(gain) + share)
         cells.append(line)
     return to_markdown(cells)
+
+
+def _gain(rows: Mapping[str, Row], name: str) -> Difference | None:
+    return paired_difference(rows[name], equal_base(rows[name], rows)) if name in rows else None
 
 
 def draw(settings: Mapping[str, Mapping[str, Row]]) -> Figure:
@@ -53,7 +72,7 @@ def draw(settings: Mapping[str, Mapping[str, Row]]) -> Figure:
     for axes, (setting, rows) in zip(panels[0], settings.items(), strict=True):
         for number, name in enumerate(name for name in study.METHODS if name in rows):
             row = rows[name]
-            difference = paired_difference(row, equal_base(row, rows))
+            difference = _gain(rows, name)
             if difference is None or row in (rows["base"], rows["base-2x"]):
                 continue
             passes = row.backward / rows["base"].backward
