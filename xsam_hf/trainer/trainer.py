@@ -97,7 +97,8 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
         try:
             if arguments.ascent_scope == "micro":
                 return self._xsam_micro_step(model, inputs, num_items_in_batch, arguments)
-            first = partial(self._xsam_first_pass, model, inputs, num_items_in_batch, arguments, self._xsam_may_wait)
+            may_wait = self._xsam_may_wait(arguments)
+            first = partial(self._xsam_first_pass, model, inputs, num_items_in_batch, arguments, may_wait)
             if arguments.perturbation == "stale":
                 micro_batch = self._xsam_climb_first(first, arguments)
             else:
@@ -129,14 +130,14 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
         step = self.state.global_step + 1
         return step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
 
-    @property
-    def _xsam_may_wait(self) -> bool:
+    def _xsam_may_wait(self, arguments: XSAMArguments) -> bool:
         """
         Whether the coming update may wait for the device, to see what its first pass moves: a searching one does anyhow.
 
         The first two of a training do: what moves at all moves there, also a teacher that begins as a copy of its student.
         """
-        return self._xsam_callback.xsam.search_due or self._xsam_updates < 2
+        searching = arguments.searches and self._xsam_callback.xsam.search_due
+        return searching or self._xsam_updates < 2
 
     def _xsam_update(self, model: nn.Module, micro_batches: Sequence[MicroBatch], arguments: XSAMArguments) -> None:
         """One XSAM update from micro-batches whose gradients at θ_0 are in `p.grad` already."""
@@ -201,7 +202,8 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
         drop_gradients(weights)
         synchronise = self.accelerator.sync_gradients
         with self.accelerator.no_sync(model):
-            micro_batch = self._xsam_first_pass(model, inputs, num_items_in_batch, arguments, self._xsam_may_wait)
+            may_wait = self._xsam_may_wait(arguments)
+            micro_batch = self._xsam_first_pass(model, inputs, num_items_in_batch, arguments, may_wait)
             self._xsam_update(model, [micro_batch], arguments)
         self.accelerator.sync_gradients = synchronise
         for weight, before in zip(weights, accumulated, strict=True):
