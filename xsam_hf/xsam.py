@@ -94,7 +94,7 @@ def xsam_gradient(
         return stale_gradient(
             theta, weights, gradient, probe, arguments, state, before, loss_scaling=loss_scaling, measure=measure
         )
-    passes = Passes(gradient, probe, before or pass_state_of(weights, state))
+    passes = Passes(gradient, probe, before or pass_state_of(weights, arguments, state))
     loss = passes.first()  # L(θ_0), and g_0 = ∇L(θ_0)
     if not (ascend and passes.repeatable):
         return _plain_update(loss, theta, state)
