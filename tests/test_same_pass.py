@@ -609,6 +609,11 @@ def test_contents_are_compared_in_the_first_two_updates_and_in_those_that_search
     assert compared == ({0, 1, 4} if alpha is None else {0, 1})  # α is searched at the beginning of each epoch
 
     compared.clear()
+    micro = {"ascent_scope": "micro", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    train(tmp_path, ThroughData(), data, rho=0.5, alpha=alpha, callbacks=[Watch()], **micro)
+    assert compared == ({0, 1, 4} if alpha is None else {0, 1})
+
+    compared.clear()
     model, state = ThroughData(), XSAMState()
     for update in range(8):
         state.search_due = update % 4 == 0

@@ -108,7 +108,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
             # micro-batches) carry over into the next epoch.
             if self.accelerator.sync_gradients:
                 self._xsam_update(model, self._xsam_micro_batches, arguments)
-                self._xsam_micro_batches = []
+                self._xsam_micro_batches, self._xsam_updates = [], self._xsam_updates + 1
         except BaseException:
             self._xsam_micro_batches = []
             raise
@@ -176,7 +176,6 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
                 measure=arguments.searches or self._xsam_is_logged,
             )
         callback.step_due = True
-        self._xsam_updates += 1
         if end is not None:
             end.restore()  # where a pass over the whole batch leaves it, as in plain training
         if update.search is not None:
@@ -206,6 +205,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
             micro_batch = self._xsam_first_pass(model, inputs, num_items_in_batch, arguments, may_wait)
             self._xsam_update(model, [micro_batch], arguments)
         self.accelerator.sync_gradients = synchronise
+        self._xsam_updates += synchronise
         for weight, before in zip(weights, accumulated, strict=True):
             if before is not None:
                 weight.grad = before if weight.grad is None else weight.grad.add_(before)
