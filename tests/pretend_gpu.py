@@ -74,7 +74,9 @@ class PretendedGPU(TorchDispatchMode):
                 if argument.alias_info and argument.alias_info.is_write
                 for x in tree_leaves(value)
             ]
-            self.bytes += sum(x.numel() * x.element_size() for x in (*given, *written))
+            # A copy writes over what it does not read.
+            read = tree_leaves(args[1:]) if name in ("copy_", "_foreach_copy_") else given
+            self.bytes += sum(x.numel() * x.element_size() for x in (*read, *written) if isinstance(x, torch.Tensor))
         storages = [x.untyped_storage() for x in new if x.is_cuda]
         self.alive |= {StorageWeakRef(storage): storage.nbytes() for storage in storages}
         self.alive = {ref: size for ref, size in self.alive.items() if not ref.expired()}

@@ -64,11 +64,11 @@ def test_few_kernels_are_launched(shapes, kernels, dtype):
     assert sam.kernels < kept.kernels <= kernels < 3 * len(shapes) and sam.kernels <= kernels / 2
 
 
-@pytest.mark.parametrize("measure, alpha, touches", [(True, 1.3, 36), (True, 1.0, 34), (False, 1.0, 24)])
+@pytest.mark.parametrize("measure, alpha, touches", [(True, 1.3, 34), (True, 1.0, 32), (False, 1.0, 22)])
 def test_weights_are_read_and_written_seldom(measure, alpha, touches):
     """docs/speed.md counts them one by one. Before the arithmetic was one call for all tensors: 41, whatever α was."""
     gpu, own, _ = update(VIT_L, alpha=alpha, measure=measure)
-    assert gpu.bytes / own <= touches
+    assert gpu.bytes / own <= touches + 0.1
 
 
 def test_the_pretended_gpu_sees_what_it_is_for():
