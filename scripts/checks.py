@@ -9,7 +9,7 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -88,8 +88,20 @@ class Line:
         return fields
 
 
-# Yields (what, found, expected, unit) on a device, such as "cuda"; raises `Skip`.
-Check = Callable[[str], Iterator[tuple[str, float, Expected, str]]]
+# What is checked, what was found (an exception, if only this part of the check ended early), what is expected, its unit.
+Figure = tuple[str, Any, Expected, str]
+# Called with a device, such as "cuda". Raises `Skip`.
+Check = Callable[[str], Iterator[Figure]]
+
+
+def each(part: Callable[..., Iterator[Figure]], names: Iterable[str], *args: Any) -> Iterator[Figure]:
+    """The figures of `part(name, *args)` for every name. One that raises does not end the others."""
+    for name in names:
+        try:
+            for what, *rest in part(name, *args):
+                yield f"{name}: {what}", *rest
+        except Exception as error:
+            yield name, error, TOLD, ""
 
 
 def run_checks(checks: Sequence[Check], device: str, limit: float, deadline: float) -> Iterator[Line]:
@@ -146,6 +158,10 @@ def _child(check: Check, device: str, sender: Connection, output: str) -> None:
     name, began = _name(check), time.monotonic()
     try:
         for what, found, expected, unit in check(device):
+            if isinstance(found, Exception):
+                sender.send(_raised(name, what, found, time.monotonic() - began))
+                began = time.monotonic()
+                continue
             found = float(found)
             status = "told" if expected == TOLD else "ok" if expected.holds(found) else "failed"
             now = time.monotonic()
@@ -154,12 +170,15 @@ def _child(check: Check, device: str, sender: Connection, output: str) -> None:
     except Skip as reason:
         sender.send(Line(name, "", "skipped", note=str(reason)))
     except Exception as error:
-        traceback.print_exc()
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        text = " ".join(str(error).split())[:300]
-        note = f"{type(error).__name__}: {text} ({os.path.basename(place.filename)}:{place.lineno})"
-        sender.send(Line(name, "", "raised", seconds=round(time.monotonic() - began, 2), note=note))
+        sender.send(_raised(name, "", error, time.monotonic() - began))
     sender.send(None)
+
+
+def _raised(check: str, what: str, error: Exception, seconds: float) -> Line:
+    traceback.print_exception(error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    note = f"{type(error).__name__}: {' '.join(str(error).split())[:300]} ({os.path.basename(place.filename)}:{place.lineno})"
+    return Line(check, what, "raised", seconds=round(seconds, 2), note=note)
 
 
 def _end(process: Any) -> None:
@@ -174,7 +193,14 @@ def _end(process: Any) -> None:
 def table(lines: Sequence[Line]) -> str:
     """Markdown, a row for each line."""
     rows = [
-        [line.check, line.what or line.note, _figure(line.found), line.expected, line.unit, line.status]
+        [
+            line.check,
+            ": ".join(filter(None, (line.what, line.note))),
+            _figure(line.found),
+            line.expected,
+            line.unit,
+            line.status,
+        ]
         for line in lines
     ]
     return to_markdown([["check", "what", "found", "expected", "unit", ""], *rows])

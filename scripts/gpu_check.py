@@ -25,7 +25,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import DeviceType
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
@@ -49,7 +50,20 @@ from transformers import (
 )
 
 from scripts.benchmark import TrainerStep, gpt2, vit
-from scripts.checks import TOLD, Check, Expected, Line, Skip, at_least, at_most, exactly, run_checks, table
+from scripts.checks import (
+    TOLD,
+    Check,
+    Expected,
+    Figure,
+    Line,
+    Skip,
+    at_least,
+    at_most,
+    each,
+    exactly,
+    run_checks,
+    table,
+)
 from tasks.command import Parser, run, sentence
 from tasks.files import write_whole
 from tasks.image_classification.augmentation import Augmentation
@@ -62,14 +76,14 @@ from xsam_hf.rounding import add_rounded
 
 
 ROOT = Path(__file__).resolve().parent.parent
-Found = Iterator[tuple[str, float, Expected, str]]
+Found = Iterator[Figure]
 
 METHODS: dict[str, dict[str, Any]] = {
     "sam": {"alpha": 1.0},
     "alpha 1.5": {"alpha": 1.5},
     "xsam": {"alpha_search_steps": 1},
     "three steps": {"alpha": 1.5, "ascent_steps": 3},
-    **{name: {"perturbation": name, "alpha": 1.3} for name in ("asam", "vasso", "fsam")},
+    **{name: {"perturbation": name, "alpha": 1.3} for name in ("asam", "vasso", "fsam", "stale")},
     **{name: {"direction": name, "ascent_steps": 2} for name in ("lsam", "lsam+", "msam", "msam+")},
     **{f"{scale} norm": {"alpha": 1.3, "gradient_scale": scale} for scale in ("first", "mean", "max", "slope")},
     "slope_max norm": {"alpha": 1.3, "gradient_scale": "slope_max"},
@@ -133,12 +147,15 @@ def changed(before: Sequence[Tensor], after: Sequence[Tensor]) -> int:
 
 
 def agreement_with_float64_on_a_cpu(device: str) -> Found:
-    for name, method in METHODS.items():
-        right, kept = updates("cpu", torch.float64, 2, **method)
-        found, state = updates(device, torch.float32, 2, **method)
-        yield f"{name}: gradient", distance(found, right), at_most(1e-5), "relative"
-        if name == "xsam":
-            yield "xsam: alpha", abs(state.alpha - kept.alpha), exactly(0), ""
+    yield from each(_agreement, METHODS, device)
+
+
+def _agreement(name: str, device: str) -> Found:
+    right, kept = updates("cpu", torch.float64, 2, **METHODS[name])
+    found, state = updates(device, torch.float32, 2, **METHODS[name])
+    yield "gradient", distance(found, right), at_most(1e-5), "relative"
+    if name == "xsam":
+        yield "alpha", abs(state.alpha - kept.alpha), exactly(0), ""
 
 
 def tf32(device: str) -> Found:
@@ -205,20 +222,24 @@ def rounding_at_random(device: str) -> Found:
 
 
 def half_precision(device: str) -> Found:
-    losses = {}
-    for name, settings in (("float32", {}), ("bfloat16", {"bf16": True}), ("float16", {"fp16": True})):
-        if name == "float16" and device != "cuda":
-            continue
-        trainer = language_model_training(device, max_steps=6, logging_steps=1, **settings)
-        losses[name] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    worst = max(abs(a - b) / a for a, b in zip(losses["float32"], losses["bfloat16"], strict=True))
-    yield "bf16: losses of six updates beside float32's", worst, at_most(0.02), "relative"
-    if "float16" not in losses:
-        return
-    worst = max(abs(a - b) / a for a, b in zip(losses["float32"], losses["float16"], strict=True))
-    yield "fp16: losses of six updates beside float32's", worst, at_most(0.05), "relative"
+    """Autocast; a GradScaler, and an update that overflows."""
+    right = _losses(device)
+    names = ("bf16", "fp16", "fp16 overflow") if device == "cuda" else ("bf16",)
+    yield from each(_half_precision, names, device, right)
 
-    class TooLarge(TrainerCallback):  # the first update overflows
+
+def _losses(device: str, **settings) -> list[float]:
+    trainer = language_model_training(device, max_steps=6, logging_steps=1, **settings)
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _half_precision(name: str, device: str, right: list[float]) -> Found:
+    if name != "fp16 overflow":
+        worst = max(abs(a - b) / a for a, b in zip(right, _losses(device, **{name: True}), strict=True))
+        yield "losses of six updates beside float32's", worst, at_most(0.02 if name == "bf16" else 0.05), "relative"
+        return
+
+    class TooLarge(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
             scaler = trainer.accelerator.scaler
             scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**100})
@@ -228,51 +249,51 @@ def half_precision(device: str) -> Found:
     callback = TooLarge()
     trainer.add_callback(callback)
     trainer.train()
-    yield "fp16: changed by an update that overflows", changed(callback.before, list(trainer.model.parameters())), exactly(0), "numbers"  # fmt: skip
-    yield "fp16: scale after it", trainer.accelerator.scaler.get_scale() / 2.0**100, exactly(0.5), "of before"
+    yield "changed", changed(callback.before, list(trainer.model.parameters())), exactly(0), "numbers"
+    yield "scale afterwards", trainer.accelerator.scaler.get_scale() / 2.0**100, exactly(0.5), "of before"
+
+
+ATTENTION = {
+    "math": SDPBackend.MATH,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 
 
 def the_same_dropout_in_every_pass(device: str) -> Found:
+    names = [*ATTENTION, "inductor", "checkpointing"] if device == "cuda" else ["math", "checkpointing"]
+    yield from each(_dropout, names, device)
+
+
+def _dropout(name: str, device: str) -> Found:
     ids = torch.randint(200, (4, 128), generator=torch.Generator().manual_seed(0)).to(device)
 
-    def build(checkpointing: bool = False) -> nn.Module:
+    def build() -> nn.Module:
         torch.manual_seed(0)
-        model = tiny_gpt2(dropout=0.1).to(device)
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-        return model
+        return tiny_gpt2(dropout=0.1).to(device)
 
-    def twice(model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss, the same again, and with other masks."""
+    def loss(model: nn.Module) -> Tensor:
+        return model(input_ids=ids, labels=ids).loss
+
+    if name == "checkpointing":
+        gradients = []
+        for model in (build(), build()):
+            if gradients:
+                model.gradient_checkpointing_enable()
+            torch.manual_seed(1)
+            loss(model.train()).backward()
+            gradients.append(torch.cat([weight.grad.reshape(-1) for weight in model.parameters()]))
+        yield "gradient beside that without", distance(*gradients), at_most(1e-5), "relative"
+        return
+    model = torch.compile(build()) if name == "inductor" else build()
+    backend = sdpa_kernel(ATTENTION[name]) if name in ATTENTION else nullcontext()
+    with backend, torch.autocast(device, torch.bfloat16):
         before = PassState.capture(None)
-        first = model(input_ids=ids, labels=ids).loss.detach()
+        first = loss(model).detach()
         before.restore()
-        return first, model(input_ids=ids, labels=ids).loss.detach(), model(input_ids=ids, labels=ids).loss.detach()
-
-    backends = {"math": SDPBackend.MATH}
-    if device == "cuda":
-        backends |= {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
-    for name, backend in backends.items():
-        with sdpa_kernel(backend), torch.autocast(device, torch.bfloat16):
-            first, again, other = twice(build())
-        yield f"{name} attention: two passes differ by", (first - again).abs(), exactly(0), ""
-        yield f"{name} attention: with other masks by", (first - other).abs(), at_least(1e-6), ""
-    gradients = []
-    for checkpointing in (False, True):
-        model = build(checkpointing)
-        torch.manual_seed(1)
-        model(input_ids=ids, labels=ids).loss.backward()
-        gradients.append(torch.cat([weight.grad.reshape(-1) for weight in model.parameters()]))
-    yield (
-        "checkpointing: gradient beside that without",
-        distance(gradients[1], gradients[0]),
-        at_most(1e-5),
-        "relative",
-    )
-    if device == "cuda":
-        first, again, other = twice(torch.compile(build()))
-        yield "inductor: two passes differ by", (first - again).abs(), exactly(0), ""
-        yield "inductor: with other masks by", (first - other).abs(), at_least(1e-6), ""
+        again, other = loss(model).detach(), loss(model).detach()
+    yield "two passes differ by", (first - again).abs(), exactly(0), ""
+    yield "with other masks by", (first - other).abs(), at_least(1e-6), ""
 
 
 # --- the Trainer -------------------------------------------------------------------------------------------------------
@@ -339,36 +360,36 @@ def refusals(device: str) -> Found:
 
 def compiled(device: str) -> Found:
     needs_a_gpu(device, "tests/test_compile.py does it on a CPU")
+    yield from each(
+        _compiled, ("default", "max-autotune-no-cudagraphs"), device, _losses(device, alpha_search_steps=2)
+    )
 
-    def losses(**settings) -> list[float]:
-        torch._dynamo.reset()
-        trainer = language_model_training(device, max_steps=6, logging_steps=1, alpha_search_steps=2, **settings)
-        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
+def _compiled(mode: str, device: str, eager: list[float]) -> Found:
     class Graphs(TrainerCallback):
-        """Counts the graphs after two updates and at the end."""
-
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step in (2, 6):
                 found.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
     found: list[int] = []
-    eager = losses()
-    variants = {f"mode {mode}": {"torch_compile_mode": mode} for mode in ("default", "max-autotune-no-cudagraphs")}
-    for name, settings in variants.items():
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        found.clear()
-        trainer = language_model_training(
-            device, train=False, max_steps=6, logging_steps=1, alpha_search_steps=2, torch_compile=True, **settings
-        )
-        trainer.add_callback(Graphs())
-        trainer.train()
-        logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        worst = max(abs(a - b) / a for a, b in zip(eager, logged, strict=True))
-        yield f"{name}: losses of six updates beside eager's", worst, at_most(1e-3), "relative"
-        yield f"{name}: graphs", found[0], at_least(1), ""
-        yield f"{name}: graphs made after two updates", found[1] - found[0], exactly(0), ""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    trainer = language_model_training(
+        device,
+        train=False,
+        max_steps=6,
+        logging_steps=1,
+        alpha_search_steps=2,
+        torch_compile=True,
+        torch_compile_mode=mode,
+    )
+    trainer.add_callback(Graphs())
+    trainer.train()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    worst = max(abs(a - b) / a for a, b in zip(eager, logged, strict=True))
+    yield "losses of six updates beside eager's", worst, at_most(1e-3), "relative"
+    yield "graphs", found[0], at_least(1), ""
+    yield "graphs made after two updates", found[1] - found[0], exactly(0), ""
 
 
 def repeated_and_resumed_runs(device: str) -> Found:
@@ -382,11 +403,9 @@ def repeated_and_resumed_runs(device: str) -> Found:
 
     told = TOLD if device == "cuda" else exactly(0)  # atomic additions come in another order every time
     yield "a run and its repetition, kernels as they come", changed(weights(), weights()), told, "numbers"
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
+    torch.use_deterministic_algorithms(True)  # raises where an operation has none
+    with tempfile.TemporaryDirectory() as folder:
         whole = weights(output_dir=folder, save_strategy="steps", save_steps=2)
-        yield "deterministic kernels: operations that have none", sum("deterministic" in str(w.message) for w in seen), exactly(0), ""  # fmt: skip
         yield "deterministic kernels: a run and its repetition", changed(whole, weights()), exactly(0), "numbers"
         resumed = weights(resume=f"{folder}/checkpoint-2")
     yield "deterministic kernels: a run and the resumed one", changed(whole, resumed), exactly(0), "numbers"
@@ -395,41 +414,39 @@ def repeated_and_resumed_runs(device: str) -> Found:
 # --- processes ---------------------------------------------------------------------------------------------------------
 
 
-def trained_by(device: str, processes: int, backend: str, shared: bool, **settings) -> list[Tensor]:
+def trained_by(device: str, processes: int, backend: str, shared: bool, settings: dict[str, Any]) -> list[Tensor]:
     """The weights of a training by several processes, which share a GPU or have one each; by one without a group for 0."""
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "weights.pt")
-        started = [
-            multiprocessing.Process(
-                target=_train_one_of, args=(device, rank, processes, backend, shared, file, settings)
-            )
-            for rank in range(max(processes, 1))
-        ]
+        file, port = Path(folder, "weights.pt"), free_port()
+        started = []
+        for rank in range(max(processes, 1)):
+            group = {
+                "RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": "0" if shared else str(rank),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            }  # fmt: skip
+            others = {"ddp_backend": backend, **settings} if processes else settings
+            batch = {"max_steps": 4, "per_device_train_batch_size": 16 // max(processes, 1)}
+            arguments = (device, group if processes else {}, file, {**batch, **others})
+            started.append(multiprocessing.Process(target=_train_one_of, args=arguments))
         for process in started:
             process.start()
         for process in started:
             process.join()
         if any(process.exitcode for process in started):
-            raise RuntimeError(f"{backend}: a process ended with {[process.exitcode for process in started]}")
+            raise RuntimeError(f"the processes ended with {[process.exitcode for process in started]}")
         return torch.load(file)
 
 
-def _train_one_of(
-    device: str, rank: int, processes: int, backend: str, shared: bool, file: Path, settings: dict[str, Any]
-) -> None:
-    if processes:
-        os.environ |= {
-            "RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": "0" if shared else str(rank),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": settings.pop("port"),
-        }  # fmt: skip
-        settings["ddp_backend"] = backend
+def _train_one_of(device: str, group: dict[str, str], file: Path, settings: dict[str, Any]) -> None:
+    os.environ |= group
     torch.set_num_threads(1)
-    settings = {"max_steps": 4, "per_device_train_batch_size": 16 // max(processes, 1), **settings}
     trainer = language_model_training(device, **settings)
+    alone = group.get("WORLD_SIZE", "1") == "1"
     parts = [
-        weight.full_tensor() if hasattr(weight, "full_tensor") else weight for weight in trainer.model.parameters()
+        weight if not isinstance(weight, DTensor) else weight.to_local() if alone else weight.full_tensor()
+        for weight in trainer.model.parameters()
     ]
-    if rank == 0:
+    if trainer.is_world_process_zero():
         torch.save([part.detach().cpu() for part in parts], file)
 
 
@@ -439,40 +456,37 @@ def free_port() -> str:
         return str(listener.getsockname()[1])
 
 
-def _beside_one(device: str, processes: int, backend: str, shared: bool, what: str, **settings) -> Found:
-    right = torch.cat([part.double().reshape(-1) for part in trained_by(device, 0, "", shared)])
-    found = trained_by(device, processes, backend, shared, port=free_port(), **settings)
-    found = torch.cat([part.double().reshape(-1) for part in found])
-    yield what, distance(found, right), at_most(1e-5), "relative"
+FSDP2 = {"version": 2, "transformer_layer_cls_to_wrap": ["GPT2Block"]}
+SHARDED: dict[str, dict[str, Any]] = {
+    "DDP": {},
+    "DDP, find_unused_parameters": {"ddp_find_unused_parameters": True},
+    "FSDP2": {"fsdp": True, "fsdp_config": FSDP2},
+    "FSDP2, offloaded": {"fsdp": True, "fsdp_config": {**FSDP2, "cpu_offload": True}},  # searches wait for copies
+}
+
+
+def _beside_one(name: str, device: str, processes: int, backend: str, shared: bool) -> Found:
+    right, found = (
+        torch.cat([part.double().reshape(-1) for part in trained_by(device, *group)])
+        for group in ((0, "", shared, {}), (processes, backend, shared, SHARDED[name]))
+    )
+    yield "weights after four updates beside one process's", distance(found, right), at_most(1e-5), "relative"
 
 
 def two_gloo_processes(device: str) -> Found:
-    yield from _beside_one(device, 2, "gloo", True, "DDP: weights after four updates beside one process's")
+    yield from each(_beside_one, ["DDP"], device, 2, "gloo", True)
 
 
 def one_nccl_process(device: str) -> Found:
     needs_a_gpu(device)
-    fsdp = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["GPT2Block"]}}
-    offload = {"fsdp": True, "fsdp_config": {**fsdp["fsdp_config"], "cpu_offload": True}}
-    for name, settings in (
-        ("DDP", {}),
-        ("FSDP2", fsdp),
-        ("FSDP2 with CPU offload, which a search has to wait for", offload),
-    ):
-        yield from _beside_one(device, 1, "nccl", True, f"{name}: weights after four updates", **settings)
+    yield from each(_beside_one, ["DDP", "FSDP2", "FSDP2, offloaded"], device, 1, "nccl", True)
 
 
 def two_gpus(device: str) -> Found:
     needs_a_gpu(device)
     if torch.cuda.device_count() < 2:
         raise Skip("there are not two GPUs")
-    fsdp = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["GPT2Block"]}}
-    for name, settings in (
-        ("DDP", {}),
-        ("DDP, find_unused_parameters", {"ddp_find_unused_parameters": True}),
-        ("FSDP2", fsdp),
-    ):
-        yield from _beside_one(device, 2, "nccl", False, f"{name}: weights after four updates", **settings)
+    yield from each(_beside_one, ["DDP", "DDP, find_unused_parameters", "FSDP2"], device, 2, "nccl", False)
 
 
 # --- waits and kernels -------------------------------------------------------------------------------------------------
@@ -497,47 +511,56 @@ def waits_for_the_device(device: str) -> Found:
         torch.ones((), device=device).item()
         found = waits()
     yield "item(), to see that they are counted", found, at_least(1), "waits"
-    for name, method in METHODS.items():
-        if name == "xsam":
-            method = {}  # searched once, and α kept
-        model, loss = network(device, torch.float32)
-        arguments, state = XSAMArguments(**method), XSAMState()
-
-        def gradient(loss=loss) -> Tensor:
-            value = loss()
-            value.backward()
-            return value.detach()
-
-        for _ in range(3):  # the first two look at what a pass has moved
-            model.zero_grad()
-            with counted_waits() as waits:
-                xsam_gradient(model, gradient, lambda loss=loss: loss().detach(), arguments, state)
-                found = waits()
-        yield f"{name}: an update", found, exactly(0), "waits"
-
-    def a_step(**settings) -> float:
-        """Waits of a step of the whole training loop: of 24 steps minus those of 8."""
-        totals = []
-        for steps in (8, 24):
-            trainer = language_model_training(
-                device, train=False, max_steps=steps, logging_strategy="no", dropout=0.1, **settings
-            )
-            with counted_waits() as waits:
-                trainer.train()
-                totals.append(waits())
-        return (totals[1] - totals[0]) / 16
-
-    plain = a_step(plain=True)
+    yield from each(_waits_of_an_update, METHODS, device)
+    plain = _waits_of_a_step(device, plain=True)
     yield "plain Trainer: a step without logging_nan_inf_filter", plain, TOLD, "waits"
-    yield "plain Trainer: logging_nan_inf_filter adds, a step", a_step(plain=True, logging_nan_inf_filter=True) - plain, at_least(1), "waits"  # fmt: skip
-    for name, method in {
-        "sam": {"alpha": 1.0},
-        "alpha 1.5": {"alpha": 1.5},
-        "ascent_fraction 0.5": {"alpha": 1.0, "ascent_fraction": 0.5},
-        "micro": {"alpha": 1.0, "ascent_scope": "micro"},
-        "three steps": {"alpha": 1.5, "ascent_steps": 3},
-    }.items():
-        yield f"{name}: XSAMTrainer adds, a step", a_step(**method) - plain, exactly(0), "waits"
+    filtered = _waits_of_a_step(device, plain=True, logging_nan_inf_filter=True)
+    yield "plain Trainer: logging_nan_inf_filter adds, a step", filtered - plain, at_least(1), "waits"
+    yield from each(_waits_of_our_own, LOOPS, device, plain)
+
+
+LOOPS: dict[str, dict[str, Any]] = {
+    "sam": {"alpha": 1.0},
+    "alpha 1.5": {"alpha": 1.5},
+    "three steps": {"alpha": 1.5, "ascent_steps": 3},
+    "ascent_fraction 0.5": {"alpha": 1.0, "ascent_fraction": 0.5},
+    "micro": {"alpha": 1.0, "ascent_scope": "micro"},
+    "stale": {"alpha": 1.0, "perturbation": "stale"},
+}
+
+
+def _waits_of_an_update(name: str, device: str) -> Found:
+    method = {} if name == "xsam" else METHODS[name]  # searched once, and α kept
+    model, loss = network(device, torch.float32)
+    arguments, state = XSAMArguments(**method), XSAMState()
+
+    def gradient() -> Tensor:
+        value = loss()
+        value.backward()
+        return value.detach()
+
+    for _ in range(3):  # the first two look at what a pass has moved
+        model.zero_grad()
+        state.search_due = state.updates == 0
+        with counted_waits() as waits:
+            xsam_gradient(model, gradient, lambda: loss().detach(), arguments, state, ascend=True)
+            found = waits()
+    yield "an update", found, exactly(0), "waits"
+
+
+def _waits_of_a_step(device: str, **settings) -> float:
+    """In the whole loop of training: those of 24 steps minus those of 8."""
+    totals = []
+    for steps in (8, 24):
+        trainer = language_model_training(device, False, 0.1, max_steps=steps, logging_strategy="no", **settings)
+        with counted_waits() as waits:
+            trainer.train()
+            totals.append(waits())
+    return (totals[1] - totals[0]) / 16
+
+
+def _waits_of_our_own(name: str, device: str, plain: float) -> Found:
+    yield "XSAMTrainer adds, a step", _waits_of_a_step(device, **LOOPS[name]) - plain, exactly(0), "waits"
 
 
 SMALL = [(192, 192), (192,)] * 75
@@ -629,31 +652,31 @@ def median_of(step: Callable[[], Any], device: str, rounds: int = 10) -> float:
     return statistics.median(times)
 
 
+OWN: dict[str, tuple[Callable[[], nn.Module], Expected, Expected]] = {
+    # A small model's time is that of launching kernels. tests/test_gpu.py counts 36 reads and writes of each weight where α and the
+    # angle are kept; AdamW's step has 7.
+    "ViT-Ti": (lambda: vit("vit-ti", "cifar100", 1)[0], at_most(1.5), TOLD),
+    "ViT-L": (lambda: vit_large(), TOLD, at_most(36 / 7 * 1.2)),
+    "GPT-2 124M": (lambda: gpt2(1, 1)[0], TOLD, at_most(36 / 7 * 1.2)),
+}
+
+
 def own_time(device: str) -> Found:
-    """
-    The arithmetic beside AdamW's. tests/test_gpu.py counts 36 reads and writes of each weight with α and the angle, and 24 with
-    neither; AdamW has 7. A small model's time is that of launching kernels.
-    """
-    models: dict[str, tuple[Callable[[], nn.Module], Expected, Expected]] = {
-        "ViT-Ti": (lambda: vit("vit-ti", "cifar100", 1)[0], at_most(1.5), TOLD)
-    }
-    if device == "cuda":
-        models["ViT-L"] = (vit_large, TOLD, at_most(36 / 7 * 1.2))
-        models["GPT-2 124M"] = (lambda: gpt2(1, 1)[0], TOLD, at_most(36 / 7 * 1.2))
-    for name, (build, most_ms, most_times) in models.items():
-        if device == "cpu":
-            most_ms = TOLD
-        shapes = [weight.shape for weight in build().parameters()]
-        kept, weights = free_passes(device, shapes, alpha=1.5)
-        own = statistics.median([kept() for _ in range(8)][3:])
-        yield f"{name}, alpha kept: own arithmetic", own, most_ms, "ms"
-        sam, _ = free_passes(device, shapes, measure=False, alpha=1.0)
-        bare = statistics.median([sam() for _ in range(8)][3:])
-        yield f"{name}, SAM between logs: own arithmetic", bare, most_ms, "ms"
-        optimizer = torch.optim.AdamW(weights, fused=True)
-        step = median_of(optimizer.step, device, 5)
-        yield f"{name}: fused AdamW's step", step, TOLD, "ms"
-        yield f"{name}, alpha kept: own arithmetic beside it", own / step, most_times, "times"
+    """The arithmetic beside AdamW's."""
+    yield from each(_own_time, OWN if device == "cuda" else ["ViT-Ti"], device)
+
+
+def _own_time(name: str, device: str) -> Found:
+    build, most_ms, most_times = OWN[name] if device == "cuda" else (OWN[name][0], TOLD, TOLD)
+    shapes = [weight.shape for weight in build().parameters()]
+    kept, weights = free_passes(device, shapes, alpha=1.5)
+    own = statistics.median([kept() for _ in range(8)][3:])
+    yield "own arithmetic, alpha kept", own, most_ms, "ms"
+    sam, _ = free_passes(device, shapes, measure=False, alpha=1.0)
+    yield "own arithmetic, SAM between logs", statistics.median([sam() for _ in range(8)][3:]), most_ms, "ms"
+    step = median_of(torch.optim.AdamW(weights, fused=True).step, device, 5)
+    yield "fused AdamW's step", step, TOLD, "ms"
+    yield "own arithmetic, alpha kept, beside it", own / step, most_times, "times"
 
 
 def vit_large() -> ViTForImageClassification:

@@ -145,6 +145,7 @@ def run_all(runs: list[Run], jobs: int = 1) -> list[Run]:
     waiting = [run for run in runs if not is_finished(run)]
     running: dict[Run, subprocess.Popen] = {}
     failed = []
+    shown = ""  # not the bar's: one that TQDM_DISABLE turns off keeps nothing
     # The clock moves on every five seconds, which a log file can bear too.
     with tqdm(total=len(runs), initial=len(runs) - len(waiting), unit="run", mininterval=5, miniters=0) as bar:
 
@@ -162,8 +163,9 @@ def run_all(runs: list[Run], jobs: int = 1) -> list[Run]:
                         running[run] = run.start(one_thread=jobs > 1)
                     except (OSError, RuntimeError, ValueError) as error:  # of this run's files: the others go on
                         settle(run, sentence(error))
-                if (names := ", ".join(map(str, running))) != bar.postfix:
+                if (names := ", ".join(map(str, running))) != shown:
                     bar.set_postfix_str(names)
+                    shown = names
                 bar.update(0)
                 time.sleep(0.2)
                 for run, process in list(running.items()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import pickle
 import signal
 import sys
 import traceback
@@ -85,6 +86,7 @@ def refusals() -> Iterator[None]:
         LookupError,
         RuntimeError,
         TypeError,
+        pickle.UnpicklingError,
     ) as error:
         raise ValueError(sentence(error)) from error
 

@@ -24,14 +24,14 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def flags(name: str) -> str:
+def flags(name: Any) -> str:
     """
     A method as it is written on the command line.
 
     Raises:
         `ValueError`: there is no such method.
     """
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"`method` is {name!r}: choose one of {', '.join(METHODS)}.")
     return shlex.join(f"--{field}={value}" for field, value in METHODS[name].items())
 

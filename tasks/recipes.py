@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from ruamel.yaml import YAML, YAMLError
 from transformers import HfArgumentParser
@@ -19,6 +19,8 @@ from tasks.secret import is_secret
 
 
 ENDINGS = (".yaml", ".yml")
+# Mappings that may stand in a file of their own.
+FILES = ("accelerator_config", "deepspeed", "fsdp_config")
 
 
 class DataclassParser(Parser, HfArgumentParser):
@@ -52,6 +54,11 @@ def parse(classes: Sequence[type], argv: Sequence[str], description: str, runs: 
     recipe = Path(argv.pop(0)) if argv and not argv[0].startswith("-") else None
     values = read(recipe) if recipe else {}
     own_method = values.pop("method", None)
+    if own_method is not None:
+        try:
+            flags(own_method)
+        except ValueError as error:
+            raise ValueError(f"{recipe}: {error}") from error
     line = _as_flags(recipe, values, parser, classes)
 
     found, rest = parser.parse_known_args(argv)
@@ -141,10 +148,15 @@ def _as_flag(name: str, value: Any, action: Any, hint: Any) -> list[str]:
             raise ValueError(f"`{name}` is a list: give one value.")
         return [f"--{name}", *(_scalar(name, part, action) for part in value)]
     if isinstance(value, dict):
-        if dict not in (hint, *get_args(hint)):
+        if not _is_mapping(hint):
             raise ValueError(f"`{name}` is a mapping: give one value.")
         return [f"--{name}={json.dumps(value)}"]
     return [f"--{name}={_scalar(name, value, action)}"]
+
+
+def _is_mapping(hint: Any) -> bool:
+    """Whether a field takes a mapping: `dict`, `dict[str, Any] | None` ..."""
+    return any((get_origin(part) or part) is dict for part in (hint, *get_args(hint)))
 
 
 def _scalar(name: str, value: Any, action: Any) -> str:
@@ -189,10 +201,13 @@ def _instances(parser: DataclassParser, line: list[str], classes: Sequence[type]
     for cls in classes:
         for name, hint in get_type_hints(cls).items():
             value = getattr(found, name, None)
-            if dict in get_args(hint) and isinstance(value, str) and value.startswith("{"):
-                try:
-                    json.loads(value)
-                except ValueError as error:
-                    raise ValueError(f"`{name}` is {value}, which is no JSON: {error}.") from error
+            if not _is_mapping(hint) or not isinstance(value, str) or (name in FILES and not value.startswith("{")):
+                continue
+            try:
+                whole = isinstance(json.loads(value), dict)
+            except ValueError as error:
+                raise ValueError(f"`{name}` is {value}, which is no JSON: {error}.") from error
+            if not whole:
+                raise ValueError(f'`{name}` is {value}: give a mapping in JSON, such as {{"name": 1}}.')
     with refusals():
         return parser.parse_args_into_dataclasses(line, look_for_args_file=False)[: len(classes)]

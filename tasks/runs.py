@@ -141,6 +141,10 @@ def check_output(args: TrainingArguments, metrics: Iterable[str]) -> None:
             pass
     except OSError as error:
         raise ValueError(f"`output_dir` is {folder}, which cannot be written to ({error}): give another.") from error
+    if args.load_best_model_at_end and args.eval_strategy == "no":
+        raise ValueError(
+            "`load_best_model_at_end` is True, but `eval_strategy` is no, so that no model is known to be the best: set it to epoch."
+        )
     best = args.metric_for_best_model
     known = [*metrics, "loss"]
     if best is not None and best.removeprefix("eval_") not in known:
@@ -163,8 +167,15 @@ def start(trainer: Trainer, whole: dict) -> None:
     checkpoint = resume_point(args.resume_from_checkpoint, folder)
     if checkpoint is not None:
         check_parts(checkpoint, args, scaled=trainer.accelerator.scaler is not None)
+        check_contents(checkpoint, trainer)
         compare(whole, _identity_of_checkpoint(checkpoint), f"`resume_from_checkpoint` {checkpoint} belongs to", args)
     refuse_other_runs(folder, whole, args)
+    _refuse_ignored_optim_args(trainer)
+    if not len(trainer.get_train_dataloader()):
+        raise ValueError(
+            f"`dataloader_drop_last` is {args.dataloader_drop_last}, and all training examples together do not fill one batch: "
+            "leave it out, or lower `per_device_train_batch_size`."
+        )
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except Exception:
@@ -174,6 +185,37 @@ def start(trainer: Trainer, whole: dict) -> None:
             raise
     trainer.save_model()
     trainer.save_state()
+
+
+def _refuse_ignored_optim_args(trainer: Trainer) -> None:
+    """
+    Refuses what transformers would pass over: it takes from `optim_args` what the optimizer's branch asks for, and drops the rest.
+
+    Raises:
+        `ValueError`: a name is not among what one of torch's optimizers is made with, or its value is another there.
+    """
+    args = trainer.args
+    if not args.optim_args:
+        return
+    with refusals():
+        cls, taken = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+    if not getattr(cls, "__module__", "").startswith("torch.optim"):
+        return  # others rename what they are given
+    for part in args.optim_args.replace(" ", "").split(","):
+        name, _, value = part.partition("=")
+        found = taken.get(name)
+        if found is None or not isinstance(found, bool) and found != _number(value):
+            raise ValueError(
+                f"`optim_args` is {args.optim_args}, of which {args.optim.value} does not take {part}: leave it out, or give it as a "
+                "flag of its own if there is one."
+            )
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def resume_point(flag: str | bool | None, folder: Path) -> Path | None:
@@ -229,6 +271,41 @@ def check_parts(checkpoint: Path, args: TrainingArguments, scaled: bool = False)
                 f"{there[0]} is cut off, damaged or another kind of file: resume from an earlier checkpoint, or start anew in "
                 "another `output_dir`."
             )
+
+
+def check_contents(checkpoint: Path, trainer: Trainer) -> None:
+    """
+    Refuses a checkpoint from which the Trainer would go on at another step, or with random weights in place of missing ones.
+
+    Raises:
+        `ValueError`: its step is not that of its folder, or beyond the run's end; or it lacks a trained weight.
+    """
+    step = json.loads((checkpoint / "trainer_state.json").read_bytes()).get("global_step")
+    number = checkpoint.name.removeprefix("checkpoint-")
+    if type(step) is not int or step < 1 or (number.isdecimal() and step != int(number)):
+        raise ValueError(
+            f"{checkpoint / 'trainer_state.json'} says update {step}, which is not its folder's: resume from another checkpoint, or "
+            "start anew in another `output_dir`."
+        )
+    if 0 < trainer.args.max_steps < step:
+        raise ValueError(
+            f"`resume_from_checkpoint` {checkpoint} is of update {step}, and `max_steps` is {trainer.args.max_steps}."
+        )
+    file = checkpoint / "model.safetensors"
+    if not file.is_file():
+        return  # in several files, or in shards
+    with safe_open(file, framework="pt") as stored:
+        kept = set(stored.keys())
+    names: dict[int, set[str]] = {}  # a tied weight is stored once
+    for name, weight in trainer.model.named_parameters(remove_duplicate=False):
+        if weight.requires_grad:
+            names.setdefault(id(weight), set()).add(name)
+    missing = sorted(min(group) for group in names.values() if not group & kept)
+    if missing:
+        raise ValueError(
+            f"{file} lacks {missing[0]}, and {len(missing)} of {len(names)} weights: resume from a whole checkpoint, or start anew in "
+            "another `output_dir`."
+        )
 
 
 def _is_readable(file: Path) -> bool:

@@ -28,6 +28,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import xsam_hf.trainer.checkpoint
 from xsam_hf import XSAMArguments, XSAMState, XSAMTrainer, xsam_gradient
+from xsam_hf.passes import interrupts_held
 from xsam_hf.weights import weights_kept
 
 
@@ -617,6 +618,43 @@ def test_an_interrupt_between_two_passes_comes_before_the_next_one(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         update.run()
     assert update.passes == 1 and update.is_whole()
+
+
+def test_an_interrupt_that_a_pass_survives_is_the_last_that_stops_it():
+    """A pass that Ctrl-C has ended may be in its `finally` already, and what follows writes weights back."""
+    with pytest.raises(KeyboardInterrupt) as raised, interrupts_held() as stoppable:
+
+        def one_pass():
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            return "to its end"
+
+        assert stoppable(one_pass) == "to its end"
+        with pytest.raises(KeyboardInterrupt):
+            stoppable(lambda: "not begun")
+        signal.raise_signal(signal.SIGINT)
+        held = True
+    assert raised.type is KeyboardInterrupt and held
+
+
+@pytest.mark.parametrize("hook", [sys.setprofile, sys.settrace])
+def test_an_interrupt_beneath_a_profiler_or_debugger_is_kept(hook):
+    """Python up to 3.12 writes the variables of the frame that such a callback watches back to what they were before it."""
+
+    def press(frame, event, argument):
+        if not pressed and frame.f_code.co_name == "interrupts_held":
+            pressed.append(event)
+            signal.raise_signal(signal.SIGINT)
+        return press
+
+    pressed = []
+    with pytest.raises(KeyboardInterrupt):
+        with interrupts_held():
+            hook(press)
+        hook(None)
+    hook(None)
+    assert pressed
 
 
 def test_other_handlers_are_called_too_in_a_pass_and_after_the_restore(monkeypatch):

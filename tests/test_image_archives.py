@@ -187,6 +187,14 @@ def test_hostile_batches_are_refused_in_two_gigabytes_of_memory(tmp_path):
     assert not list(tmp_path.rglob("hostile-was-here"))
 
 
+@pytest.mark.parametrize("kind", [name for name in HOSTILE if name.startswith(("state of", "defaults of"))])
+def test_only_arrays_and_their_kinds_have_a_state(kind):
+    before = archives._encode.__defaults__
+    with pytest.raises(ValueError, match="it sets the state of something that is no array"):
+        archives.unpickle(HOSTILE[kind] + op("STOP"), "train")
+    assert archives._encode.__defaults__ == before == ("latin1",) and archives._Array.state is None
+
+
 def test_after_a_hostile_batch_whole_ones_are_still_read(tmp_path):
     for content in HOSTILE.values():
         with pytest.raises(ValueError):
@@ -318,6 +326,25 @@ def test_a_name_that_merely_contains_the_word_is_no_split(tmp_path):
         archives.read("cifar100", tmp_path)
 
 
+def test_a_file_of_several_is_not_taken_for_all(tmp_path):
+    parquet(tmp_path, "test-00000-of-00001")
+    for number in (0, 2):
+        parquet(tmp_path, f"train-0000{number}-of-00003")
+    with pytest.raises(
+        ValueError, match="train-00000-of-00003.parquet is one of 3 files, and train-00001-of-00003.parquet is missing"
+    ):
+        archives.read("cifar100", tmp_path)
+    parquet(tmp_path, "train-00001-of-00003")
+    assert len(archives.read("cifar100", tmp_path)[0][1]) == 9
+
+
+def test_a_parquet_file_without_rows_says_so(tmp_path):
+    parquet(tmp_path, "train")
+    datasets.Dataset.from_dict({"img": GOOD, "fine_label": [1, 2, 3]}).select([]).to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(ValueError, match="test.parquet holds no images"):
+        archives.read("cifar100", tmp_path)
+
+
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"<html>404</html>", None])
 def test_a_file_that_is_no_parquet_names_itself(tmp_path, content):
     parquet(tmp_path, "test")
@@ -422,6 +449,41 @@ def test_digits_come_from_nowhere_else(tmp_path):
 def test_shares_that_leave_a_class_out_are_named(changes, words):
     with pytest.raises(ValueError, match=words):
         data.load("digits", **changes)
+
+
+def test_images_that_come_again_where_they_are_scored_are_refused(tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (40, 28, 28), dtype=np.uint8)
+    labels = np.arange(40, dtype=np.uint8) % 10
+
+    def load(train, test):
+        files = {
+            "train_images": train,
+            "train_labels": labels[: len(train)],
+            "t10k_images": test,
+            "t10k_labels": labels[:5],
+        }
+        return data.load(
+            "fashion_mnist", str(fashion(tmp_path, **{name: idx(kept) for name, kept in files.items()})), 0.25
+        )
+
+    assert len(load(pixels, rng.integers(0, 256, (5, 28, 28), dtype=np.uint8))["train"]) == 30
+    # A few are in the data sets themselves.
+    few = np.concatenate([pixels[:36], pixels[:4]])
+    load(few, rng.integers(0, 256, (5, 28, 28), dtype=np.uint8))
+    with pytest.raises(ValueError, match="1 of the 5 test images are training images too"):
+        load(pixels, np.concatenate([pixels[7:8], rng.integers(0, 256, (4, 28, 28), dtype=np.uint8)]))
+    with pytest.raises(ValueError, match="20 of the 40 training images are there before, .*: is a file there twice"):
+        load(np.concatenate([pixels[:20]] * 2), rng.integers(0, 256, (5, 28, 28), dtype=np.uint8))
+
+
+def test_a_class_without_images_is_warned_about(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(data.logger, "warning", said.append)
+    pixels = np.random.default_rng(0).integers(0, 146, (40, 28, 28), dtype=np.uint8)
+    labels = np.arange(40, dtype=np.uint8) % 9
+    data.load("fashion_mnist", str(fashion(tmp_path, train_images=idx(pixels), train_labels=idx(labels))), 0)
+    assert said == ["No training image is of class 9, and 1 of 10 have none."]
 
 
 def test_pixels_of_another_data_set_are_warned_about(tmp_path, monkeypatch):

@@ -56,6 +56,9 @@ def parse(tmp_path):
         ("rho: [0.1, 0.2]", "`rho` is a list: give one value"),
         ("rho: {a: 1}", "`rho` is a mapping: give one value"),
         ("output_dir: {a: 1}", "`output_dir` is a mapping: give one value"),
+        ("method: [sam, xsam]", "`method` is ['sam', 'xsam']: choose one of sgd, sam"),
+        ("method: {a: 1}", "`method` is {'a': 1}: choose one of"),
+        ("method: 1", "`method` is 1: choose one of"),
         ("rho_exclude: [[bias]]", "a list in YAML"),
         ("rho:", "`rho` has no value: give one, or leave the line out for 0.05"),
         ("save_strategy: ~", "`save_strategy` has no value"),
@@ -108,6 +111,18 @@ def test_yaml_1_2_is_read_as_it_stands(parse, recipe, name, value):
     _, args = parse(recipe)
     found = getattr(args, name)
     assert getattr(found, "value", found) == value and type(getattr(found, "value", found)) is type(value)
+
+
+@pytest.mark.parametrize("name", ["lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "accelerator_config"])
+def test_mappings_are_mappings_however_their_field_is_annotated(parse, name):
+    """`dict | str | None` and `dict[str, Any] | str | None`."""
+    given = {"dispatch_batches": None} if name == "accelerator_config" else {"use_reentrant": False}
+    args = parse(f"{name}: {json.dumps(given)}")[-1]
+    found = getattr(args, name)
+    assert given.items() <= (found if isinstance(found, dict) else found.to_dict()).items()
+    for value in ("{bad", "[1]", "1") if name != "accelerator_config" else ("{bad",):
+        with pytest.raises(ValueError, match=f"`{name}` is .*(which is no JSON|give a mapping in JSON)"):
+            parse("", f"--{name}", value)
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"rho: \x00", None])

@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -210,6 +212,43 @@ def test_a_part_that_is_cut_off_names_itself(killed, part, damage):
         train(killed, resume_from_checkpoint=path.parent)
 
 
+@pytest.mark.parametrize("step", [3, -1, 99, "two", None, True])
+def test_a_checkpoint_of_another_step_than_its_folders_is_refused(killed, step):
+    file = killed / "checkpoint-2" / "trainer_state.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "global_step": step}))
+    with pytest.raises(ValueError, match=f"trainer_state.json says update {step}, which is not its folder's"):
+        train(killed, resume_from_checkpoint="true")
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_refused_and_one_too_many_is_not_missed(finished, killed):
+    file = killed / "checkpoint-2" / "model.safetensors"
+    weights = load_file(file)
+    save_file({**weights, "surplus": torch.zeros(1)}, file, metadata={"format": "pt"})
+    name = sorted(weights)[3]
+    del weights[name]
+    assert (
+        train(killed, resume_from_checkpoint="true")["metrics"]
+        == json.loads((finished / "result.json").read_text())["metrics"]
+    )
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"model.safetensors lacks {name}, and 1 of .* weights"):
+        train(killed, resume_from_checkpoint=str(file.parent))
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch hostile-was-here",)
+
+
+@pytest.mark.parametrize("part", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_hostile_part_is_refused_in_a_sentence(killed, part, monkeypatch):
+    monkeypatch.chdir(killed)
+    torch.save({"state": Hostile()}, killed / "checkpoint-2" / part)
+    with pytest.raises(ValueError, match="Weights only load failed"):
+        train(killed, resume_from_checkpoint="true")
+    assert not (killed / "hostile-was-here").exists()
+
+
 def test_xsams_own_state_is_a_part_too(tmp_path):
     train(tmp_path, perturbation="vasso", alpha=1)
     shutil.rmtree(tmp_path / "checkpoint-4")
@@ -247,6 +286,44 @@ def test_what_would_end_a_run_later_is_refused_before(tmp_path):
     ):
         train(tmp_path / "run", metric_for_best_model="bleu", **options)
     assert train(tmp_path / "run", metric_for_best_model="eval_top5_accuracy", **options)["diverged"] is False
+
+
+def test_a_training_without_a_single_batch_is_refused(tmp_path):
+    """transformers ends it at step 0 with a warning, and the scores would be those of random weights."""
+    with pytest.raises(
+        ValueError, match="`dataloader_drop_last` is True, and all training examples together do not fill one batch"
+    ):
+        train(tmp_path, dataloader_drop_last=True)
+    assert not (tmp_path / "result.json").exists()
+    assert train(tmp_path, dataloader_drop_last=True, per_device_train_batch_size=100)["passes"]["backward"] == 8
+
+
+def test_a_best_model_that_nothing_would_tell_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`load_best_model_at_end` is True, but `eval_strategy` is no"):
+        train(tmp_path, load_best_model_at_end=True, save_strategy="no")
+
+
+@pytest.mark.parametrize(
+    "optim, given, ignored",
+    [
+        ("adamw_torch", "lr=5.0", "lr=5.0"),
+        ("sgd", "momentun=0.9", "momentun=0.9"),
+        ("sgd", "momentum=0.9, lr=1", "lr=1"),
+        ("rmsprop", "centred=true", "centred=true"),
+    ],
+)
+def test_what_the_optimizer_would_not_be_told_is_refused(tmp_path, optim, given, ignored):
+    with pytest.raises(
+        ValueError, match=f"`optim_args` is {given}, of which {optim} does not take {ignored}: leave it out"
+    ):
+        train(tmp_path, optim=optim, optim_args=given)
+
+
+def test_what_the_optimizer_is_told_changes_the_run(tmp_path):
+    given = {"optim": "sgd", "max_steps": 2, "learning_rate": 0.1, "save_strategy": "no"}
+    plain = train(tmp_path / "plain", **given)
+    told = train(tmp_path / "told", optim_args="momentum=0.9,nesterov=yes", **given)
+    assert plain["metrics"] != told["metrics"]
 
 
 # --- a run that diverged ---------------------------------------------------------------------------------------------
@@ -348,6 +425,22 @@ def test_other_secrets_are_in_no_result_either(tmp_path, monkeypatch):
     result = train(tmp_path)
     assert result["arguments"]["some_api_key"] == "<some_api_key>" and "some_api_key" not in result["identity"]
     assert "s3cret" not in (tmp_path / "result.json").read_text()
+
+
+def test_a_result_holds_the_tasks_arguments_and_the_trainers_without_secrets(tmp_path):
+    @dataclass
+    class Task:
+        dataset: str = "digits"
+        api_key: str = "s3cret"
+
+    args = parse(tmp_path, hub_strategy="end")[-1]
+    args.hub_token = "hf_s3cret"
+    trainer = SimpleNamespace(args=args)
+    path = results.write_result(trainer, results.CostMeter(), Task(), {}, metrics={"test": {"loss": 1.0}})
+    found = json.loads(path.read_text())["arguments"]
+    assert found["dataset"] == "digits" and found["api_key"] == "<api_key>"
+    assert found["hub_strategy"] == "end" and found["hub_token"] == "<hub_token>" and found["rho"] == 0.1
+    assert "s3cret" not in path.read_text()
 
 
 # --- the result is always left ---------------------------------------------------------------------------------------

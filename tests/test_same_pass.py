@@ -12,7 +12,7 @@ from torch import nn
 from toys import CLASSES, HIDDEN, INPUTS, Points, arguments, build, train, weights_of
 from transformers import Trainer, TrainerCallback
 
-from xsam_hf import XSAMArguments, XSAMMixin, XSAMState, XSAMTrainer, xsam_gradient
+from xsam_hf import XSAMArguments, XSAMMixin, XSAMState, XSAMTrainer, module_state, xsam_gradient
 from xsam_hf.module_state import StateFollower
 from xsam_hf.trainer.micro_batch import copy_of
 
@@ -548,6 +548,107 @@ def test_a_large_buffer_that_begins_to_move_makes_that_update_a_plain_one(tmp_pa
         2,
     ]
     assert run.model.table[0].item() == pytest.approx(0.6)  # once in each of six updates
+
+
+class ThroughData(Net):
+    """Writes into a large frozen weight, from the second update on, where PyTorch's count of writes leaves it out."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(2**14, dtype=torch.float64), requires_grad=False)
+        self.on = False
+
+    def forward(self, x, labels=None):
+        loss = nn.functional.cross_entropy(self.logits(x) * (1 + self.table[0]), labels)
+        if self.on:
+            self.table.data.add_(0.1)
+        return {"loss": loss}
+
+
+def test_a_large_tensor_written_through_data_from_the_second_update_on_is_seen_there(tmp_path):
+    class SwitchOn(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            model.on = state.global_step >= 1
+
+    data = Points(32, torch.float64)
+    run = train(tmp_path, ThroughData(), data, rho=0.5, alpha=1.0, callbacks=[SwitchOn()])
+    passes = [entry["xsam/passes"] for entry in run.state.log_history if "xsam/passes" in entry]
+    assert passes == [2, 1, 2, 2, 2, 2, 2, 2]
+    assert run.model.table[0].item() == pytest.approx(0.7)  # once in each of seven updates
+
+    model, state, passes = ThroughData(), XSAMState(), []
+    for update in range(4):
+        model.on = update >= 1
+        model.zero_grad()
+        passes.append(0)
+
+        def gradient():
+            passes[-1] += 1
+            loss = model(data.x, data.y)["loss"]
+            loss.backward()
+            return loss.detach()
+
+        xsam_gradient(model, gradient, gradient, XSAMArguments(rho=0.5, alpha=1.0), state)
+    assert passes == [2, 1, 2, 2] and model.table[0].item() == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("alpha", [None, 1.0])
+def test_contents_are_compared_in_the_first_two_updates_and_in_those_that_search(tmp_path, monkeypatch, alpha):
+    """Comparing waits for the device."""
+    compared, update = set(), 0
+    checksum = module_state._checksum
+    monkeypatch.setattr(module_state, "_checksum", lambda memory: (compared.add(update), checksum(memory))[1])
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            nonlocal update
+            update = state.global_step
+
+    data = Points(32, torch.float64)
+    train(tmp_path, ThroughData(), data, rho=0.5, alpha=alpha, callbacks=[Watch()])
+    assert compared == ({0, 1, 4} if alpha is None else {0, 1})  # α is searched at the beginning of each epoch
+
+    compared.clear()
+    micro = {"ascent_scope": "micro", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    train(tmp_path, ThroughData(), data, rho=0.5, alpha=alpha, callbacks=[Watch()], **micro)
+    assert compared == ({0, 1, 4} if alpha is None else {0, 1})
+
+    compared.clear()
+    model, state = ThroughData(), XSAMState()
+    for update in range(8):
+        state.search_due = update % 4 == 0
+
+        def gradient():
+            model.zero_grad()
+            loss = model(data.x, data.y)["loss"]
+            loss.backward()
+            return loss.detach()
+
+        xsam_gradient(
+            model, gradient, lambda: model(data.x, data.y)["loss"], XSAMArguments(rho=0.5, alpha=alpha), state
+        )
+    assert compared == ({0, 1, 4} if alpha is None else {0, 1})
+
+
+class FollowsMoves(Net):
+    """A large table that takes in how far the weights are from where they began: nothing in the very first pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(2**14, dtype=torch.float64), requires_grad=False)
+        self.register_buffer("began", self.first.weight.detach().clone())
+
+    def forward(self, x, labels=None):
+        self.table.data.add_((self.first.weight.detach() - self.began).abs().sum())
+        return {"loss": nn.functional.cross_entropy(self.logits(x) * (1 + self.table[0]), labels)}
+
+
+def test_a_large_tensor_that_only_moved_passes_write_into_is_refused(tmp_path):
+    model = FollowsMoves()
+    with pytest.raises(NotImplementedError, match="at moved weights writes into a large .* set `rho` to 0"):
+        train(tmp_path, model, Points(32, torch.float64), rho=0.5, alpha=1.0)
+    assert all(torch.equal(p, q) for p, q in zip(model.first.parameters(), Net().first.parameters(), strict=True))
+    assert model.first.weight.grad is None
 
 
 class ReplacesFrozen(Net):

@@ -756,9 +756,9 @@ def test_setup_keeps_a_venv_made_by_hand(shell):
 
 def test_setup_finds_another_python_and_says_when_there_is_none(shell):
     done, asked = shell.setup(STUB_OLD="1")
-    assert done.returncode == 1 and done.stderr.startswith("xsam_hf needs Python 3.11 or newer, and none of")
+    assert done.returncode == 1 and done.stderr.startswith("xsam_hf needs Python 3.10 or newer, and none of")
     assert asked == [] and not (shell.root / ".venv").exists()
-    (shell.bin / "python3").rename(shell.bin / "python3.11")
+    (shell.bin / "python3").rename(shell.bin / "python3.10")
     assert shell.setup()[1] == [VENV, PIP, INSTALL.format("checkout")]
 
 
@@ -793,7 +793,8 @@ def test_the_lowest_versions_get_an_environment_of_their_own(shell):
     (shell.root / "setup.cfg").write_text(
         "[options]\ninstall_requires =\n    torch>=2.8\n    a.b-c>=1.0.2; python_version<'4'\n    numpy\n"
     )
-    shell.add_python(shell.bin / "python3.11")
+    for version in ("python3.10", "python3.11"):
+        shell.add_python(shell.bin / version)
     done, asked = shell(shell.root / "scripts/test", "--lowest", "-k", "xsam")
     assert done.returncode == 0, done.stderr
     install = (
@@ -807,6 +808,14 @@ def test_the_lowest_versions_get_an_environment_of_their_own(shell):
     ]  # no lint: its tools' versions matter
     assert (shell.root / ".venv-lowest/lowest.txt").read_text() == "torch==2.8\na.b-c==1.0.2\n"
     assert not (shell.root / ".venv").exists()
+
+
+def test_a_bar_that_is_turned_off_ends_no_runs(root):
+    done = script(
+        root, "run_seeds", "fake", "tiny", "sam", "--group", "quiet", "--seeds", 0, env={"TQDM_DISABLE": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert (root / "runs/quiet/sam/seed-0/result.json").is_file()
 
 
 def test_scripts_run_names_the_scripts_there_are(shell):

@@ -195,6 +195,33 @@ def test_a_weight_without_a_gradient_forgets_and_stays_without():
     assert state.average["a"].item() == pytest.approx(3 / 73**0.5 / 2 / 2 + 0.5)  # ∇ = (2a, 4b) at the first update
 
 
+def test_weights_that_are_new_to_the_average_get_their_own_gradient():
+    """Layers that are trained in turn: the average of the others spans no arc with theirs."""
+    state, arguments = XSAMState(), XSAMArguments(perturbation="stale", rho=0.5, alpha=0.5)
+    for name in "ab":
+        weight = nn.Parameter(torch.tensor([3.0, 4.0]))
+
+        def gradient(weight=weight):
+            loss = weight.square().sum()
+            loss.backward()
+            return loss.detach()
+
+        update = xsam_gradient({name: weight}, gradient, gradient, arguments, state)
+        assert weight.grad.tolist() == [6, 8] and torch.isnan(update.angle)
+
+
+def test_a_pass_that_fails_leaves_no_gradients():
+    weight = nn.Parameter(torch.ones(2))
+
+    def gradient():
+        weight.grad = torch.ones(2)
+        raise torch.OutOfMemoryError("here")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        xsam_gradient({"a": weight}, gradient, gradient, XSAMArguments(perturbation="stale"), XSAMState())
+    assert weight.grad is None and weight.tolist() == [1, 1]
+
+
 def test_a_gradient_scaler_changes_nothing():
     """Gradients enter by their direction, whatever the scale is."""
     averages = []

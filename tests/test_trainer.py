@@ -566,6 +566,16 @@ def test_promise_7_generating_trainers(tmp_path, place):
     run("b", rho=0.0).train()
     Mine.where = ""
     run("c").train()
+
+    class Switch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            Mine.where = place if state.global_step else ""
+
+    later = run("e")
+    later.add_callback(Switch())
+    with pytest.raises(NotImplementedError, match="Mine generates inside its training step"):
+        later.train()
+    assert later.state.global_step == 1
     Mine.where = place
     args = arguments(tmp_path / "d")
     args.use_vllm = True
@@ -1006,11 +1016,15 @@ def test_a_training_step_that_passes_xsam_by_is_warned_about(tmp_path, monkeypat
             return loss.detach()
 
     said = []
-    monkeypatch.setattr(trainer.logger, "warning_once", said.append)
+    monkeypatch.setattr(trainer.logger, "warning", said.append)
     ours = type("Ours", (Own, XSAMTrainer), {})
     run = train(tmp_path / "a", trainer=ours, rho=0.5)
-    assert len(set(said)) == 1 and "No pass went through XSAM: the `training_step` of Ours" in said[0]
+    assert len(said) == 1 and "No pass went through XSAM: the `training_step` of Ours" in said[0]
     assert not any(key.startswith("xsam/") for entry in run.state.log_history for key in entry)
+    for rare in ({}, {"logging_steps": 100}, {"logging_strategy": "no"}):  # a second run, and runs that log no loss
+        said.clear()
+        train(tmp_path / "a", trainer=ours, rho=0.5, **rare)
+        assert len(said) == 1
     said.clear()
     train(tmp_path / "b", trainer=ours, rho=0.0)
     train(tmp_path / "c", rho=0.5, sharpness_start=0.9)
@@ -1018,6 +1032,17 @@ def test_a_training_step_that_passes_xsam_by_is_warned_about(tmp_path, monkeypat
     behind = type("Behind", (XSAMMixin, type("Theirs", (Own, Trainer), {})), {})
     made = behind(model=Classifier(), args=arguments(tmp_path / "d", rho=0.5), train_dataset=Points())
     made.train()
+    train(tmp_path / "f", rho=0.5, save_strategy="epoch")
+    train(tmp_path / "f", rho=0.5, save_strategy="epoch", resume=True)  # at its end: there is nothing to do
+
+    class Late(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            args.rho = 0.0
+
+        def on_step_end(self, args, state, control, **kwargs):
+            args.rho = 0.5
+
+    train(tmp_path / "g", rho=0.5, callbacks=[Late()])
     assert not said and (weights_of(made) - weights_of(train(tmp_path / "e", rho=0.5))).abs().max() <= 1e-7
 
 

@@ -266,3 +266,24 @@ def test_a_held_out_set_without_text_on_one_side_is_refused(tmp_path, name, lang
     (tmp_path / f"{name}.{language}").write_text("\n \n" * 5)
     with pytest.raises(ValueError, match="no text in the (source|target) language: all of its 10 sentences are empty"):
         load(DataArguments(dataset=str(tmp_path), bpe_merges=20))
+
+
+def test_a_text_too_short_to_learn_merges_from_is_refused(tmp_path):
+    """subword-nmt ends the program there."""
+    for name in ("train", "valid", "test"):
+        write(tmp_path, name, [("ab", "cd")])
+    with pytest.raises(ValueError, match="No two letters come together twice in the training text of `dataset`"):
+        load(DataArguments(dataset=str(tmp_path), bpe_merges=10))
+
+
+def test_more_beams_than_tokens_are_refused_before_they_fill_the_memory(tmp_path):
+    from tasks import recipes
+    from tasks.translation import train
+
+    write(tmp_path, "train", pairs())
+    line = ["--dataset", str(tmp_path), "--bpe_merges", "20", "--generation_num_beams", "100000"]
+    line += ["--output_dir", str(tmp_path / "run"), "--use_cpu", "true", "--report_to", "none"]
+    with pytest.raises(
+        ValueError, match="`generation_num_beams` is 100000, and a hypothesis can begin with .* tokens only"
+    ):
+        train.train(*recipes.parse((train.TranslationArguments, train.TrainingArguments), line, ""))

@@ -102,8 +102,8 @@ def vasso(
         size (`torch.Tensor`): ‖g_0‖, 0-dim.
         names (`Sequence[str]`): the names of the weights.
         average (`dict[str, torch.Tensor]`):
-            d of each weight, updated in place. That of a weight which is not in it starts as the weight's gradient, so
-            that the first step is SAM's (as 0, should the gradient not be finite).
+            d of each weight, updated in place. A weight that has none yet starts with its gradient, so that the first step is
+            SAM's; with 0 if the gradient is not finite.
         length (`float`): ℓ = ρ, 2-norm over all perturbed weights.
         decay (`float`): φ; 1 is SAM.
 
@@ -139,8 +139,8 @@ def fsam(
         size (`torch.Tensor`): ‖g_0‖, 0-dim.
         names (`Sequence[str]`): the names of the weights.
         average (`dict[str, torch.Tensor]`):
-            m of each weight, updated in place. That of a weight which is not in it starts as the weight's gradient, and
-            nothing is subtracted yet: the first step is SAM's (m starts as 0, should the gradient not be finite).
+            m of each weight, updated in place. A weight that has none yet starts with its gradient, and nothing is subtracted
+            from that: the first step is SAM's. With 0 if the gradient is not finite.
         length (`float`): ℓ = ρ, 2-norm over all perturbed weights.
         sigma (`float`): σ; 0 is SAM.
         decay (`float`): λ.

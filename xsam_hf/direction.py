@@ -46,7 +46,7 @@ class Trail:
             loss (`torch.Tensor`): L(θ_i).
             gradient (`list[torch.Tensor]`): g_i.
             others (`Sequence[torch.Tensor]`): the gradients of weights that do not move.
-            last (`bool`): whether i = k; a g_k that is not finite is only set to 0 by [`or_fall_back`].
+            last (`bool`): whether i = k. A g_k that is not finite stays as it is until [`or_fall_back`] sets it to 0.
 
         Returns:
             `list[torch.Tensor]`: g_i.

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 
 # Elements of a temporary: on a CPU in the cache; on another device many, for few kernels, 64 MiB in float32 at most.
-_BLOCK, _PIECE, _TOGETHER = 2**16, 2**23, 2**24
+_SMALL, _BLOCK, _PIECE, _TOGETHER = 2**18, 2**16, 2**23, 2**24
 
 
 def local(vector: Sequence[Tensor]) -> list[Tensor]:
@@ -26,8 +26,10 @@ def local(vector: Sequence[Tensor]) -> list[Tensor]:
 
     The shard of a `DTensor`; a complex tensor as its real and imaginary parts, so that it counts as two real weights.
     """
-    parts = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in vector)
-    return [torch.view_as_real(part) if part.is_complex() else part for part in parts]
+    parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in vector]
+    if any([part.is_complex() for part in parts]):
+        parts = [torch.view_as_real(part) if part.is_complex() else part for part in parts]
+    return parts
 
 
 def number(x: Tensor) -> float:
@@ -112,8 +114,10 @@ def _on_a_cpu(x: list[Tensor], y: list[Tensor], ratio: float, dtype: torch.dtype
     A block and its temporary stay in the cache, and the temporary's memory is used again for every block: fresh pages from the
     kernel take up to twenty times as long as the arithmetic (measured).
     """
-    free = torch.empty(min(_BLOCK, sum(part.numel() for part in x)), dtype=dtype)
-    for a, b in _blocks(x, y, _BLOCK, dtype):
+    whole = sum([part.numel() for part in x])
+    small = whole <= _SMALL  # fits as it is
+    free = torch.empty(whole if small else _BLOCK, dtype=dtype)
+    for a, b in [(_flat(x, dtype), _flat(y, dtype))] if small else _blocks(x, y, _BLOCK, dtype):
         room = free[: a.numel()]
         apart = torch.linalg.vector_norm(torch.sub(b, a, alpha=ratio, out=room))
         yield apart, torch.linalg.vector_norm(torch.add(b, a, alpha=ratio, out=room))
@@ -122,7 +126,7 @@ def _on_a_cpu(x: list[Tensor], y: list[Tensor], ratio: float, dtype: torch.dtype
 def _on_a_device(
     x: list[Tensor], y: list[Tensor], ratio: Tensor, dtype: torch.dtype
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same with few kernels: one call for many tensors. Half precision is put together in pieces of float32."""
+    """The same with few calls, each for many tensors. Half precision is put together in pieces of float32."""
     if x[0].dtype == dtype:
         for some, others in together(x, y):
             scaled = torch._foreach_mul(some, ratio)
@@ -158,6 +162,10 @@ def _blocks(x: list[Tensor], y: list[Tensor], size: int, dtype: torch.dtype) -> 
             filled += n
     if pieces:
         yield _joined(pieces, dtype)
+
+
+def _flat(x: list[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.cat([part.reshape(-1) for part in x]).to(dtype)
 
 
 def _joined(pieces: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -144,12 +144,12 @@ class StateFollower:
 
         Args:
             by_content (`bool`, *optional*, defaults to `False`):
-                [`learn`] compares contents too, which waits for the device. Otherwise it goes by PyTorch's count of writes,
-                which leaves out those through `tensor.data` and of other libraries' kernels. True in the first update.
+                [`learn`] compares contents too, which waits for the device. Otherwise it goes by PyTorch's count of writes, in
+                which writes through `tensor.data` and by other libraries' kernels are missing. True in the first update.
         """
         by_content = by_content or self._first
         records: dict[_Key, _Record] = {}
-        things = [(place, name, value) for place in self._places for name, value in place.items()]
+        things = [(place, name, value) for place in self._places if place.values for name, value in place.items()]
         weights: list[Tensor] = []
         if any([isinstance(value, Tensor) for *_, value in things]):
             weights = [w for w in self._trained() if w.requires_grad and w.layout == torch.strided and not is_lazy(w)]
@@ -189,7 +189,7 @@ class StateFollower:
             `NotImplementedError`: in the first update, if the pass replaced a parameter or wrote into a trained weight.
         """
         by_content, strangers, modules = by_content and before.by_content, [], []
-        appeared = [(place, name) for place in before.places for name, _ in place.items()]
+        appeared = [(place, name) for place in before.places if place.values for name, _ in place.items()]
         for key in (*before.records, *(key for key in appeared if key not in before.records)):
             if key in self.moving:
                 continue

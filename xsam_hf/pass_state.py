@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .arguments import XSAMArguments
 from .module_state import ModuleState, StateFollower, follower_of
 from .state import XSAMState
 
@@ -79,15 +80,16 @@ class PassState:
             self.modules.restore()
 
 
-def pass_state_of(weights: Any, state: XSAMState) -> PassState:
+def pass_state_of(weights: Any, arguments: XSAMArguments, state: XSAMState) -> PassState:
     """
     Captures what the first pass of an update in a bare loop starts from; that of a model's modules if the weights are a model.
 
     The first two updates may wait for the device, to see what a pass moves: what moves at all moves there, also a teacher that
-    begins as a copy of its student. A searching one waits anyhow.
+    begins as a copy of its student. An update with a search waits anyway.
     """
     follower = follower_of(weights) if isinstance(weights, nn.Module) else None
-    return PassState.capture(follower, by_content=state.search_due or state.updates <= 2)
+    searching = arguments.searches and state.search_due
+    return PassState.capture(follower, by_content=searching or state.updates <= 2)
 
 
 def _device_module():

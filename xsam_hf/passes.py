@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Protocol, TypeVar
 
 import torch
@@ -130,31 +131,35 @@ def interrupts_held() -> Iterator[Stoppable]:
     if threading.current_thread() is not threading.main_thread() or not callable(earlier):
         yield _at_once
         return
-    in_pass = waiting = False
+    # Not variables: up to Python 3.12 the callback of a profiler or debugger sets those of its frame back to what they were
+    # before it (PEP 667), and with them what a handler has changed meanwhile.
+    held = SimpleNamespace(in_pass=False, waiting=False)
 
     def on_interrupt(number, frame) -> None:
-        nonlocal waiting
-        waiting = not in_pass
-        if in_pass:
-            earlier(number, frame)
+        held.waiting = not held.in_pass
+        if held.in_pass:
+            try:
+                earlier(number, frame)
+            except BaseException:
+                held.in_pass = False  # the pass ends here; Python 3.10 may be in its `finally` below already
+                raise
 
     def stoppable(one_pass: Callable[[], _Result]) -> _Result:
-        nonlocal in_pass
-        in_pass = True
+        held.in_pass = True
         try:
-            if waiting:
+            if held.waiting:
                 signal.raise_signal(signal.SIGINT)
             return one_pass()
         finally:
-            # Python looks for signals at calls and jumps back: there are none between the pass and this line.
-            in_pass = False
+            # Python handles signals at calls and at backward jumps only: there is neither between the pass and this line.
+            held.in_pass = False
 
     signal.signal(signal.SIGINT, on_interrupt)
     try:
         yield stoppable
     finally:
         signal.signal(signal.SIGINT, earlier)
-        if waiting:
+        if held.waiting:
             signal.raise_signal(signal.SIGINT)
 
 

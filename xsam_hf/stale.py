@@ -77,7 +77,7 @@ def stale_gradient(
     else:
         try:
             with climbed(theta, arguments, state) as stoppable:
-                passes = Passes(gradient, probe, pass_state_of(weights, state))
+                passes = Passes(gradient, probe, pass_state_of(weights, arguments, state))
                 loss = stoppable(passes.first)
                 _ = passes.repeatable  # looked at before the weights go back
         except BaseException:

@@ -15,7 +15,7 @@ class XSAMState:
     What XSAM remembers between updates: plain numbers, and for some methods tensors. Keep both with your checkpoint.
 
     Args:
-        alpha (`float`): position on the arc that was last found; starts at 1, SAM's direction.
+        alpha (`float`): position on the arc that the last search found; starts at 1, SAM's direction.
         search_due (`bool`): search α in the next update; set it at the beginning of every epoch.
         updates (`int`): the number of updates so far.
         search_gain (`float`, *optional*): L(θ_0 + ρ_max v(α*)) − L(θ_0 + ρ_max v(1)) of the last search.
@@ -52,7 +52,7 @@ class XSAMUpdate:
         loss (`torch.Tensor`): L(θ_0), the loss to report; L(θ_0 + ε) of `stale`, which knows nothing at θ_0 (NaN below).
         last_loss (`torch.Tensor`): L(θ_k); `last_loss - loss` is the sharpness.
         alpha (`float`): α of this update.
-        angle (`torch.Tensor`): ψ between the displacement and g_k, in radians.
+        angle (`torch.Tensor`): ψ between v_0 and v_1, the directions of the displacement and of g_k, in radians.
         grad_norm_first (`torch.Tensor`): ‖g_0‖, the 2-norm over all trainable weights.
         grad_norm_last (`torch.Tensor`): ‖g_k‖.
         fell_back (`torch.Tensor`): whether g_0's direction (`stale`: nothing) had to stand in for a non-finite g_k (boolean).

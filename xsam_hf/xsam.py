@@ -70,14 +70,13 @@ def xsam_gradient(
             Whether XSAM is on in this update, and `state.search_due` says whether α is searched. By default both follow
             the schedules of `arguments`, with `state.updates` for a clock.
         before ([`PassState`], *optional*):
-            What the first pass started from, if it ran before this call; `gradient` then returns its loss at first.
+            What the first pass started from, if it ran before this call. The first call of `gradient` then only returns its loss.
         loss_scaling (`bool`, *optional*, defaults to `False`):
             A `GradScaler` scales the loss: a non-finite gradient of any pass is left in `p.grad` for it to see and skip.
-            Without one, a later pass that is not finite falls back to the ascent's direction with norm ‖g_0‖, which for
-            `sam` and `ascent_steps=1` is g_0; a first pass that is not finite is left as it is, as in plain training.
-
+            Without one, a later pass that is not finite falls back to ‖g_0‖ v_0: for `sam` and `ascent_steps=1` this is g_0.
+            A first gradient that is not finite is left as it is, as in plain training.
         measure (`bool`, *optional*, defaults to `True`):
-            Whether the update says the angle between v_0 and g_k although α = 1 does not need it; NaN otherwise.
+            Whether to measure the angle between v_0 and v_1. If not, and α = 1 does not need it, it is reported as NaN.
 
     Returns:
         [`XSAMUpdate`]: the loss L(θ_0) and what the update saw. With `rho=0` nothing is done but call `gradient` once.
@@ -95,7 +94,7 @@ def xsam_gradient(
         return stale_gradient(
             theta, weights, gradient, probe, arguments, state, before, loss_scaling=loss_scaling, measure=measure
         )
-    passes = Passes(gradient, probe, before or pass_state_of(weights, state))
+    passes = Passes(gradient, probe, before or pass_state_of(weights, arguments, state))
     loss = passes.first()  # L(θ_0), and g_0 = ∇L(θ_0)
     if not (ascend and passes.repeatable):
         return _plain_update(loss, theta, state)

@@ -64,6 +64,8 @@ def read(name: str, folder: Path, columns: tuple[str, str] | None = None) -> tup
         both = set(parquet["train"]) & set(parquet["test"])
         if both:
             raise ValueError(f"{sorted(both)[0]} says both train and test: name it after one of them.")
+        for file in (*parquet["train"], *parquet["test"]):
+            _refuse_a_part(file)
         train, test = (_joined([_parquet(file, images) for file in files]) for files in parquet.values())
         return train, test
     if name in CIFAR and (cifar := _cifar(name, folder)) is not None:
@@ -74,6 +76,20 @@ def read(name: str, folder: Path, columns: tuple[str, str] | None = None) -> tup
         f"`data_dir` is {folder}, where no files of {name} were found: expected train and test parquet files, "
         "CIFAR's python archive, or Fashion-MNIST's *-ubyte.gz files."
     )
+
+
+def _refuse_a_part(file: Path) -> None:
+    """
+    A hub's file is called `train-00000-of-00003`, and the other two belong to it.
+
+    Raises:
+        `ValueError`: one of them is missing.
+    """
+    found = re.search(r"-(\d{5})-of-(\d{5})", file.name)
+    for number in range(int(found[2]) if found else 0):
+        other = file.name.replace(found[0], f"-{number:05d}-of-{found[2]}")
+        if not file.with_name(other).is_file():
+            raise ValueError(f"{file} is one of {int(found[2])} files, and {other} is missing beside it: fetch all.")
 
 
 def _says(split: str, file: Path, folder: Path) -> bool:
@@ -94,7 +110,7 @@ def _parquet(file: Path, images: Images) -> Arrays:
         # As a stream, which copies nothing into a cache, but wants a folder for one.
         with tempfile.TemporaryDirectory() as cache:
             rows = datasets.load_dataset(
-                "parquet", data_files=str(file), split="train", streaming=True, cache_dir=cache
+                "parquet", data_files=str(file), split="train", streaming=True, cache_dir=cache, batch_size=1000
             )
             names = rows.column_names or list(next(iter(rows), {}))
             if not set(images.columns) <= set(names):

@@ -1,5 +1,6 @@
 """The images: where they come from, how they are split, and how training varies them."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -140,6 +141,13 @@ def load(
         logger.warning(
             f"The pixels' mean is {mean.tolist()}, and that of {name} {list(images.mean)}: is it that data set?"
         )
+    if name != "digits":
+        _refuse_repetitions(x, test[0], data_dir or images.hub)
+    missing = sorted(set(range(images.classes)) - set(y.tolist()))
+    if missing:
+        logger.warning(
+            f"No training image is of class {missing[0]}, and {len(missing)} of {images.classes} have none."
+        )
     rows = np.arange(len(y))
     held_out = rows[:0]
     if validation_share:
@@ -171,6 +179,31 @@ def load(
     if wrong.any():
         splits["wrong_labels"] = Split(x[rows][wrong], labels[wrong])
     return splits
+
+
+def _refuse_repetitions(train: np.ndarray, test: np.ndarray, where: str | None) -> None:
+    """
+    Refuses images that come again where they are scored: a file under two names, a copy beside it.
+
+    The data sets have a few such images themselves, far below a tenth.
+
+    Raises:
+        `ValueError`: more than a tenth of the test images are training images too, or of the training images, from which the
+            validation images are taken, as many are there twice.
+    """
+    digests = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in train]
+    known = set(digests)
+    again = sum(hashlib.blake2b(image.tobytes(), digest_size=16).digest() in known for image in test)
+    if again > len(test) / 10:
+        raise ValueError(
+            f"{where}: {again} of the {len(test)} test images are training images too, and scores of them mean nothing."
+        )
+    twice = len(train) - len(known)
+    if twice > len(train) / 10:
+        raise ValueError(
+            f"{where}: {twice} of the {len(train)} training images are there before, and a copy of one that is held out would be "
+            "trained on: is a file there twice?"
+        )
 
 
 def _with_noise(labels: np.ndarray, share: float, classes: int) -> np.ndarray:

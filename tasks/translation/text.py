@@ -58,13 +58,17 @@ class Subwords:
         Learns merges from tokenised lines; for a joint encoding give both languages' lines.
 
         Raises:
-            `ValueError`: there is no text.
+            `ValueError`: there is no text, or too little.
         """
         text = "".join(f"{line}\n" for line in lines)
         if not text.strip():
             raise ValueError("There is no training text to learn BPE merges from: is `dataset` empty?")
         codes = io.StringIO()
         learn_bpe(io.StringIO(text), codes, merges)
+        if codes.getvalue().count("\n") < 2:  # its version alone
+            raise ValueError(
+                "No two letters come together twice in the training text of `dataset`, so that there are no BPE merges to learn: give more text."
+            )
         return cls(codes.getvalue())
 
     @classmethod

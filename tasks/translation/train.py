@@ -80,6 +80,12 @@ def train(task: TranslationArguments, args: TrainingArguments) -> Path:
     task.use_threads()
     runs.check_output(args, metrics.NAMES)
     corpus = data.load(task)
+    beams = args.generation_num_beams
+    if beams is not None and beams > len(corpus.target_vocabulary):
+        raise ValueError(
+            f"`generation_num_beams` is {beams}, and a hypothesis can begin with {len(corpus.target_vocabulary)} tokens only: give "
+            "fewer (fairseq's is 5)."
+        )
     set_seed(args.seed)
     model = build_model(task, corpus)
     # The data's fingerprints stand for where it came from.

@@ -28,13 +28,14 @@ class XSAMCallback(TrainerCallback, ExportableState):
     `restore_callback_states_from_checkpoint` says: a resumed run equals the uninterrupted one.
 
     Attributes:
+        began (`int`): the number of updates before this training.
         averages (`int`): how many tensors the checkpoint that was resumed has in `xsam_state.safetensors`.
         step_due (`bool`): an update's gradient is there, and the optimizer has not stepped yet.
     """
 
     def __init__(self):
         self.xsam = XSAMState()
-        self.averages = 0
+        self.began = self.averages = 0
         self.step_due = False
         self._epoch_began = False
         self._resumed_inside_epoch = False
@@ -48,7 +49,7 @@ class XSAMCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self._scheduled, self.step_due, self._epoch_began = None, False, False
-        name = type(self).__name__
+        self.began, name = state.global_step, type(self).__name__
         states: Any = state.stateful_callbacks
         saved = states.get(name) if state.global_step > 0 else None
         self.averages = 0

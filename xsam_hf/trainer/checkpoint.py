@@ -64,7 +64,7 @@ class CheckpointMixin(_Trainer):
         Puts off a checkpoint that is asked for between an update's gradient and the optimizer's step.
 
         `enable_jit_checkpoint` does so in `on_pre_optimizer_step`. α and averages are then those after the update, weights
-        those before it: a run that is resumed there would repeat the update, and otherwise. Its `on_step_end` comes next.
+        those before it: a run that resumes there would make the update a second time, from another α. `on_step_end` comes next.
         """
         for callback in self.callback_handler.callbacks:
             manager = getattr(callback, "jit_manager", None)
@@ -77,7 +77,7 @@ class CheckpointMixin(_Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        # Process 0 writes trainer_state.json next. A checkpoint without another one's numbers would resume, but otherwise.
+        # Process 0 writes trainer_state.json next. Without the other processes' numbers a resumed run would differ.
         self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -52,6 +52,7 @@ class ReplayMixin(_Trainer):
     )
 
     _xsam_follower: StateFollower | None = None
+    _xsam_generator: Any = None  # the model, without wrappers
     _xsam_micro_batches_seen = 0  # of the current update
     _xsam_replaying = False
 
@@ -65,9 +66,9 @@ class ReplayMixin(_Trainer):
     ) -> MicroBatch:
         """The Trainer's own pass at θ_0, and what it takes to run it again. For `by_content` see [`StateFollower.capture`]."""
         inputs = send_to_device(inputs, self.args.device)
-        guard: AbstractContextManager = nullcontext()
         if self._xsam_follower is None:  # the first pass of this training
-            self._xsam_follower, guard = _follower_of(self), self._xsam_generation_refused()
+            self._xsam_follower = _follower_of(self)
+            self._xsam_generator = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             # A schedule-free optimizer moves the weights when it is told that training begins.
             if callable(train := getattr(self.optimizer, "train", None)):
                 train()
@@ -84,7 +85,7 @@ class ReplayMixin(_Trainer):
             micro_batch.subset, micro_batch.share = random_subset(inputs, arguments.ascent_fraction, key)
         if micro_batch.subset is not None:
             inputs, num_items_in_batch = micro_batch.inputs(whole=False)
-        with guard:
+        with self._xsam_generation_refused():
             micro_batch.loss = super().training_step(model, inputs, num_items_in_batch)
         micro_batch.before.learn()
         self._xsam_micro_batches_seen = 0 if self.accelerator.sync_gradients else self._xsam_micro_batches_seen + 1
@@ -164,10 +165,12 @@ class ReplayMixin(_Trainer):
             yield
 
     def _xsam_generation_refused(self) -> AbstractContextManager:
+        """In the first pass of every update: some trainers toss a coin whether they generate."""
+
         def generate(*args, **kwargs):
             raise generates(self)
 
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model = self._xsam_generator
         return _replaced(model, "generate", generate) if hasattr(model, "generate") else nullcontext()
 
 

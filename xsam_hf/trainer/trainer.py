@@ -50,8 +50,8 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
     Raises:
         `ValueError`: the model has no trainable weights.
         `NotImplementedError`: the training set-up steps inside the backward pass, shards the batch's sequences or hides its
-            gradients (DeepSpeed, FSDP1, layer-wise optimizers, ...); the message names the way out. At the first update: the
-            training step generates its data; the first pass changes what cannot be put back for the others; the optimizer
+            gradients (DeepSpeed, FSDP1, layer-wise optimizers, ...); the message names the way out. As soon as the training step
+            generates its data. At the first update: the first pass changes what cannot be put back for the others; the optimizer
             steps weights outside the model, such as a loss's own, in several processes. In one they are perturbed.
     """
 
@@ -75,7 +75,8 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
         """Forgets what a training that was stopped between two micro-batches left behind."""
         self._xsam_micro_batches: list[MicroBatch] = []  # of the current update
         self._xsam_sums = UpdateSums()
-        self._xsam_follower, self._xsam_optimizer, self._xsam_ran = None, None, False
+        self._xsam_follower, self._xsam_optimizer = None, None
+        self._xsam_ran = self._xsam_warned = False
         self._xsam_micro_batches_seen = self._xsam_updates = 0
         if self.xsam_arguments.rho == 0:  # the plain Trainer, list of callbacks included
             self.remove_callback(XSAMCallback)
@@ -85,10 +86,9 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        arguments = self.xsam_arguments
+        self._xsam_ran, arguments = True, self.xsam_arguments
         if arguments.rho == 0:
             return super().training_step(model, inputs, num_items_in_batch)
-        self._xsam_ran = True
         self._xsam_callback.schedule_search(arguments, self.state)
         if not ascends_at(arguments, self.state.global_step, self.state.max_steps):
             if self.accelerator.sync_gradients:
@@ -97,7 +97,8 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
         try:
             if arguments.ascent_scope == "micro":
                 return self._xsam_micro_step(model, inputs, num_items_in_batch, arguments)
-            first = partial(self._xsam_first_pass, model, inputs, num_items_in_batch, arguments, self._xsam_may_wait)
+            may_wait = self._xsam_may_wait(arguments)
+            first = partial(self._xsam_first_pass, model, inputs, num_items_in_batch, arguments, may_wait)
             if arguments.perturbation == "stale":
                 micro_batch = self._xsam_climb_first(first, arguments)
             else:
@@ -107,7 +108,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
             # micro-batches) carry over into the next epoch.
             if self.accelerator.sync_gradients:
                 self._xsam_update(model, self._xsam_micro_batches, arguments)
-                self._xsam_micro_batches = []
+                self._xsam_micro_batches, self._xsam_updates = [], self._xsam_updates + 1
         except BaseException:
             self._xsam_micro_batches = []
             raise
@@ -129,14 +130,14 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
         step = self.state.global_step + 1
         return step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
 
-    @property
-    def _xsam_may_wait(self) -> bool:
+    def _xsam_may_wait(self, arguments: XSAMArguments) -> bool:
         """
-        Whether the coming update may wait for the device, to see what its first pass moves: a searching one does anyhow.
+        Whether the coming update may wait for the device, to see what its first pass moves. An update with a search waits anyway.
 
         The first two of a training do: what moves at all moves there, also a teacher that begins as a copy of its student.
         """
-        return self._xsam_callback.xsam.search_due or self._xsam_updates < 2
+        searching = arguments.searches and self._xsam_callback.xsam.search_due
+        return searching or self._xsam_updates < 2
 
     def _xsam_update(self, model: nn.Module, micro_batches: Sequence[MicroBatch], arguments: XSAMArguments) -> None:
         """One XSAM update from micro-batches whose gradients at θ_0 are in `p.grad` already."""
@@ -175,7 +176,6 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
                 measure=arguments.searches or self._xsam_is_logged,
             )
         callback.step_due = True
-        self._xsam_updates += 1
         if end is not None:
             end.restore()  # where a pass over the whole batch leaves it, as in plain training
         if update.search is not None:
@@ -201,9 +201,11 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
         drop_gradients(weights)
         synchronise = self.accelerator.sync_gradients
         with self.accelerator.no_sync(model):
-            micro_batch = self._xsam_first_pass(model, inputs, num_items_in_batch, arguments, self._xsam_may_wait)
+            may_wait = self._xsam_may_wait(arguments)
+            micro_batch = self._xsam_first_pass(model, inputs, num_items_in_batch, arguments, may_wait)
             self._xsam_update(model, [micro_batch], arguments)
         self.accelerator.sync_gradients = synchronise
+        self._xsam_updates += synchronise
         for weight, before in zip(weights, accumulated, strict=True):
             if before is not None:
                 weight.grad = before if weight.grad is None else weight.grad.add_(before)
@@ -249,12 +251,16 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
         if self._xsam_replaying:  # `compute_loss` may log; it did so in the first pass
             return
         arguments = self.xsam_arguments
-        if "loss" in logs and arguments.rho > 0:
-            if not self._xsam_ran:
-                logger.warning_once(
+        if not logs.keys().isdisjoint(("loss", "train_loss")) and arguments.rho > 0:
+            # A run that is resumed at its end makes no pass.
+            stepped = self.state.global_step > self._xsam_callback.began
+            if stepped and not (self._xsam_ran or self._xsam_warned):
+                self._xsam_warned = True
+                logger.warning(
                     f"No pass went through XSAM: the `training_step` of {type(self).__name__} or of one of its bases does not "
                     "call `super().training_step`. Let it do so, or put XSAMMixin in front of it: `class X(XSAMMixin, ...)`."
                 )
+        if "loss" in logs and arguments.rho > 0:
             seen = self._xsam_sums.read(
                 arguments, self._xsam_callback.xsam, lambda x: self.accelerator.reduce(x, reduction="mean")
             )
