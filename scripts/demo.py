@@ -19,8 +19,8 @@ EVERY_SECOND_EPOCH = "--eval_strategy steps --eval_steps 34"  # to evaluate in e
 METHODS = {"SGD": "base", "SGD-2x": "base-2x", "SAM": "sam", "XSAM": "xsam", "SAM-stale": "stale-sam"}
 
 
-def lead(rows: Sequence[Row]) -> str:
-    """What the reader sees, what it cost, and what the intervals allow."""
+def lead(rows: Sequence[Row]) -> list[str]:
+    """Two paragraphs: what the reader sees and what it cost, and what the intervals allow to say of it."""
     row = {one.name: one for one in rows}
     plain, twice = row["SGD"], row["SGD-2x"]
     best = max((row["SGD" + BEST_EPOCH], row["SGD-2x" + BEST_EPOCH]), key=lambda one: one.mean)
@@ -29,22 +29,23 @@ def lead(rows: Sequence[Row]) -> str:
         f"{one.name} ({one.backward / plain.backward:.1f} times SGD's passes) learns {one.learnt:.0%} and ends at {one.mean:.1f} %"
         for one in climbing
     ]
-    sentences = [
+    seen = [
         f"Three in ten of the training labels are wrong. SGD learns {plain.learnt:.0%} of them and ends at {plain.mean:.1f} % of the "
         f"test images, whose labels are right; with twice the passes it learns {twice.learnt:.0%} and ends at {twice.mean:.1f} %.",
         join(parts) + ".",
         f"{best.name}, which nobody knows without the test labels, had {best.mean:.1f} %.",
     ]
+    allowed = []
     for reference in (twice, best):
         above = [one.name for one in climbing if _sign(one, reference) > 0]
         if above:
             pairs = len(reference.values)
-            sentences.append(
+            allowed.append(
                 f"Over {pairs} pairs of seeds the 95 % intervals of {join(above)} minus {reference.name} lie above 0."
             )
-        sentences += [compare(one, reference, "accuracy") for one in climbing if one.name not in above]
-    sentences.append(compare(row["XSAM"], row["SAM"], "accuracy"))
-    return " ".join(sentences)
+        allowed += [compare(one, reference, "accuracy") for one in climbing if one.name not in above]
+    allowed.append(compare(row["XSAM"], row["SAM"], "accuracy"))
+    return [" ".join(seen), " ".join(allowed)]
 
 
 def _sign(row: Row, reference: Row) -> int:

@@ -121,9 +121,9 @@ def make_page(
     unfinished: Sequence[str],
     metric: str,
     baselines: Sequence[str],
-    lead: Callable[[Sequence[Row]], str] | None = None,
+    lead: Callable[[Sequence[Row]], list[str]] | None = None,
 ) -> tuple[str, str]:
-    """The text for the terminal and the page; `lead` makes the sentences that both begin with."""
+    """The text for the terminal and the page; `lead` makes the paragraphs that both begin with."""
     cells = make_cells(rows, metric, baselines)
     conclusion = [
         " ".join(compare_passes(rows)),
@@ -141,7 +141,7 @@ def make_page(
         if searching
         else ""
     )
-    opening = lead(rows) if lead else ""
+    opening = lead(rows) if lead else []
 
     every = [run for seeds in runs.values() for run in seeds]
     first = every[0].result
@@ -158,7 +158,7 @@ def make_page(
     ]
     page = PAGE.substitute(
         title=escape(f"{join(list(runs))} on {first['dataset']}"),
-        lead=paragraphs([opening] if opening else []),
+        lead=paragraphs(opening),
         curves=curves,
         subtitle=escape(f"{first['task'].replace('_', ' ')}, {first['model']}"),
         table=to_table(cells),
@@ -168,11 +168,11 @@ def make_page(
         + escape("; ".join(f"{name}: {', '.join(map(str, values))}" for name, values in facts.items()))
         + f"</p>\n<pre>{escape(chr(10).join(commands))}</pre>",
     )
-    return "\n\n".join(filter(None, [opening, to_markdown(cells), "\n".join(conclusion)])), page
+    return "\n\n".join(filter(None, [*opening, to_markdown(cells), "\n".join(conclusion)])), page
 
 
 def report(
-    group: Path, metric: str, baselines: Sequence[str], lead: Callable[[Sequence[Row]], str] | None = None
+    group: Path, metric: str, baselines: Sequence[str], lead: Callable[[Sequence[Row]], list[str]] | None = None
 ) -> None:
     """Writes the page of a group, and says the same on the terminal; see [`make_page`]."""
     if not group.is_dir():

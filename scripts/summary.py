@@ -30,7 +30,7 @@ from tasks.files import write_whole
 
 
 BEGIN, END = "<!-- scripts/run summary writes from here -->", "<!-- to here -->"
-BASELINES = ("base-2x", "base-2x" + BEST_EPOCH, "sam")
+BASELINES = ("base-2x", "base" + BEST_EPOCH, "base-2x" + BEST_EPOCH, "sam")
 
 
 def equal_base(row: Row, rows: Mapping[str, Row]) -> Row:

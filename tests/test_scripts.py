@@ -898,7 +898,7 @@ def test_the_demo_claims_only_what_the_intervals_allow():
     values = {"SGD": (70, 71, 72), "SGD-2x": (70, 72, 71), "SGD, best epoch": (80, 81, 82), "SGD-2x, best epoch": (90, 91, 92), "SAM": (91, 90, 95),
               "XSAM": (95, 96, 97.5), "SAM-stale": (80, 81, 82.5)}  # fmt: skip
     rows = [table.Row(name, dict(enumerate(of)), 1, 1, 1, 0.5) for name, of in values.items()]
-    said = demo.lead(rows)
+    said = " ".join(demo.lead(rows))
     assert "intervals of SAM, XSAM and SAM-stale minus SGD-2x lie above 0." in said
     assert "intervals of XSAM minus SGD-2x, best epoch lie above 0." in said
     assert "SAM minus SGD-2x, best epoch: +1.00 points, 95 % interval -3.97 to +5.97" in said
