@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from tasks.files import write_whole
-from tasks.runs import fingerprint
+from tasks.identity import fingerprint
 from tasks.translation import sources
 from tasks.translation.fairseq_format import data_bin_prefix, read_binary, read_dictionaries, write_dictionaries
 from tasks.translation.model import POSITIONS
