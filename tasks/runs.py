@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from tasks.command import refusals
+from tasks.files import refuse_file
 from tasks.identity import defaults, first_difference
 from xsam_hf.trainer.checkpoint import last_whole_checkpoint
 
@@ -55,6 +56,7 @@ def check_output(args: TrainingArguments, metrics: Iterable[str]) -> None:
         `ValueError`: so it is.
     """
     folder = Path(args.output_dir)
+    refuse_file(folder, "`output_dir`")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):  # of this process's own

@@ -277,9 +277,13 @@ def test_what_to_resume_from_must_be_there(tmp_path, flag):
 
 def test_what_would_end_a_run_later_is_refused_before(tmp_path):
     (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", tmp_path / "file" / "run", "/proc/nowhere"):
-        with pytest.raises(ValueError, match="`output_dir` is .*, which cannot be written to .*: give another"):
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(
+            ValueError, match=f"`output_dir` is {folder}, and {tmp_path / 'file'} is a file: give a folder"
+        ):
             train(folder)
+    with pytest.raises(ValueError, match="`output_dir` is .*, which cannot be written to .*: give another"):
+        train("/proc/nowhere")
     options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
     with pytest.raises(
         ValueError, match="`metric_for_best_model` is bleu: choose one of accuracy, top5_accuracy, loss"
