@@ -89,8 +89,8 @@ def start(trainer: Trainer, whole: dict) -> None:
     checkpoint = resume_point(args.resume_from_checkpoint, folder)
     if checkpoint is not None:
         check_parts(checkpoint, args, scaled=trainer.accelerator.scaler is not None)
-        check_contents(checkpoint, trainer)
         compare(whole, _identity_of_checkpoint(checkpoint), f"`resume_from_checkpoint` {checkpoint} belongs to", args)
+        check_contents(checkpoint, trainer)
     refuse_other_runs(folder, whole, args)
     _refuse_ignored_optim_args(trainer)
     if not len(trainer.get_train_dataloader()):
