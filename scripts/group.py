@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.command import sentence
+from tasks.identity import difference
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,59 @@ def _read(file: Path, take: Callable[[Any], Any], lines: bool = False) -> Any:
 
 
 def _check_result(result: dict) -> dict:
-    whole = type(result["seed"]) is int and all(isinstance(scores, dict) for scores in result["metrics"].values())
-    numbers = (result["passes"]["forward"], result["passes"]["backward"], result["seconds"])
-    if not whole or not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
-        raise ValueError("its numbers are none")
     for name in ("task", "dataset", "model", "versions", "device", "threads"):
         result[name]  # noqa: B018  (a KeyError otherwise)
+    return check_numbers(result)
+
+
+def check_numbers(result: dict) -> dict:
+    """
+    A result, if every number in it can be one. Scores of a run that diverged are null or not finite; [`check_metric`] tells.
+
+    Raises:
+        `ValueError`, `KeyError` or `TypeError`: a number is none, or out of its range, or something is missing.
+    """
+    if type(result["seed"]) is not int:
+        raise ValueError(f"its seed is {result['seed']!r}, and a whole number is expected")
+    for split, scores in result["metrics"].items():
+        for name, value in scores.items():
+            highest = 1 if name.endswith("accuracy") else 100 if name.startswith(("bleu", "chrf")) else math.inf
+            if value is not None and not (_is_number(value) and (math.isnan(value) or 0 <= value <= highest)):
+                raise ValueError(
+                    f"its {split} {name} is {value!r}, and a number from 0 {'up' if highest == math.inf else f'to {highest}'} is "
+                    "expected"
+                )
+    passes = result["passes"]
+    for kind in dict.fromkeys(["forward", "backward", *passes]):
+        if not (_is_number(passes[kind]) and 0 < passes[kind] < math.inf):
+            raise ValueError(f"it counts {passes[kind]!r} {kind} passes, and a number above 0 is expected")
+    if not (_is_number(result["seconds"]) and 0 <= result["seconds"] < math.inf):
+        raise ValueError(f"it took {result['seconds']!r} seconds, and a number from 0 up is expected")
     return result
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_one_method(places: Sequence[Any], results: Sequence[Mapping]) -> None:
+    """
+    Refuses runs of one method that are not one training with several seeds, whose mean would be of nothing.
+
+    Args:
+        places (`Sequence`): where each result is, for the message.
+        results (`Sequence[Mapping]`): what stands in each `result.json`.
+
+    Raises:
+        `ValueError`: two differ in more than their seed ([`~tasks.identity.difference`]).
+    """
+    for place, result in zip(places[1:], results[1:], strict=True):
+        if found := difference(results[0], result):
+            name, first, other = found
+            raise ValueError(
+                f"{places[0]} and {place} stand for one method and differ in their {name} ({first} and {other}), where only the seed "
+                "may differ: take one of them out, or run its seed again."
+            )
 
 
 def load_group(group: Path) -> tuple[dict[str, list[FinishedRun]], list[str]]:
@@ -80,7 +127,8 @@ def load_group(group: Path) -> tuple[dict[str, list[FinishedRun]], list[str]]:
     The finished runs of each method, by seed, and the names of the others.
 
     Raises:
-        `ValueError`: a run is damaged, or two are of different recipes or data: their scores do not belong into one table.
+        `ValueError`: a run is damaged, or two are of different recipes or data: their scores do not belong into one table; or see
+            [`check_one_method`].
     """
     runs: dict[str, list[FinishedRun]] = {}
     unfinished = []
@@ -102,6 +150,8 @@ def load_group(group: Path) -> tuple[dict[str, list[FinishedRun]], list[str]]:
                     f"{first.folder} and {run.folder} differ in their {name}{shown}, so that their scores do not belong into one "
                     "table: take one of them out of the group."
                 )
+    for seeds in runs.values():
+        check_one_method([run.folder for run in seeds], [run.result for run in seeds])
     return runs, unfinished
 
 

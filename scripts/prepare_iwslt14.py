@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tasks.command import Parser, run
+from tasks.files import refuse_file
 from tasks.translation.iwslt14 import download, prepare
 
 
@@ -21,6 +22,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--archive", type=Path, help="fairseq's de-en.tgz; fetched into the folder if not given")
     arguments = parser.parse_args(argv)
     archive = arguments.archive or arguments.folder / "de-en.tgz"
+    refuse_file(arguments.folder, "The folder")
     if not arguments.archive and not archive.is_file():
         download(archive)
     prepare(archive, arguments.folder)

@@ -10,12 +10,12 @@ long as the best one stands at an end. Call it again after a failure or an inter
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from scripts.group import FinishedRun, check_metric
 from scripts.run_seeds import ROOT, Run, run_or_exit
 from scripts.summarize import keep, read
 from tasks import recipes
@@ -146,6 +146,7 @@ def results(setting: str) -> dict[str, list[dict]]:
     path = ROOT / "results" / f"{setting}.json"
     if path.is_file():
         found.update(read(path))
+    check_metric(found, "accuracy", "test")
     return {method: found[method] for method in METHODS if method in found}
 
 
@@ -162,7 +163,9 @@ def tuning(setting: str) -> dict[str, dict[float, list[float]]]:
         raise ValueError(f"There is no {files[-1].relative_to(ROOT)}: scripts/run study {setting} makes it.")
     found: dict[str, dict[float, list[float]]] = {}
     for file in filter(Path.is_file, files):
-        for name, runs in read(file).items():
+        results = read(file)
+        check_metric(results, "accuracy", "validation")
+        for name, runs in results.items():
             # The older studies' names are the task's, with numbers after them.
             method = name.rpartition("-rho-")[0] or runs[0]["method"]
             if method in METHODS:
@@ -203,11 +206,13 @@ def tune(setting: str, method: str, jobs: int) -> None:
         }
         run_or_exit([run for seeds in runs.values() for run in seeds], jobs)
         found = {
-            rho: [json.loads((ROOT / run.folder / "result.json").read_bytes()) for run in seeds]
+            f"{method}-rho-{rho:g}": [FinishedRun.load(ROOT / run.folder).result for run in seeds]
             for rho, seeds in runs.items()
         }
+        check_metric(found, "accuracy", "validation")
         scores = [
-            statistics.mean(result["metrics"]["validation"]["accuracy"] for result in found[rho]) for rho in found
+            statistics.mean(result["metrics"]["validation"]["accuracy"] for result in results)
+            for results in found.values()
         ]
         ends = extend(*ends, scores)
 

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from scripts.group import check_metric, load_group
+from scripts.group import check_metric, check_numbers, check_one_method, load_group
 from scripts.table import make_cells, make_rows, to_markdown
 from tasks.command import Parser, run, sentence
 from tasks.files import write_whole
@@ -97,20 +97,20 @@ def read(path: Path) -> dict[str, list[dict]]:
     The whole results of each method in a file that `collect` made.
 
     Raises:
-        `ValueError`: it is no such file.
+        `ValueError`: it is no such file, or see [`~scripts.group.check_one_method`].
     """
     results: dict[str, list[dict]] = {}
     try:
         kept = json.loads(path.read_bytes())
         for row in kept["runs"]:
-            run = merged(kept["common"], row)
-            for name in ("seed", "metrics", "passes", "seconds"):
-                run[name]  # noqa: B018  (a KeyError otherwise)
+            run = check_numbers(merged(kept["common"], row))
             results.setdefault(run["name"], []).append(run)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a file that summarize wrote: {sentence(error)}.") from error
     if not results:
         raise ValueError(f"{path} holds no runs.")
+    for name, runs in results.items():
+        check_one_method([f"{path}: {name}, seed {run['seed']}" for run in runs], runs)
     return results
 
 

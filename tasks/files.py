@@ -25,6 +25,24 @@ def write_whole(file: Path, content: str | bytes) -> None:
         part.unlink(missing_ok=True)
 
 
+def refuse_file(folder: Path, name: str) -> None:
+    """
+    Refuses a path where a folder is to be, and a file is.
+
+    Args:
+        folder (`Path`): need not be there.
+        name (`str`): what the path was given as, for the message.
+
+    Raises:
+        `ValueError`: it, or one of the folders that it is in, is a file.
+    """
+    for part in (folder, *folder.parents):
+        if part.exists() and not part.is_dir():
+            raise ValueError(
+                f"{name} is {folder}, and {part} is a file: give a folder, or a path where nothing is yet."
+            )
+
+
 class _Bounded:
     """A stream that ends with an error after `LARGEST` bytes, however little it was packed into."""
 

@@ -90,7 +90,7 @@ def write_result(trainer: Trainer, meter: CostMeter, arguments: Any, identity: d
         trainer (`Trainer`): after training.
         meter ([`CostMeter`]): that watched it.
         arguments (dataclass): the task's own arguments; the trainer's are added, without secrets.
-        identity (`dict`): [`~tasks.runs.identity`] of the run.
+        identity (`dict`): [`~tasks.identity.identity_of`] of the run.
         facts: `metrics` among them, `{split: {name: value}}` with a `loss` for each split.
 
     Returns:

@@ -2,108 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from tasks.arguments import TaskArguments
 from tasks.command import refusals
-from tasks.methods import name_of
-from tasks.secret import is_secret
+from tasks.files import refuse_file
+from tasks.identity import defaults, first_difference
 from xsam_hf.trainer.checkpoint import last_whole_checkpoint
 
 
 RESULT = "result.json"
 
-# What does not change the weights that a training ends with: where files go, what is shown, how fast it is. All other fields are
-# the run's identity, those included that a later transformers brings.
-IMMATERIAL = {
-    *("output_dir", "resume_from_checkpoint", "data_dir", "threads", "average_checkpoints"),
-    *("logging_dir", "logging_strategy", "logging_first_step", "logging_steps", "logging_nan_inf_filter", "log_level"),
-    *("log_level_replica", "log_on_each_node", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id"),
-    *("trackio_bucket_id", "trackio_static_space_id", "include_num_input_tokens_seen", "skip_memory_metrics", "debug"),
-    *(
-        "save_strategy",
-        "save_steps",
-        "save_total_limit",
-        "save_on_each_node",
-        "save_only_model",
-        "enable_jit_checkpoint",
-    ),
-    *("restore_callback_states_from_checkpoint", "do_train", "do_eval", "do_predict", "eval_strategy", "eval_steps"),
-    *("eval_delay", "eval_on_start", "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object"),
-    *(
-        "batch_eval_metrics",
-        "per_device_eval_batch_size",
-        "eval_splits",
-        "prediction_loss_only",
-        "include_for_metrics",
-    ),
-    *("bf16_full_eval", "fp16_full_eval", "predict_with_generate", "generation_num_beams", "generation_max_length"),
-    *(
-        "dataloader_num_workers",
-        "dataloader_pin_memory",
-        "dataloader_persistent_workers",
-        "dataloader_prefetch_factor",
-    ),
-    *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
-    *("use_cpu", "local_rank", "ddp_backend", "ddp_timeout", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"),
-    *("ddp_find_unused_parameters", "ddp_static_graph", "fsdp", "fsdp_config", "deepspeed", "parallelism_config"),
-    *("accelerator_config", "torch_compile", "torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps"),
-    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing"),
-    *("activation_checkpointing_kwargs", "dataloader_multiprocessing_context"),
-    # Instead of these: how many micro-batches an update has, on all processes together.
-    *("per_device_train_batch_size", "gradient_accumulation_steps"),
-}
-
-
-def fingerprint(*parts: Iterable[int] | np.ndarray) -> str:
-    """Twelve hexadecimal digits of the SHA-256 of some arrays of whole numbers."""
-    digest = hashlib.sha256()
-    for part in parts:
-        array = np.ascontiguousarray(part)
-        digest.update(f"{array.dtype.str}{array.shape}".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()[:12]
-
-
-def identity(name: str, task: TaskArguments, args: TrainingArguments, data: Mapping[str, str], **facts: Any) -> dict:
-    """
-    What makes a run the run that it is, in the form in which it is kept: task, method, data and all arguments that matter.
-
-    Args:
-        name (`str`): the task's.
-        task, args: its arguments and the Trainer's.
-        data (`Mapping[str, str]`): a [`fingerprint`] of each split, which stands for where the data came from.
-        facts: replace the arguments of the same names; `None` leaves one out.
-    """
-    arguments = {**asdict(task), **args.to_dict(), **facts}
-    matter = {
-        field: value
-        for field, value in sorted(arguments.items())
-        if not (field in IMMATERIAL or is_secret(field) or (field in facts and value is None))
-    }
-    size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    cut = {"micro_batch": args.per_device_train_batch_size} if args.ascent_scope == "micro" else {}
-    prints = {f"{split}_data": digits for split, digits in data.items()}
-    whole = {"task": name, "method": name_of(args), **prints, "seed": args.seed, "update_batch": size, **cut}
-    return json.loads(json.dumps({**whole, **matter}, default=str))
-
 
 class RunIdentity(TrainerCallback, ExportableState):
     """
-    Writes a run's [`identity`] into its checkpoints.
+    Writes a run's [`~tasks.identity.identity_of`] into its checkpoints.
 
     Args:
         whole (`dict`, *optional*): left out only by the Trainer, when it restores callbacks from a checkpoint.
@@ -135,6 +56,7 @@ def check_output(args: TrainingArguments, metrics: Iterable[str]) -> None:
         `ValueError`: so it is.
     """
     folder = Path(args.output_dir)
+    refuse_file(folder, "`output_dir`")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):  # of this process's own
@@ -157,7 +79,7 @@ def start(trainer: Trainer, whole: dict) -> None:
 
     Args:
         trainer (`Trainer`): with a [`RunIdentity`] among its callbacks.
-        whole (`dict`): the same run's [`identity`].
+        whole (`dict`): the same run's [`~tasks.identity.identity_of`].
 
     Raises:
         `ValueError`: `output_dir` holds another run, or the checkpoint is another run's or lacks a part.
@@ -167,8 +89,8 @@ def start(trainer: Trainer, whole: dict) -> None:
     checkpoint = resume_point(args.resume_from_checkpoint, folder)
     if checkpoint is not None:
         check_parts(checkpoint, args, scaled=trainer.accelerator.scaler is not None)
-        check_contents(checkpoint, trainer)
         compare(whole, _identity_of_checkpoint(checkpoint), f"`resume_from_checkpoint` {checkpoint} belongs to", args)
+        check_contents(checkpoint, trainer)
     refuse_other_runs(folder, whole, args)
     _refuse_ignored_optim_args(trainer)
     if not len(trainer.get_train_dataloader()):
@@ -355,7 +277,7 @@ def compare(ours: dict, theirs: dict | None, where: str, args: TrainingArguments
     Refuses another run's leavings.
 
     Args:
-        ours (`dict`): this run's [`identity`].
+        ours (`dict`): this run's [`~tasks.identity.identity_of`].
         theirs (`dict`, *optional*): the other one's; not given if it is not known.
         where (`str`): begins the sentence.
         args: give the defaults of fields that one of the two does not have, made by another version of transformers.
@@ -366,8 +288,6 @@ def compare(ours: dict, theirs: dict | None, where: str, args: TrainingArguments
     way_out = "Give another `output_dir`, or the arguments of that run."
     if not isinstance(theirs, dict):
         raise ValueError(f"{where} a run that it does not name. {way_out}")
-    defaults = {field.name: field.default for field in fields(args)}
-    for name in dict.fromkeys([*ours, *theirs]):
-        mine, other = (kept.get(name, defaults.get(name)) for kept in (ours, theirs))
-        if mine != other:
-            raise ValueError(f"{where} another run: its `{name}` is {other}, this one's {mine}. {way_out}")
+    if found := first_difference(ours, theirs, defaults(args)):
+        name, mine, other = found
+        raise ValueError(f"{where} another run: its `{name}` is {other}, this one's {mine}. {way_out}")

@@ -238,6 +238,14 @@ def test_folders_differ_by_recipe_method_and_seed(parse):
         assert parse(recipe, *argv)[1].output_dir == "there"
 
 
+@pytest.mark.parametrize(
+    "recipe, argv", [("", ["--output_dir", ""]), ("", ["--output_dir= "]), ("output_dir: ''", [])]
+)
+def test_an_empty_folder_name_is_refused(parse, recipe, argv):
+    with pytest.raises(ValueError, match="`output_dir` is empty: give a folder, or leave it out"):
+        parse(recipe, *argv)
+
+
 def test_no_recipe_of_ours_fixes_its_folder():
     for recipe in (ROOT / "tasks").glob("*/recipes/*.yaml"):
         assert "output_dir" not in recipes.read(recipe)

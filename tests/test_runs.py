@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from translation_toys import flags as translation_flags
 from translation_toys import write_word_for_word
 
-from tasks import recipes, results, runs, secret
+from tasks import identity, recipes, results, runs, secret
 from tasks.image_classification import train as images
 from tasks.translation import train as translation
 
@@ -146,7 +146,7 @@ def test_a_field_that_only_one_version_of_transformers_has_counts_with_its_defau
 
 def test_every_field_of_the_trainers_is_material_or_named_as_immaterial(tmp_path):
     task, args = parse(tmp_path)
-    whole = runs.identity("images", task, args, {})
+    whole = identity.identity_of("images", task, args, {})
     for name in (
         "rho",
         "alpha",
@@ -159,7 +159,7 @@ def test_every_field_of_the_trainers_is_material_or_named_as_immaterial(tmp_path
         "bf16",
     ):
         assert name in whole
-    assert not set(whole) & runs.IMMATERIAL and "hub_token" not in whole
+    assert not set(whole) & identity.IMMATERIAL and "hub_token" not in whole
 
 
 def test_translation_knows_its_text_and_not_its_place(tmp_path):
@@ -277,9 +277,13 @@ def test_what_to_resume_from_must_be_there(tmp_path, flag):
 
 def test_what_would_end_a_run_later_is_refused_before(tmp_path):
     (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", tmp_path / "file" / "run", "/proc/nowhere"):
-        with pytest.raises(ValueError, match="`output_dir` is .*, which cannot be written to .*: give another"):
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(
+            ValueError, match=f"`output_dir` is {folder}, and {tmp_path / 'file'} is a file: give a folder"
+        ):
             train(folder)
+    with pytest.raises(ValueError, match="`output_dir` is .*, which cannot be written to .*: give another"):
+        train("/proc/nowhere")
     options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
     with pytest.raises(
         ValueError, match="`metric_for_best_model` is bleu: choose one of accuracy, top5_accuracy, loss"

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from scripts import demo, growth, run_seeds, study, summarize, summary, table
+from scripts import demo, group, growth, run_seeds, study, summarize, summary, table
 from scripts import report as report_script
-from tasks import command
+from tasks import command, identity
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,7 +75,7 @@ if "label_noise" in Path(args.recipe).read_text():  # learns the wrong labels wi
     result["arguments"] = {"rho": args.rho}
     result["metrics"] = {
         "test": {"accuracy": accuracy}, "validation": {"accuracy": accuracy}, "wrong_labels": {"accuracy": learnt},
-        "best_epoch": {"accuracy": 0.9 + 0.001 * args.seed},
+        "best_epoch": {"accuracy": 0.9 + 0.001 * (args.seed % 100)},
     }
     for kind in ("forward", "backward"):
         result["passes"][f"{kind}_examples"] = passes * (1 + args.ascent_fraction) / 2 if args.rho else passes
@@ -489,6 +489,128 @@ def test_a_wrong_name_leaves_the_earlier_table(root):
     ):
         assert words in refusal(summarize.main, folder, *flags)
     assert not (root / "results").exists()
+
+
+def make_group(folder, older=False, **changes):
+    """Two runs of one method; the second with changes, wherever such a name stands. Older ones have no identity."""
+    arguments = {
+        "learning_rate": 0.1,
+        "rho": 0.05,
+        "output_dir": "a",
+        "generation_num_beams": 5,
+        "threads": 1,
+        "seed": 0,
+    }
+    arguments |= {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "ascent_scope": "update"}
+    result = {
+        **{"task": "t", "dataset": "digits", "model": "vit-small", "method": "sam", "seconds": 1.5, "seed": 0},
+        **{"metrics": {"test": {"accuracy": 0.9}}, "passes": {"forward": 4, "backward": 4}, "processes": 1},
+        **{"device": "cpu", "threads": 1, "versions": {"torch": "2"}, "arguments": arguments},
+        "identity": {"update_batch": 16, "seed": 0, "test_data": "abc", "learning_rate": 0.1, "rho": 0.05},
+    }
+    if older:
+        del result["identity"]
+
+    def changed(of):
+        nested = {name: changed(of[name]) for name in ("arguments", "identity") if name in of}
+        return {**of, **nested, **{name: value for name, value in changes.items() if name in of}}
+
+    changes = {"seed": 1, **changes}
+    for one in (result, changed(result)):
+        run = folder / "SAM" / f"seed-{one['seed']}"
+        run.mkdir(parents=True)
+        (run / "result.json").write_text(json.dumps(one))
+        (run / "request.json").write_text('{"command": [], "recipe": ""}')
+    kept = {"common": {}, "runs": [{"name": "SAM", **one} for one in (result, changed(result))]}
+    (folder / "kept.json").write_text(json.dumps(kept))
+    return folder
+
+
+OTHER_RUNS = {
+    "model": ({"model": "vit-ti"}, r"differ in their model \(vit-small and vit-ti\)"),
+    "method": ({"method": "xsam"}, r"differ in their method \(sam and xsam\)"),
+    "an argument": ({"learning_rate": 0.2}, r"differ in their learning_rate \(0.1 and 0.2\)"),
+    "an argument, older": ({"learning_rate": 0.2, "older": True}, r"differ in their learning_rate \(0.1 and 0.2\)"),
+    "the batch": ({"update_batch": 32}, r"differ in their update_batch \(16 and 32\)"),
+    "the batch, older": (
+        {"per_device_train_batch_size": 16, "older": True},
+        r"differ in their update_batch \(16 and 32\)",
+    ),
+    "the processes, older": ({"processes": 2, "older": True}, r"differ in their update_batch \(16 and 32\)"),
+    "the beam": ({"generation_num_beams": 1}, r"differ in their generation_num_beams \(5 and 1\)"),
+}
+IMPOSSIBLE = {
+    "true": ({"metrics": {"test": {"accuracy": True}}}, "its test accuracy is True, and a number from 0 to 1"),
+    "a text": ({"metrics": {"test": {"accuracy": "0.9"}}}, "its test accuracy is '0.9', and a number from 0 to 1"),
+    "percent": ({"metrics": {"test": {"accuracy": 97.0}}}, "its test accuracy is 97.0, and a number from 0 to 1"),
+    "another split": ({"metrics": {"best_epoch": {"top5_accuracy": 2}}}, "its best_epoch top5_accuracy is 2"),
+    "below 0": ({"metrics": {"test": {"loss": -1.0}}}, "its test loss is -1.0, and a number from 0 up"),
+    "bleu": (
+        {"metrics": {"test": {"bleu_tokenised": 340.0}}},
+        "its test bleu_tokenised is 340.0, and a number from 0 to 100",
+    ),
+    "negative passes": ({"passes": {"forward": -1, "backward": -1}}, "it counts -1 forward passes"),
+    "no passes": ({"passes": {"forward": 1, "backward": 0}}, "it counts 0 backward passes"),
+    "passes over examples": (
+        {"passes": {"forward": 1, "backward": 1, "backward_examples": -3}},
+        "it counts -3 backward_examples passes",
+    ),
+    "true passes": ({"passes": {"forward": True, "backward": 1}}, "it counts True forward passes"),
+    "negative seconds": ({"seconds": -1}, "it took -1 seconds"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_RUNS)
+def test_runs_of_one_method_may_differ_in_their_seed_only(tmp_path, kind):
+    changes, words = OTHER_RUNS[kind]
+    folder = make_group(tmp_path / "group", **changes)
+    with pytest.raises(ValueError, match=f"SAM/seed-0 and .*SAM/seed-1 stand for one method and {words}, where only"):
+        group.load_group(folder)
+    with pytest.raises(ValueError, match=f"kept.json: SAM, seed 0 and .*kept.json: SAM, seed 1 .* and {words}"):
+        summarize.read(folder / "kept.json")
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_runs_of_one_method_may_be_of_other_folders_machines_and_versions(tmp_path, older):
+    folder = make_group(
+        tmp_path / "group", output_dir="b", threads=4, versions={"torch": "3"}, device="cuda", older=older
+    )
+    assert [run.result["seed"] for run in group.load_group(folder)[0]["SAM"]] == [0, 1]
+    assert [run["threads"] for run in summarize.read(folder / "kept.json")["SAM"]] == [1, 4]
+
+
+@pytest.mark.parametrize(
+    "later, same",
+    [({"stale_decay": 0.5}, True), ({"stale_decay": 0.9}, False), ({"ascent_steps": 1, "alpha": None}, True)],
+)
+def test_an_argument_that_a_later_version_brought_has_its_default_in_an_older_result(later, same):
+    ours = {"identity": {"rho": 0.1}}
+    theirs = {"identity": {"rho": 0.1, **later}}
+    assert (identity.difference(ours, theirs) is None) is same
+    assert (identity.difference(theirs, ours) is None) is same
+
+
+@pytest.mark.parametrize("kind", IMPOSSIBLE)
+def test_a_number_that_cannot_be_is_refused(tmp_path, kind):
+    changes, words = IMPOSSIBLE[kind]
+    folder = make_group(tmp_path / "group", **changes)
+    with pytest.raises(ValueError, match=f"SAM/seed-1/result.json is damaged .{words}"):
+        group.load_group(folder)
+    with pytest.raises(ValueError, match=f"kept.json is not a file that summarize wrote: {words}"):
+        summarize.read(folder / "kept.json")
+
+
+def test_every_file_of_results_is_read_or_no_table():
+    read = {}
+    for file in (ROOT / "results").glob("*.json"):
+        if '"common"' in file.read_text():
+            read[file.stem] = summarize.read(file)
+    assert {"digits", "digits-noise", "demo", "noise"} <= read.keys()
+    # Each is told of: leftovers of a try are not.
+    told = "".join(
+        file.read_text() for file in (ROOT / "RESULTS.md", ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+    )
+    assert [name for name in read if f"results/{name}.json" not in told] == []
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,8 @@ def binary(folder, sentences=SENTENCES, sizes=None, starts=None, code=8, form="H
         ({"sentences": [[5, 2], [6, 2, 5, 2]]}, r"sentence 1 is \[6, 2, 5, 2\]"),
         ({"sentences": [[5, 2], [6, -3, 2]], "code": 4, "form": "i"}, r"sentence 1 is \[6, -3, 2\]"),
         ({"sentences": [[5, 2], [-2]], "code": 2, "form": "b"}, r"sentence 1 is \[-2\]"),
+        ({"sentences": [[5, 2], [0, 5, 2]]}, r"sentence 1 is \[0, 5, 2\]: <s> .0. and <pad> .1. never stand inside"),
+        ({"sentences": [[5, 1, 2], [5, 2]]}, r"sentence 0 is \[5, 1, 2\]: <s> .0. and <pad>"),
         ({"code": 4, "starts": [0, 12, 20]}, "do not belong together"),  # bytes of another width
         ({"code": 6}, "not of fairseq's mmap form"),
     ],
@@ -151,6 +153,10 @@ def test_an_index_that_lies_is_refused(tmp_path, changes, words):
     assert fairseq.read_binary(binary(tmp_path)) == SENTENCES
     with pytest.raises(ValueError, match=f"{tmp_path}/x.(idx|bin).*{words}"):
         fairseq.read_binary(binary(tmp_path, **changes))
+
+
+def test_an_unknown_token_may_stand_inside_of_a_sentence(tmp_path):
+    assert fairseq.read_binary(binary(tmp_path, [[5, 3, 2], [3, 2]])) == [[5, 3, 2], [3, 2]]
 
 
 def test_half_a_token_at_the_end_is_refused(tmp_path):
@@ -211,4 +217,18 @@ def test_the_dictionary_of_the_other_language_is_refused(tmp_path):
     for language, other in (("de", "en"), ("en", "de")):
         (tmp_path / f"dict.{language}.txt").write_bytes((FIXTURES / f"dict.{other}.txt").read_bytes())
     with pytest.raises(ValueError, match="100% of the de tokens of train are not in dict.de.txt"):
+        load(DataArguments(dataset=str(tmp_path)))
+
+
+@pytest.mark.parametrize("symbol", ["<s>", "<pad>", "</s>", "<unk>"])
+def test_a_special_symbol_in_prepared_text_is_refused(tmp_path, symbol):
+    for language in ("de", "en"):
+        (tmp_path / f"dict.{language}.txt").write_text("a 4\nb 1\n")
+        for name in ("train", "valid", "test"):
+            (tmp_path / f"{name}.{language}").write_text("a b a b\na b a b a b\n")
+    (tmp_path / "valid.en").write_text(f"a b\na {symbol} b\n")
+    if symbol == "<unk>":
+        assert load(DataArguments(dataset=str(tmp_path))).splits["validation"]["labels"] == [[4, 5, 2], [4, 3, 5, 2]]
+        return
+    with pytest.raises(ValueError, match=f"{tmp_path}/valid.en, line 2 has <s>, <pad> or </s> in it"):
         load(DataArguments(dataset=str(tmp_path)))

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from translation_toys import FILLERS, contents, pack
 
+from scripts import prepare_iwslt14
 from tasks import files
 from tasks.translation import iwslt14
 from tasks.translation.data import DataArguments, load
@@ -181,7 +182,13 @@ def test_an_interruption_leaves_no_half_file_and_the_next_run_finishes(archive, 
     }
 
 
-@pytest.mark.parametrize("damage", ["cut", "member", "missing", "not-an-archive", "utf-8", "lines", "nothing"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *("cut", "member", "missing", "not-an-archive", "utf-8", "lines", "nothing", "no-segments", "empty-segments"),
+        *("no-training", "short", "long"),
+    ],
+)
 def test_a_bad_archive_is_refused_and_leaves_nothing_behind(tmp_path, damage):
     files, file = contents(), tmp_path / "de-en.tgz"
     words = {
@@ -192,6 +199,11 @@ def test_a_bad_archive_is_refused_and_leaves_nothing_behind(tmp_path, damage):
         "utf-8": "cut off, damaged or no archive .train.tags.de-en.de: 'utf-8' codec",
         "lines": "train.tags.de-en: 71 German and 72 English lines",
         "nothing": "train.tags.de-en.de, .* not found",
+        "no-segments": "IWSLT14.TED.tst2011.de-en: no text in it; the archive is damaged, or another",
+        "empty-segments": "IWSLT14.TED.tst2011.de-en: no text in it",
+        "no-training": "train.tags.de-en: no text in it",
+        "short": "valid has no pairs, of 1 that are left of train.tags.de-en after cleaning",
+        "long": "train has no pairs, of 0 that are left",
     }[damage]
     if damage == "member":
         files.pop("IWSLT14.TED.tst2012.de-en.en.xml")
@@ -199,6 +211,12 @@ def test_a_bad_archive_is_refused_and_leaves_nothing_behind(tmp_path, damage):
         files["train.tags.de-en.en"] += "one line more\n"
     if damage == "nothing":
         files = {"README": "another archive"}
+    segments = {"no-segments": "<doc></doc>\n", "empty-segments": '<seg id="1"> </seg>\n<seg id="2"></seg>\n'}
+    if damage in segments:
+        files |= {f"IWSLT14.TED.tst2011.de-en.{language}.xml": segments[damage] for language in ("de", "en")}
+    training = {"no-training": "<url>x</url>\n", "short": "ein haus\n", "long": "wort " * 200 + "\n"}
+    if damage in training:
+        files |= {f"train.tags.de-en.{language}": training[damage] for language in ("de", "en")}
     if damage != "missing":
         pack(file, files)
     data = file.read_bytes() if file.exists() else b""
@@ -227,6 +245,14 @@ def test_the_script_says_what_is_wrong_in_one_line(archive, tmp_path):
     assert right.returncode == 0 and "train.de 64" in right.stdout and "test.en 15" in right.stdout
     assert f"SHA-256 {hashlib.sha256(archive.read_bytes()).hexdigest()}" in right.stdout
     assert "train has 64 pairs, fairseq's has 160239: this is another archive than IWSLT14's." in right.stdout
+
+
+def test_a_file_in_the_folders_place_is_refused_before_anything_is_fetched(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    for folder in (file, file / "out"):
+        with pytest.raises(ValueError, match=f"The folder is {folder}, and {file} is a file: give a folder"):
+            prepare_iwslt14.main([str(folder)])
 
 
 # --- the download ----------------------------------------------------------------------------------------------------

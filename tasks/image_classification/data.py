@@ -13,11 +13,11 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from tasks.identity import fingerprint
 from tasks.image_classification import archives
 from tasks.image_classification.archives import Arrays
 from tasks.image_classification.augmentation import Augmentation
 from tasks.image_classification.catalogue import DATASETS
-from tasks.runs import fingerprint
 
 
 logger = logging.get_logger(__name__)

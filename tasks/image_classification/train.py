@@ -20,6 +20,7 @@ from transformers import EvalPrediction, set_seed
 from tasks import metric, recipes, runs
 from tasks.arguments import CheckedArguments, TaskArguments
 from tasks.command import refusals, run, sentence
+from tasks.identity import identity_of
 from tasks.image_classification import data, models, pixels
 from tasks.image_classification.top_k_accuracy import TopKAccuracy
 from tasks.results import CostMeter, write_result
@@ -94,7 +95,7 @@ def train(task: ImageArguments, args: TrainingArguments) -> Path:
     model = models.build(task.model, task.dataset, task.dropout or 0.0)
     meter = CostMeter(model)
     prints = {name: splits[name].fingerprint for name in ("train", "validation", "test")}
-    identity = runs.identity("image_classification", task, args, prints, dropout=task.dropout or 0.0)
+    identity = identity_of("image_classification", task, args, prints, dropout=task.dropout or 0.0)
     with refusals():
         trainer = XSAMTrainer(
             model=model,

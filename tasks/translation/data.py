@@ -13,12 +13,12 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from tasks.files import write_whole
-from tasks.runs import fingerprint
+from tasks.identity import fingerprint
 from tasks.translation import sources
 from tasks.translation.fairseq_format import data_bin_prefix, read_binary, read_dictionaries, write_dictionaries
 from tasks.translation.model import POSITIONS
 from tasks.translation.text import Subwords, Tokenizer, join_subwords
-from tasks.translation.vocabulary import EOS, PAD, UNK, Vocabulary
+from tasks.translation.vocabulary import BOS, EOS, PAD, UNK, Vocabulary
 
 
 logger = logging.get_logger(__name__)
@@ -182,6 +182,7 @@ def from_prepared(folder: Path, source: str, target: str) -> Corpus:
     for name, prefix in SPLITS.items():
         pairs = sources.parallel(folder, prefix, source, target)
         ids = [tuple(v.encode(line) for v, line in zip(vocabularies, pair, strict=True)) for pair in pairs]
+        refuse_symbols(ids, folder, prefix, (source, target))
         refuse_unknown(ids, folder, prefix, (source, target))
         # As in fairseq's references: a hypothesis' own `<unk>` must not match one of the text.
         tokens = [tuple(join_subwords(line).replace("<unk>", "<<unk>>") for line in pair) for pair in pairs]
@@ -223,6 +224,22 @@ def from_data_bin(folder: Path, source: str, target: str) -> Corpus:
         ]
         datasets[name] = build(ids, tokens, running_text(tokens, source, target), held_out=name != "train")
     return Corpus(datasets, *vocabularies, Tokenizer(target), None)
+
+
+def refuse_symbols(ids: list, folder: Path, split: str, languages: tuple[str, str]) -> None:
+    """
+    Refuses text in which a special symbol is written out: attention would pass over `<pad>`, and a sentence end at `</s>`.
+
+    Raises:
+        `ValueError`: so it is; `<unk>` may be there.
+    """
+    for language, side in zip(languages, zip(*ids, strict=True), strict=False):
+        for number, sentence in enumerate(side, start=1):
+            if not {BOS, PAD, EOS}.isdisjoint(sentence[:-1]):
+                raise ValueError(
+                    f"{folder / split}.{language}, line {number} has <s>, <pad> or </s> in it, which never stand inside of a sentence: "
+                    "take them out."
+                )
 
 
 def refuse_unknown(ids: list, folder: Path, split: str, languages: tuple[str, str]) -> None:

@@ -12,7 +12,7 @@ from transformers import FSMTConfig
 
 from tasks.command import sentence
 from tasks.translation.model import TranslationTransformer, load
-from tasks.translation.vocabulary import EOS, Vocabulary
+from tasks.translation.vocabulary import BOS, EOS, PAD, Vocabulary
 
 
 # The encoder of fairseq 0.12.2 keeps a second, untrained copy of its weights for a faster code path.
@@ -235,8 +235,8 @@ def read_binary(prefix: Path) -> list[list[int]]:
         prefix (`Path`): the files' common name, `.idx` and `.bin` left out.
 
     Raises:
-        `ValueError`: a file is missing, damaged or of another kind, the two do not belong together, or a sentence has no end or
-            a token below 0.
+        `ValueError`: a file is missing, damaged or of another kind, the two do not belong together, or a sentence has no end,
+            a token below 0, or a start or padding symbol.
 
     Source: `fairseq.data.indexed_dataset.MMapIndexedDataset`, 0.12.2: magic, version, element type and number, then the
     sentences' sizes in elements and their places in bytes.
@@ -285,6 +285,13 @@ def read_binary(prefix: Path) -> list[list[int]]:
                 f"{prefix}.bin, sentence {number} is {sentence[:20].tolist()}: expected tokens from 0 and one end symbol ({EOS}), "
                 "at the end; is it fairseq-preprocess's?"
             )
+    symbols = np.flatnonzero((tokens == BOS) | (tokens == PAD))
+    if len(symbols):
+        number = np.searchsorted(ends, symbols[0], side="right")
+        raise ValueError(
+            f"{prefix}.bin, sentence {number} is {tokens[ends[number] - sizes[number] : ends[number]][:20].tolist()}: <s> ({BOS}) and "
+            f"<pad> ({PAD}) never stand inside of a sentence; take them out of the text and run fairseq-preprocess again."
+        )
     return [tokens[start:end].tolist() for start, end in zip(ends - sizes, ends, strict=True)]
 
 

@@ -121,7 +121,7 @@ def tokenised(contents: dict[str, list[str]]) -> dict[str, Sides]:
     Train, valid and test in tokens and lower case, before BPE.
 
     Raises:
-        `ValueError`: the two languages of a file differ in their number of lines.
+        `ValueError`: the two languages of a file differ in their number of lines, or a file or a split has no text.
     """
     tokenizers = {language: Tokenizer(language) for language in LANGUAGES}
 
@@ -129,6 +129,8 @@ def tokenised(contents: dict[str, list[str]]) -> dict[str, Sides]:
         raw = [extract(contents[f"{name}.{language}{ending}"]) for language in LANGUAGES]
         if len(raw[0]) != len(raw[1]):
             raise ValueError(f"{name}: {len(raw[0])} German and {len(raw[1])} English lines; the archive is damaged.")
+        if not any(map(str.strip, raw[0])) or not any(map(str.strip, raw[1])):
+            raise ValueError(f"{name}: no text in it; the archive is damaged, or another than IWSLT14's.")
         rows = tqdm(zip(*raw, strict=True), f"Tokenising {name}", len(raw[0]))
         return [
             tuple(tokenizers[language](line) for language, line in zip(LANGUAGES, row, strict=True)) for row in rows
@@ -140,6 +142,12 @@ def tokenised(contents: dict[str, list[str]]) -> dict[str, Sides]:
         "valid": train[VALIDATION_EVERY - 1 :: VALIDATION_EVERY],
         "test": [pair for test in TEST_SETS for pair in sides(f"IWSLT14.{test}.de-en", test_lines, ".xml")],
     }
+    for split, pairs in splits.items():
+        if not pairs:
+            raise ValueError(
+                f"{split} has no pairs, of {len(train)} that are left of train.tags.de-en after cleaning: the archive is another than "
+                "IWSLT14's."
+            )
     return {
         split: {language: [pair[side] for pair in pairs] for side, language in enumerate(LANGUAGES)}
         for split, pairs in splits.items()

@@ -19,6 +19,7 @@ from transformers import set_seed
 from tasks import recipes, runs
 from tasks.arguments import CheckedArguments, TaskArguments
 from tasks.command import refusals, run
+from tasks.identity import identity_of
 from tasks.results import CostMeter, write_result
 from tasks.translation import data, metrics
 from tasks.translation import model as models
@@ -89,9 +90,7 @@ def train(task: TranslationArguments, args: TrainingArguments) -> Path:
     set_seed(args.seed)
     model = build_model(task, corpus)
     # The data's fingerprints stand for where it came from.
-    identity = runs.identity(
-        "translation", task, args, corpus.fingerprints, dataset=None, dropout=model.config.dropout
-    )
+    identity = identity_of("translation", task, args, corpus.fingerprints, dataset=None, dropout=model.config.dropout)
     output = Path(args.output_dir)
     writing = args.process_index == 0
     scorers = {name: metrics.Scorer(corpus, name, output if writing else None) for name in ("validation", "test")}
