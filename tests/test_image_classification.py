@@ -515,8 +515,8 @@ def test_a_killed_run_goes_on_exactly(tmp_path, sent):
 def test_crops_of_a_resumed_run_are_those_of_the_uninterrupted_one(tmp_path, cifar_folder):
     # Augmented images, resumed inside and at the end of an epoch, with and without workers.
     big = np.random.default_rng(3).integers(0, 256, (40, 3072), dtype=np.uint8)
-    for name in ("train", "test"):
-        content = {b"data": big, b"fine_labels": [i % 100 for i in range(40)]}
+    for name, pixels in (("train", big), ("test", 255 - big)):
+        content = {b"data": pixels, b"fine_labels": [i % 100 for i in range(40)]}
         (cifar_folder / name).write_bytes(pickle.dumps(content, protocol=2))
     flags = [
         "--dataset",

@@ -976,7 +976,7 @@ def tuned(root, **rhos):
             "name": f"{method}-rho-{rho}",
             "seed": 100,
             "metrics": metrics,
-            "passes": {},
+            "passes": {"forward": 10, "backward": 10},
             "seconds": 1,
             "arguments": {"rho": rho},
         }
