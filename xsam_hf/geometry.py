@@ -89,17 +89,24 @@ def angle(x: Sequence[Tensor], y: Sequence[Tensor], norm_x: Tensor, norm_y: Tens
         norm_x, norm_y (`torch.Tensor`): ‖x‖ and ‖y‖, 0-dim, which the caller has already.
     """
     dtype = _accumulation_dtype([*x, *y])
-    ratio = torch.where(norm_x > 0, norm_y / norm_x, torch.zeros_like(norm_x)).to(dtype)
+    ratio = torch.where(norm_x > 0, norm_y / norm_x, torch.zeros_like(norm_x)).to(dtype)  # makes both as long
+    if {part.device.type for part in x} == {"cpu"}:
+        # ‖r x − y‖² + ‖r x + y‖² is known, and the smaller of the two keeps its digits.
+        both = 2 * ((ratio * norm_x).square() + norm_y.square())
+        nearer = _total(x, lambda x, y: _distance(x, y, number(ratio), dtype), y)
+        if obtuse := number(2 * nearer) > number(both):
+            nearer = _total(x, lambda x, y: _distance(x, y, -number(ratio), dtype), y)
+        further = (both - nearer).sqrt()
+        return 2 * (torch.atan2(further, nearer.sqrt()) if obtuse else torch.atan2(nearer.sqrt(), further))
 
-    def sums(x: list[Tensor], y: list[Tensor]) -> Tensor:
-        """‖r x − y‖² and ‖r x + y‖² for r = ‖y‖/‖x‖, which makes both as long."""
-        on_cpu = x[0].device.type == "cpu"
-        found = _on_a_cpu(x, y, number(ratio), dtype) if on_cpu else _on_a_device(x, y, ratio.to(x[0].device), dtype)
+    def distances(x: list[Tensor], y: list[Tensor]) -> Tensor:
+        """‖r x − y‖² and ‖r x + y‖²."""
+        found = _both_distances(x, y, ratio.to(x[0].device), dtype)
         return torch.stack(
             [torch.linalg.vector_norm(torch.stack(sizes)) for sizes in zip(*found, strict=True)]
         ).square()
 
-    apart, together = _total(x, sums, y).sqrt()
+    apart, together = _total(x, distances, y).sqrt()
     return 2 * torch.atan2(apart, together)
 
 
@@ -126,9 +133,9 @@ def slerp(alpha: float | Tensor, psi: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def _on_a_cpu(x: list[Tensor], y: list[Tensor], ratio: float, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+def _distance(x: list[Tensor], y: list[Tensor], ratio: float, dtype: torch.dtype) -> Tensor:
     """
-    Norms of r x − y and of r x + y, block by block.
+    ‖r x − y‖² on a CPU, block by block.
 
     A block and its temporary stay in the cache, and the temporary's memory is used again for every block: fresh pages from the
     kernel take up to twenty times as long as the arithmetic (measured).
@@ -136,16 +143,19 @@ def _on_a_cpu(x: list[Tensor], y: list[Tensor], ratio: float, dtype: torch.dtype
     whole = _size(x)
     small = whole <= _SMALL  # fits as it is
     free = torch.empty(whole if small else _BLOCK, dtype=dtype)
-    for a, b in [(_flat(x, dtype), _flat(y, dtype))] if small else _blocks(x, y, _BLOCK, dtype):
-        room = free[: a.numel()]
-        apart = torch.linalg.vector_norm(torch.sub(b, a, alpha=ratio, out=room))
-        yield apart, torch.linalg.vector_norm(torch.add(b, a, alpha=ratio, out=room))
+    pieces = [(_flat(x, dtype), _flat(y, dtype))] if small else _blocks(x, y, _BLOCK, dtype)
+    sizes = [torch.linalg.vector_norm(torch.sub(b, a, alpha=ratio, out=free[: a.numel()])) for a, b in pieces]
+    return torch.linalg.vector_norm(torch.stack(sizes)).square()
 
 
-def _on_a_device(
+def _both_distances(
     x: list[Tensor], y: list[Tensor], ratio: Tensor, dtype: torch.dtype
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same with few calls, each for many tensors. Half precision is put together in pieces of float32."""
+    """
+    Norms of r x − y and of r x + y with few calls, each for many tensors; which one is needed is not known without a wait.
+
+    Half precision is put together in pieces of float32.
+    """
     if x[0].dtype == dtype:
         for some, others in together(x, y):
             scaled = torch._foreach_mul(some, ratio)
