@@ -117,7 +117,11 @@ class MovableWeights:
                 )
             elif gradient.is_conj():
                 gradient = weight.grad = gradient.resolve_conj()
-            elif isinstance(gradient, DTensor) and gradient.placements != weight.placements:
+            elif (
+                isinstance(weight, DTensor)
+                and isinstance(gradient, DTensor)
+                and gradient.placements != weight.placements
+            ):
                 # Tensor parallelism leaves a vocabulary that is split over processes with a whole gradient on each.
                 gradient = weight.grad = gradient.redistribute(weight.device_mesh, weight.placements)
             gradients.append(gradient)
