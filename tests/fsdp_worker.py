@@ -1,5 +1,6 @@
 """Runs every scenario of test_fsdp.py under FSDP2 in each process, and saves whole weights and what was seen."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -101,4 +102,5 @@ def main(directory):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # see conftest.py
     main(Path(sys.argv[1]))

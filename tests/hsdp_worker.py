@@ -1,5 +1,6 @@
 """What test_hsdp.py looks at, in each of four processes: two copies of the weights, each in two shards."""
 
+import gc
 import sys
 from pathlib import Path
 
@@ -57,4 +58,5 @@ def main(directory):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # see conftest.py
     main(Path(sys.argv[1]))

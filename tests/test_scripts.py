@@ -27,6 +27,9 @@ TASK = """
 import argparse, json, os, signal, subprocess, sys, time
 from pathlib import Path
 
+if __name__ != "__main__":  # what imports it wants what it imports
+    raise ImportError
+
 parser = argparse.ArgumentParser()
 parser.add_argument("recipe")
 parser.add_argument("--seed", type=int)
