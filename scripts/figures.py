@@ -94,4 +94,3 @@ def plot_searches(runs: Mapping[str, Sequence[FinishedRun]]) -> Figure:
         right.axhline(1, color=TEXT_COLOR, lw=1, ls=":")
         right.legend()
     return figure
-

@@ -1,6 +1,8 @@
 """Seeing it: loss surfaces, sharpness and spectra of any model. Needs the extra `analysis`; nothing else imports this package."""
 
 from .arc import ArcProfile, DirectionGain, arc_profile, direction_gain
+from .callback import SharpnessCallback
+from .curves import training_curves
 from .hessian import HessianSpectrum, hessian_operator, hessian_spectrum
 from .plane import Plane, landscape, plane
 from .sharpness import AverageSharpness, ascent_sharpness, average_sharpness, m_sharpness
@@ -13,6 +15,7 @@ __all__ = [
     "DirectionGain",
     "HessianSpectrum",
     "Plane",
+    "SharpnessCallback",
     "Surface",
     "arc_profile",
     "ascent_sharpness",
@@ -24,4 +27,5 @@ __all__ = [
     "landscape",
     "m_sharpness",
     "plane",
+    "training_curves",
 ]

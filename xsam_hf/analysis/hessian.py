@@ -118,7 +118,9 @@ def hessian_spectrum(
         count, products = min(count, operator.size), 0
         for steps in (20, 40, 80):
             steps = min(max(steps, 2 * count), operator.size)
-            found = _eigenthings().lanczos(operator, k=count, max_iter=steps, which="LA", reorthogonalize=True, seed=seed)
+            found = _eigenthings().lanczos(
+                operator, k=count, max_iter=steps, which="LA", reorthogonalize=True, seed=seed
+            )
             products += found.iterations
             if found.iterations < steps or found.residuals.max() <= tolerance * found.eigenvalues[0].abs():
                 break
@@ -129,16 +131,16 @@ def hessian_spectrum(
         values = found.eigenvalues.tolist()
         if not all(map(math.isfinite, values)):
             raise ValueError("The Hessian at these weights is not finite: there is no spectrum.")
-        return HessianSpectrum(
-            values, found.residuals.tolist(), estimate, error, operator.size, taken, products
-        )
+        return HessianSpectrum(values, found.residuals.tolist(), estimate, error, operator.size, taken, products)
 
 
 def _eigenthings() -> Any:
     try:
         return importlib.import_module("hessian_eigenthings")
     except ImportError as error:
-        raise ImportError("The Hessian's spectrum needs hessian-eigenthings: `pip install 'xsam_hf[analysis]'`.") from error
+        raise ImportError(
+            "The Hessian's spectrum needs hessian-eigenthings: `pip install 'xsam_hf[analysis]'`."
+        ) from error
 
 
 def _differentiates_twice(operator: Any) -> bool:

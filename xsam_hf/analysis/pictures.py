@@ -152,7 +152,7 @@ def draw_spectra(found: Mapping[str, HessianSpectrum]) -> Figure:
     count = max(len(spectrum.eigenvalues) for spectrum in found.values())
     axes.set(xlabel="i", ylabel="eigenvalue $λ_i$ of the Hessian", xticks=range(1, count + 1))
     if min(min(spectrum.eigenvalues) for spectrum in found.values()) > 0:
-        axes.set_yscale("log")
+        axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)
     return figure
 
@@ -177,7 +177,9 @@ def draw_toy(trajectories: Mapping[str, toy.Trajectory], basins: toy.Basins) -> 
     axes = figure.add_subplot(grid[0, :])
     mu, sigma = torch.linspace(-35, 35, 141, dtype=torch.float64), torch.linspace(3, 45, 141, dtype=torch.float64)
     surface = toy.loss(torch.stack(torch.meshgrid(mu, sigma, indexing="xy"), -1))
-    filled = axes.contourf(mu, sigma, surface, levels=np.linspace(0.2, 2.0, 19), cmap="YlOrBr", alpha=0.8, extend="max")
+    filled = axes.contourf(
+        mu, sigma, surface, levels=np.linspace(0.2, 2.0, 19), cmap="YlOrBr", alpha=0.8, extend="max"
+    )
     figure.colorbar(filled, ax=axes, label="L(μ, σ)")
     colors = {"SGD": FIRST, "SAM": LAST, "XSAM": BEST}
     for name, descent in trajectories.items():
@@ -194,10 +196,16 @@ def draw_toy(trajectories: Mapping[str, toy.Trajectory], basins: toy.Basins) -> 
     for i, (name, flat) in enumerate(basins.flat.items()):
         below = figure.add_subplot(grid[1, i])
         points = torch.cartesian_prod(basins.mu, basins.sigma)
-        for value, color, label in ((1.0, BEST, "flat"), (0.0, FIRST, "sharp"), (None, "grey", "none: the descent left σ > 0")):
+        for value, color, label in (
+            (1.0, BEST, "flat"),
+            (0.0, FIRST, "sharp"),
+            (None, "grey", "none: the descent left σ > 0"),
+        ):
             chosen = flat.flatten().isnan() if value is None else flat.flatten() == value
             below.plot(*points[chosen].T, "s", color=color, ms=4, label=label)
         below.set(xlabel="μ of the start", ylabel="σ of the start", title=f"{name}: {basins.share(name):.1%} flat")
         below.grid(False)
-    figure.legend(*below.get_legend_handles_labels(), loc="outside lower center", ncols=3, title="The minimum nearer to the end")
+    figure.legend(
+        *below.get_legend_handles_labels(), loc="outside lower center", ncols=3, title="The minimum nearer to the end"
+    )
     return figure

@@ -58,7 +58,9 @@ def plane(
         `ValueError`: a value is out of range, or the two vectors are parallel and span no plane.
     """
     if rho <= 0 or ascent_steps < 1 or spanned_by not in ("gradients", "arc"):
-        raise ValueError("A plane takes `rho` above 0, one `ascent_steps` or more, and 'gradients' or 'arc' to be spanned by.")
+        raise ValueError(
+            "A plane takes `rho` above 0, one `ascent_steps` or more, and 'gradients' or 'arc' to be spanned by."
+        )
     radius = 2 * rho if radius is None else radius
     with surface.moving() as theta:
         gradients, terms = [theta.gradient], []

@@ -74,6 +74,7 @@ def average_sharpness(
     samples: list[list[float]] = []
     with surface.moving() as theta:
         for i in logging.tqdm(range(directions), desc="sharpness", leave=False):
+            theta.back()  # the direction is scaled to θ_0
             direction = random_direction(theta.weights, normalisation, seed + i)
             samples.append([theta.loss_at((direction, float(r))) - theta.loss for r in radii])
         return AverageSharpness(list(map(float, radii)), normalisation, theta.loss, samples)
@@ -91,7 +92,9 @@ def ascent_sharpness(surface: Surface, rho: float, steps: int = 5) -> float:
         steps (`int`, *optional*, defaults to 5): a pass for each of them; 1 is the rise that SAM sees.
     """
     if rho <= 0 or steps < 1:
-        raise ValueError(f"`rho` is {rho} and `steps` {steps}: an ascent needs a length above 0 and one step at least.")
+        raise ValueError(
+            f"`rho` is {rho} and `steps` {steps}: an ascent needs a length above 0 and one step at least."
+        )
     with surface.moving() as theta:
         delta, gradient, highest = [torch.zeros_like(w) for w in theta.weights], theta.gradient, -np.inf
         for step in range(steps):

@@ -181,9 +181,17 @@ class Moving:
 
 
 def batches_of(trainer: Trainer, count: int) -> list[Any]:
-    """A trainer's first training batches, as its data loader gives them; the random numbers stay where they are."""
+    """
+    A trainer's first training batches, as its data loader gives them; the random numbers stay where they are.
+
+    Accelerate's wrapper is left out: a loader of it that is not read to its end takes the place of the one that training reads.
+    """
     with _random_numbers_kept():
-        return list(islice(trainer.get_train_dataloader(), count))
+        loader = trainer.get_train_dataloader()
+        found = list(islice(getattr(loader, "base_dataloader", loader), count))
+    if len(found) < count:
+        raise ValueError(f"The trainer's data have {len(found)} batches, and {count} are asked for.")
+    return found
 
 
 def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> float:

@@ -44,6 +44,12 @@ def save(figure: Figure, file: Path) -> None:
         figure.savefig(file, format="svg", metadata={"Date": None})
 
 
+def write(plot: Callable[..., Figure], *arguments, file: Path) -> None:
+    """Draws a figure in the style of pages, on white and with its letters as shapes, into a file of its own."""
+    with matplotlib.rc_context({**STYLE, "svg.fonttype": "path", "figure.facecolor": "white"}):
+        save(plot(*arguments), file)
+
+
 def draw(plot: Callable[..., Figure], *arguments) -> str:
     """A figure as an element of the page: in the page's text colour, without a header and without addresses."""
     file = io.StringIO()

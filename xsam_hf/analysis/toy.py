@@ -156,9 +156,7 @@ class Basins:
 
 def basins(columns: int = 25, rows: int = 15, steps: int = STEPS) -> Basins:
     """The basin map: `columns` × `rows` starts over μ ∈ [−30, 30], σ ∈ [5, 40], by every method of `METHODS`."""
-    mu, sigma = (
-        torch.linspace(*ends, count, dtype=torch.float64) for ends, count in ((MU, columns), (SIGMA, rows))
-    )
+    mu, sigma = (torch.linspace(*ends, count, dtype=torch.float64) for ends, count in ((MU, columns), (SIGMA, rows)))
     starts = torch.cartesian_prod(mu, sigma)
     ends = {name: descend_all(starts, arguments, steps) for name, arguments in METHODS.items()}
     return Basins(mu, sigma, {name: _is_flat(points).reshape(columns, rows) for name, points in ends.items()})
