@@ -87,7 +87,7 @@ def test_the_small_resnet_keeps_small_images_large_enough():
         ]
     )
     assert stem.std().item() == pytest.approx((2 / (8 * 9)) ** 0.5, rel=0.03)
-    with pytest.raises(ValueError, match="`dropout` is 0.1, and resnet-small has no dropout"):
+    with pytest.raises(ValueError, match="`dropout` is 0.1, and resnet-small has no dropout to set"):
         models.build("resnet-small", "digits", 0.1)
 
 
