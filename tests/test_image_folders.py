@@ -127,6 +127,8 @@ def test_imagenet_is_read_one_by_one_and_varied_by_seed_epoch_and_index(imagenet
     again.epoch.fill_(1)
     other = data.load("imagenet", str(imagenet), validation_share=0, seed=6)["train"]
     assert not torch.equal(again[2]["pixel_values"], first[2]) and not torch.equal(other[2]["pixel_values"], first[2])
+    twice = data.Pictures(train.files[[2, 2]], train.labels[[2, 2]], DATASETS["imagenet"], varied=True)
+    assert not torch.equal(twice[0]["pixel_values"], twice[1]["pixel_values"])
     with Image.open(test.files[1]) as stored:
         scored = v2.Compose([v2.Resize(256), v2.CenterCrop(224), v2.PILToTensor()])(stored)
     assert torch.equal(test[1]["pixel_values"], scored)
