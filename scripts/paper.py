@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from tasks import recipes
@@ -268,11 +269,16 @@ class Number:
 
 def numbers(table: str, setting: str) -> dict[str, Number | dict[str, Number]]:
     """What the paper says of a setting in a table, by row; nothing where it says nothing."""
-    found = recipes.read(NUMBERS).get(table.replace("-", " "), {}).get(setting, {})
+    found = _all_numbers().get(table.replace("-", " "), {}).get(setting, {})
     return {
         row: {k: _number(v) for k, v in cell.items()} if isinstance(cell, Mapping) else _number(cell)
         for row, cell in found.items()
     }
+
+
+@cache
+def _all_numbers() -> dict:
+    return recipes.read(NUMBERS)
 
 
 def _number(cell: str | float) -> Number:

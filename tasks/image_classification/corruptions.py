@@ -17,11 +17,10 @@ from statistics import fmean
 
 import numpy as np
 import torch
-from transformers import AutoModelForImageClassification
 
 from tasks.command import Parser, run, sentence
 from tasks.files import write_whole
-from tasks.image_classification import archives, cnns, pixels  # noqa: F401  (cnns: for AutoModel)
+from tasks.image_classification import archives, models, pixels
 from tasks.image_classification.catalogue import DATASETS
 from tasks.runs import RESULT
 
@@ -145,7 +144,7 @@ def load(folder: Path) -> tuple[torch.nn.Module, str]:
         raise ValueError(
             f"{folder} was trained on {dataset}, and there are corrupted images of {' and '.join(FOLDERS)} only."
         )
-    model = AutoModelForImageClassification.from_pretrained(folder)
+    model = models.load(folder)
     pixels.accept_bytes(model, DATASETS[dataset])
     return model.eval(), dataset
 

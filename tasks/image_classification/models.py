@@ -1,9 +1,12 @@
 """The models: those of the paper's tables, and a ViT and a residual CNN that a laptop's CPU can train."""
 
 from functools import partial
+from pathlib import Path
 
 from torch import nn
 from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
     PreTrainedModel,
     ResNetConfig,
     ResNetForImageClassification,
@@ -36,6 +39,13 @@ class SmallResNetForImageClassification(ResNetForImageClassification):
         )
         stem.pooler = nn.Identity()
         self.post_init()
+
+
+def load(folder: Path) -> PreTrainedModel:
+    """A trained model, from the folder that `train.py` saved it in; it takes pixels that are normalised."""
+    kind = AutoConfig.from_pretrained(folder).architectures
+    small = SmallResNetForImageClassification
+    return (small if kind == [small.__name__] else AutoModelForImageClassification).from_pretrained(folder)
 
 
 def build(name: str, dataset: str, dropout: float = 0.0) -> PreTrainedModel:
