@@ -103,7 +103,7 @@ def check_data(cells: Sequence[Cell], table: Table, options: argparse.Namespace)
             raise ValueError(
                 f"The corrupted images are local files: give the folder that holds {CORRUPTED[of.data]} as --data."
             )
-        names = [of.data, *[CORRUPTED[of.data]] * (table.metric == "corruptions")]
+        names = [of.data, CORRUPTED[of.data]] if table.metric == "corruptions" else [of.data]
         for name in names if options.data is not None else []:
             if not (options.data / name).exists():
                 raise ValueError(
@@ -445,9 +445,12 @@ def main(argv: Sequence[str]) -> None:
         run_or_exit(once(found), options.jobs)
         if table.metric == "corruptions":
             score_corruptions(found, options)
-    print(
-        f"\n{options.table}: {table.title}. s: standard deviations over the seeds.{' ' + table.note if table.note else ''}\n"
-    )
+    print(f"\n{options.table}: {table.title}. s: standard deviations over the seeds. {table.note}".rstrip())
+    if options.examples is not None or options.epochs is not None or options.flags:
+        print(
+            "These runs are not the paper's: their distance from its numbers tells nothing, the order of methods may."
+        )
+    print()
     print(show(options.table, table, found))
     if table.other:
         print(f"\n{table.other}.")

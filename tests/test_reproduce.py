@@ -79,6 +79,8 @@ def test_every_command_is_read_as_the_paper_has_it():
     assert radii("table-4", "MSAM+, k = 1")[:5] == (0.15, 1, None, 0.3, "msam+")
     assert radii("table-4", "LSAM, k = 1")[:3] == (0.15, 1, 1.0)
     assert radii("table-12", "XSAM, ρ/k = 0.08") == (0.16, 2, None, 0.25, "arc", "sam")
+    assert radii("table-12", "XSAM, ρ/k = 0.12")[:4] == (0.24, 2, None, 0.2)
+    assert radii("figure-3c", "WSAM, ρ/k = 0.12")[:3] == (0.24, 2, 0.41)
     assert radii("table-2", "XSAM", "tiny-imagenet-vgg-11")[:4] == (0.2, 1, None, 1.2)
     assert radii("table-11", "WSAM", "cifar100-densenet-121")[:3] == (0.1, 1, 0.75)
     assert radii("table-11", "XSAM+ASAM")[5] == "asam" and radii("table-11", "VaSSO")[5] == "vasso"
