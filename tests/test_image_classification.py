@@ -57,7 +57,9 @@ def test_parameter_counts_and_patches():
     vit = models.build("vit-ti", "cifar100")
     assert sum(p.numel() for p in vit.parameters()) == 5_380_132
     shapes = {name: (images.size // images.patch) ** 2 for name, images in data.DATASETS.items()}
-    assert shapes == {"digits": 16, "fashion_mnist": 16, "cifar10": 64, "cifar100": 64}
+    assert shapes == {
+        **{"digits": 16, "fashion_mnist": 16, "cifar10": 64, "cifar100": 64, "tiny_imagenet": 64, "imagenet": 196}
+    }
     for name, images in data.DATASETS.items():
         model = models.build("vit-small", name)
         x = torch.zeros(2, len(images.mean), images.size, images.size)
@@ -87,7 +89,7 @@ def test_the_small_resnet_keeps_small_images_large_enough():
         ]
     )
     assert stem.std().item() == pytest.approx((2 / (8 * 9)) ** 0.5, rel=0.03)
-    with pytest.raises(ValueError, match="`dropout` is 0.1, and resnet-small has no dropout"):
+    with pytest.raises(ValueError, match="`dropout` is 0.1, and resnet-small has no dropout to set"):
         models.build("resnet-small", "digits", 0.1)
 
 
