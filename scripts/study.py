@@ -94,6 +94,13 @@ SETTINGS = {
         base_flags="--eval_strategy steps --eval_steps 64",  # every fourth epoch: ten thousand test images
         seeds=5,
     ),
+    "fashion-noise-aug": Setting(
+        "fashion-mnist-noise-resnet-small",
+        "Fashion-MNIST, CNN, crops",
+        "Fashion-MNIST, 1,000 images with flips and crops, 20 % of the labels wrong, residual CNN, SGD",
+        flags="--no_aug false",
+        seeds=5,
+    ),
     "fashion-noise-vit": Setting(
         "fashion-mnist-noise-vit-small",
         "Fashion-MNIST, ViT",

@@ -101,6 +101,7 @@ def load(
     seed: int = 0,
     train_examples: int | None = None,
     label_noise: float = 0.0,
+    no_aug: bool = False,
 ) -> dict[str, Split]:
     """
     The data set's `train`, `validation` and `test` splits.
@@ -118,6 +119,7 @@ def load(
         label_noise (`float`, *optional*, defaults to 0.0):
             Share of the training labels that are replaced by one of the other classes, always the same ones. Validation and
             test labels stay right.
+        no_aug (`bool`, *optional*, defaults to `False`): whether training sees the images as they are, without crops and flips.
 
     Raises:
         `ValueError`: an argument is out of range, or `data_dir` holds no such data.
@@ -131,6 +133,8 @@ def load(
     images = DATASETS[name]
     if not 0 <= cutout <= images.size:
         raise ValueError(f"`cutout` is {cutout}: give an edge from 0 to the images' {images.size} pixels.")
+    if cutout and no_aug:
+        raise ValueError(f"`cutout` is {cutout}, and `no_aug` leaves the images as they are: leave one of them out.")
     if name == "digits" and data_dir is not None:
         raise ValueError(
             f"`data_dir` is {data_dir}, but digits come with scikit-learn: leave it out, or give another `dataset`."
@@ -171,7 +175,7 @@ def load(
     labels = _with_noise(y[rows], label_noise, images.classes)
     augmentation = Augmentation(images, cutout)
     splits = {
-        "train": Split(x[rows], labels, None if augmentation.is_none else augmentation, seed),
+        "train": Split(x[rows], labels, None if no_aug or augmentation.is_none else augmentation, seed),
         "validation": Split(x[held_out], y[held_out]),
         "test": Split(*test),
     }

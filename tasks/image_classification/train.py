@@ -50,6 +50,9 @@ class ImageArguments(TaskArguments):
         default=0.0, metadata={"help": "Share of the training labels that are replaced by another class's."}
     )
     cutout: int = field(default=0, metadata={"help": "Edge in pixels of the square blanked out in training images."})
+    no_aug: bool = field(
+        default=False, metadata={"help": "Train on the images as they are: no crops, no flips. A data set has its own by default."}
+    )
     model: str = field(default="vit-small", metadata={"help": f"One of {', '.join(models.MODELS)}."})
     eval_splits: list[str] = field(
         default_factory=lambda: ["validation"],
@@ -89,13 +92,17 @@ def train(task: ImageArguments, args: TrainingArguments) -> Path:
         args.seed,
         train_examples=task.train_examples,
         label_noise=task.label_noise,
+        no_aug=task.no_aug,
     )
     watched = _watched(task, args, splits)
     set_seed(args.seed)
     model = models.build(task.model, task.dataset, task.dropout or 0.0)
     meter = CostMeter(model)
     prints = {name: splits[name].fingerprint for name in ("train", "validation", "test")}
-    identity = identity_of("image_classification", task, args, prints, dropout=task.dropout or 0.0)
+    # Left out where it is not set: runs that are older than the field are the same runs.
+    identity = identity_of(
+        "image_classification", task, args, prints, dropout=task.dropout or 0.0, no_aug=task.no_aug or None
+    )
     with refusals():
         trainer = XSAMTrainer(
             model=model,
