@@ -87,6 +87,12 @@ SETTINGS = {
     "digits-noise": Setting(
         "digits-noise-resnet-small", "digits, CNN", "Digits, 30 % of the labels wrong, residual CNN, SGD"
     ),
+    "digits-noise-vit": Setting(
+        "digits-noise-vit-small",
+        "digits, ViT",
+        "Digits, 500 images, 30 % of the labels wrong, small ViT, AdamW",
+        seeds=5,
+    ),
     "fashion-noise": Setting(
         "fashion-mnist-noise-resnet-small",
         "Fashion-MNIST, CNN",
