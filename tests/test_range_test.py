@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import Dataset
+from toys import Classifier, Points, arguments, build, train, weights_of
 from transformers import Trainer
 
-from toys import Classifier, Points, arguments, build, train, weights_of
 from xsam_hf import XSAMTrainer, find_rho
 from xsam_hf.trainer.range_test import RangeTest
 
@@ -25,7 +25,7 @@ class Rows(Dataset):
 
 
 class Quadratic(nn.Module):
-    """½ θᵀHθ + bᵀθ, the same for every batch."""
+    """½ θᵀHθ + bᵀθ + 5, the same for every batch."""
 
     def __init__(self):
         super().__init__()
@@ -35,23 +35,27 @@ class Quadratic(nn.Module):
         self.theta = nn.Parameter(torch.randn(6, generator=generator, dtype=torch.float64))
 
     def forward(self, x):
-        return {"loss": 0.5 * self.theta @ self.hessian @ self.theta + self.slope @ self.theta + 0 * x.sum()}
+        return {"loss": 0.5 * self.theta @ self.hessian @ self.theta + self.slope @ self.theta + 5 + 0 * x.sum()}
 
 
 def test_the_curvature_share_of_a_quadratic_has_a_closed_form(tmp_path):
     model = Quadratic()
     trainer = build(tmp_path, model, Rows(), per_device_train_batch_size=2)
-    found = find_rho(trainer, batches=2, rhos=[0.01, 0.1, 1, 10], tau=0.5)
+    found = find_rho(trainer, batches=2, rhos=[0.01, 0.1, 1, 10])
+    loss = model(torch.zeros(1))["loss"].item()
     g = (model.hessian @ model.theta + model.slope).detach()
     share = (g @ model.hessian @ g / (2 * g.norm() ** 3)).item()  # of ρ = 1
-    assert found.grad_norm == pytest.approx(g.norm().item(), abs=1e-10)
+    assert found.grad_norm == pytest.approx(g.norm().item(), abs=1e-10) and found.loss == pytest.approx(
+        loss, abs=1e-10
+    )
     assert found.curvature_shares == pytest.approx([share * rho for rho in found.rhos], abs=1e-10)
-    # Between two points of the grid: on a straight line over log ρ.
-    low = max(rho for rho in found.rhos if share * rho < 0.5)
-    part = (0.5 - share * low) / (share * low * 9)
-    assert found.rho == pytest.approx(low * 10**part) and found.band == pytest.approx((found.rho / 3, 3 * found.rho))
     assert (found.forward, found.backward) == (2 * 5, 2)
-    assert find_rho(trainer, rhos=[0.01, 0.1], tau=share).rho is None
+    # The rise is ρ‖g‖(1 + c ρ); on a fine grid the suggestion solves for a quarter of the loss.
+    fine = find_rho(trainer, batches=1, rhos=[10 ** (i / 50 - 3) for i in range(200)])
+    slope, quarter = g.norm().item(), loss / 4
+    root = (math.sqrt(slope**2 + 4 * slope * share * quarter) - slope) / (2 * slope * share)
+    assert fine.rho == pytest.approx(root, rel=1e-4) and fine.band == pytest.approx((root / 3, 3 * root), rel=1e-4)
+    assert find_rho(trainer, batches=1, rhos=[root * 2, root * 3]).rho is None
 
 
 def test_the_log_has_the_share_that_the_ascent_met(tmp_path):
@@ -118,8 +122,8 @@ def test_a_failing_pass_leaves_no_trace_either(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_lies_beyond():
-    test = RangeTest([0.1, 1, 10], [0.1, 1.5, math.inf], grad_norm=1.0, tau=1.0, forward=4, backward=1)
-    assert test.rho == 1  # the share is 0.5 there, and infinite at 10
+    test = RangeTest([0.1, 1, 10], [0.1, 0.2, math.inf], loss=1.0, grad_norm=1.0, forward=4, backward=1)
+    assert test.rho == 1  # a quarter lies between 0.2 there and infinity at 10
 
 
 def test_refusals(tmp_path):
@@ -144,5 +148,8 @@ def test_refusals(tmp_path):
 
 def test_a_trainer_without_xsam_in_its_updates_can_ask_too(tmp_path):
     """`rho` 0, a part of the batch, a stale ascent: what is tested is SAM's ascent from the whole batch."""
-    found = [find_rho(build(tmp_path, **fields), batches=1) for fields in ({}, {"rho": 0.0}, {"perturbation": "stale"}, {"ascent_fraction": 0.5})]
+    found = [
+        find_rho(build(tmp_path, **fields), batches=1)
+        for fields in ({}, {"rho": 0.0}, {"perturbation": "stale"}, {"ascent_fraction": 0.5})
+    ]
     assert all(test == found[0] for test in found) and isinstance(build(tmp_path, rho=0.0), XSAMTrainer)

@@ -51,7 +51,8 @@ class ImageArguments(TaskArguments):
     )
     cutout: int = field(default=0, metadata={"help": "Edge in pixels of the square blanked out in training images."})
     no_aug: bool = field(
-        default=False, metadata={"help": "Train on the images as they are: no crops, no flips. A data set has its own by default."}
+        default=False,
+        metadata={"help": "Train on the images as they are: no crops, no flips. A data set has its own by default."},
     )
     model: str = field(default="vit-small", metadata={"help": f"One of {', '.join(models.MODELS)}."})
     eval_splits: list[str] = field(
@@ -70,13 +71,26 @@ class TrainingArguments(CheckedArguments, XSAMTrainingArguments):
     pass
 
 
+ARGUMENTS = (ImageArguments, TrainingArguments)
+
+
 def score(prediction: EvalPrediction) -> dict[str, float]:
     """Accuracy (top 1 and 5) and cross-entropy."""
     return metric.compute(TopKAccuracy, predictions=prediction.predictions, references=prediction.label_ids)
 
 
-def train(task: ImageArguments, args: TrainingArguments) -> Path:
-    """Trains, scores all splits, and returns the path of `result.json`."""
+@dataclass
+class Setup:
+    """What a training is made of."""
+
+    trainer: XSAMTrainer
+    splits: dict[str, data.Split]
+    meter: CostMeter
+    identity: dict
+
+
+def prepare(task: ImageArguments, args: TrainingArguments) -> Setup:
+    """All that comes before the training itself."""
     task.use_threads()
     runs.check_output(args, METRICS)
     if task.eval_splits != ["validation"] and args.metric_for_best_model is not None:
@@ -113,7 +127,14 @@ def train(task: ImageArguments, args: TrainingArguments) -> Path:
             compute_metrics=score,
             callbacks=[meter, data.EpochCallback(splits["train"]), runs.RunIdentity(identity)],
         )
-    runs.start(trainer, identity)
+    return Setup(trainer, splits, meter, identity)
+
+
+def train(task: ImageArguments, args: TrainingArguments) -> Path:
+    """Trains, scores all splits, and returns the path of `result.json`."""
+    setup = prepare(task, args)
+    trainer, splits = setup.trainer, setup.splits
+    runs.start(trainer, setup.identity)
 
     scores = {}
     for split in EVAL_SPLITS:
@@ -126,7 +147,7 @@ def train(task: ImageArguments, args: TrainingArguments) -> Path:
     result = Path(args.output_dir) / runs.RESULT
     if trainer.is_world_process_zero():
         facts = {"task": "image_classification", "dataset": task.dataset, "model": task.model, "metrics": scores}
-        result = write_result(trainer, meter, task, identity, **facts)
+        result = write_result(trainer, setup.meter, task, setup.identity, **facts)
         print(result)
         try:
             trainer.create_model_card(dataset=task.dataset, tasks="image-classification")
@@ -163,7 +184,7 @@ def best_epoch(history: Sequence[dict]) -> dict[str, float]:
 
 
 def main(argv: Sequence[str]) -> None:
-    train(*recipes.parse((ImageArguments, TrainingArguments), argv, __doc__, "runs/image_classification"))
+    train(*recipes.parse(ARGUMENTS, argv, __doc__, "runs/image_classification"))
 
 
 if __name__ == "__main__":
