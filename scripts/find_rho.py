@@ -1,9 +1,8 @@
 """
-A range test for `rho` on a recipe's model and data, and its picture, as for a learning rate: where the loss along the gradient begins to
-leave its slope.
+A range test for `rho` on a recipe's model and data, and its picture, as for a learning rate: how far the loss rises along its gradient.
 
-    scripts/run find_rho tasks/image_classification/recipes/digits-noise-resnet-small.yaml --epochs 3
-    scripts/run find_rho tasks/translation/recipes/handbook-small.yaml --epochs 1 --batches 8 --seed 1
+    scripts/run find_rho tasks/image_classification/recipes/digits-noise-resnet-small.yaml
+    scripts/run find_rho tasks/translation/recipes/handbook-small.yaml --epochs 2 --batches 8 --seed 1
 
 Trains with the base optimizer for some epochs first, on the recipe's own schedule. Flags that are not listed here are the recipe's. Writes
 `rho.json` and `rho.svg` into `output_dir`. docs/choosing_rho.md says what to do with the figure, and how often it was wrong.
@@ -27,6 +26,7 @@ from tasks import recipes
 from tasks.command import Parser, run
 from tasks.files import write_whole
 from xsam_hf import RangeTest, find_rho
+from xsam_hf.trainer.range_test import RISE
 
 
 class StopAfter(TrainerCallback):
@@ -40,26 +40,26 @@ class StopAfter(TrainerCallback):
 
 
 def draw(found: RangeTest) -> Figure:
-    """The curvature share over `rho`, the suggestion and its band."""
+    """How far the loss rises over `rho`, as a share of the loss, with the suggestion and its band."""
     figure, axes = svg.make(figsize=(6, 4))
-    points = [
-        (rho, share) for rho, share in zip(found.rhos, found.curvature_shares, strict=True) if math.isfinite(share)
-    ]
-    axes.plot(*zip(*points, strict=True), marker="o", ms=3)
-    for level in (found.tau, -found.tau):
-        axes.axhline(level, color="gray", lw=0.8, ls=":")
+    shares = [rise / found.loss for rise in found.rises]
+    points = [point for point in zip(found.rhos, shares, strict=True) if math.isfinite(point[1]) and point[1] > 0]
+    axes.plot(*zip(*points, strict=True), marker="o", ms=3, label="rise of the loss")
+    slope = [rho * found.grad_norm / found.loss for rho in found.rhos]
+    axes.plot(found.rhos, slope, color="gray", lw=0.8, ls="--", label="slope alone")
+    axes.axhline(RISE, color="gray", lw=0.8, ls=":")
     if found.rho is not None:
         axes.axvline(found.rho, color="#D55E00", label=f"suggestion {found.rho:.2g}")
         axes.axvspan(*found.band, color="#D55E00", alpha=0.15, lw=0)
-        axes.legend()
-    axes.set(xscale="log", xlabel="ρ", ylabel="curvature share c(ρ)", ylim=(-1.05, max(1.05, 2 * found.tau)))
+    axes.legend()
+    axes.set(xscale="log", yscale="log", xlabel="rho", ylabel="rise along the gradient / loss")
     return figure
 
 
 def main(argv: Sequence[str]) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("recipe", type=Path, help="a recipe of one of the tasks")
-    parser.add_argument("--epochs", type=int, default=3, help="of the base optimizer before the test")
+    parser.add_argument("--epochs", type=int, default=1, help="of the base optimizer before the test")
     parser.add_argument("--batches", type=int, default=4, help="update batches of the test")
     args, flags = parser.parse_known_args(argv)
     if args.epochs < 0:
@@ -80,7 +80,9 @@ def main(argv: Sequence[str]) -> None:
     kept = {**dataclasses.asdict(found), "rho": found.rho, "band": found.band, "epochs": args.epochs}
     write_whole(folder / "rho.json", json.dumps(kept, indent=1) + "\n")
     svg.save(draw(found), folder / "rho.svg")
-    told = "no suggestion: the curve does not leave the band of τ inside the grid"
+    told = (
+        f"no suggestion: the loss rises by {RISE:g} of itself nowhere between {found.rhos[0]:g} and {found.rhos[-1]:g}"
+    )
     if found.rho is not None:
         told = f"rho {found.rho:.2g} (from {found.band[0]:.2g} to {found.band[1]:.2g})"
     print(f"{told}; {found.forward} forward and {found.backward} backward passes. {folder / 'rho.svg'}")

@@ -1,6 +1,7 @@
 """The range test for rho, against the closed form on a quadratic; and that it leaves no trace."""
 
 import copy
+import json
 import math
 import random
 
@@ -12,6 +13,8 @@ from torch.utils.data import Dataset
 from toys import Classifier, Points, arguments, build, train, weights_of
 from transformers import Trainer
 
+from scripts import find_rho as find_rho_command
+from scripts.run_seeds import ROOT
 from xsam_hf import XSAMTrainer, find_rho
 from xsam_hf.trainer.range_test import RangeTest
 
@@ -153,3 +156,19 @@ def test_a_trainer_without_xsam_in_its_updates_can_ask_too(tmp_path):
         for fields in ({}, {"rho": 0.0}, {"perturbation": "stale"}, {"ascent_fraction": 0.5})
     ]
     assert all(test == found[0] for test in found) and isinstance(build(tmp_path, rho=0.0), XSAMTrainer)
+
+
+def test_the_command_draws_what_it_suggests(tmp_path, capsys):
+    recipe = str(ROOT / "tasks" / "image_classification" / "recipes" / "digits-vit-small.yaml")
+    flags = ["--train_examples", "64", "--per_device_train_batch_size", "32", "--output_dir", str(tmp_path)]
+    find_rho_command.main([recipe, "--epochs", "1", "--batches", "1", "--threads", "1", *flags])
+    kept = json.loads((tmp_path / "rho.json").read_text())
+    assert kept["backward"] == 1 and kept["forward"] == 22 and kept["epochs"] == 1
+    told = capsys.readouterr().out
+    assert (
+        f"rho {kept['rho']:.2g} (from {kept['rho'] / 3:.2g} to {3 * kept['rho']:.2g}); 22 forward and 1 backward passes"
+        in told
+    )
+    assert f"suggestion {kept['rho']:.2g}" in (tmp_path / "rho.svg").read_text()
+    with pytest.raises(ValueError, match="in no task's folder of recipes"):
+        find_rho_command.main([str(tmp_path / "rho.yaml")])
