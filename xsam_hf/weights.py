@@ -107,15 +107,16 @@ class MovableWeights:
             raise ValueError("No weight received a gradient: does the loss depend on the trainable weights?")
         gradients = []
         for weight in self.weights:
-            if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
-            elif weight.grad.is_sparse:
+            gradient = weight.grad
+            if gradient is None:
+                gradient = weight.grad = torch.zeros_like(weight)
+            elif gradient.is_sparse:
                 raise NotImplementedError(
                     "A gradient is sparse and XSAM needs dense ones: build the embedding with `sparse=False`."
                 )
-            elif weight.grad.is_conj():
-                weight.grad = weight.grad.resolve_conj()
-            gradients.append(weight.grad)
+            elif gradient.is_conj():
+                gradient = weight.grad = gradient.resolve_conj()
+            gradients.append(gradient)
         return gradients, [weight.grad for weight in self.excluded if weight.grad is not None]
 
     def drop_gradients(self) -> None:
