@@ -133,6 +133,19 @@ def test_images_that_are_not_varied_are_as_they_are():
     assert changed.max() <= 9 and changed.float().mean() > 5
 
 
+def test_no_aug_leaves_out_the_crops_and_flips_of_a_data_set(monkeypatch):
+    pictures, labels = (
+        np.random.default_rng(0).integers(0, 256, (400, *GREY.shape), dtype=np.uint8),
+        np.arange(200) % 10,
+    )
+    monkeypatch.setattr(data, "_read", lambda *_: ((pictures[:200], labels), (pictures[200:], labels)))
+    plain, varied = (data.load("fashion_mnist", no_aug=no_aug)["train"] for no_aug in (True, False))
+    everything = range(len(plain))
+    assert torch.equal(stacked(plain.__getitems__(everything)), plain.images)
+    assert not torch.equal(stacked(varied.__getitems__(everything)), varied.images)
+    assert torch.equal(plain.images, varied.images) and plain.fingerprint == varied.fingerprint
+
+
 def test_the_fingerprint_is_that_of_the_images_without_padding():
     one = split(images=GREY)
     plain = Split(one.images.permute(0, 2, 3, 1).numpy(), one.labels)

@@ -210,7 +210,7 @@ def weights_of(optimizer: Any) -> Iterator[Tensor]:
     """What an optimizer steps, or the optimizers in it: accelerate's wrapper, or one that deals weights out to several."""
     for group in getattr(optimizer, "param_groups", ()):
         yield from group["params"]
-    for name, value in vars(optimizer).items():
+    for name, value in getattr(optimizer, "__dict__", {}).items():  # None before a training
         held = value.values() if isinstance(value, dict) and name != "state" else value
         for inner in held if isinstance(held, Iterable) and not isinstance(held, Tensor | str) else [held]:
             if isinstance(inner, Optimizer):

@@ -156,6 +156,7 @@ def load(
     cutout_probability: float | None = None,
     random_erasing: float | None = None,
     padding_mode: str | None = None,
+    no_aug: bool = False,
 ) -> dict[str, Split | Pictures]:
     """
     The data set's `train`, `validation` and `test` splits.
@@ -175,6 +176,7 @@ def load(
             test labels stay right.
         test_examples (`int`, *optional*): score so many test images, drawn as `train_examples` are.
         cutout_probability, random_erasing, padding_mode (*optional*): see [`Augmentation`].
+        no_aug (`bool`, *optional*, defaults to `False`): whether training sees the images as they are, without crops and flips.
 
     Raises:
         `ValueError`: an argument is out of range, or `data_dir` holds no such data.
@@ -187,6 +189,11 @@ def load(
         raise ValueError(f"`label_noise` is {label_noise}: give a share from 0 to below 1.")
     images = DATASETS[name]
     augmentation = _augmentation(images, cutout, cutout_probability, random_erasing, padding_mode)
+    if no_aug and (cutout or random_erasing or padding_mode):
+        raise ValueError(
+            "`no_aug` leaves the images as they are: leave it out, or `cutout`, `random_erasing` and `padding_mode`."
+        )
+    varied = not (no_aug or augmentation.is_none)
     if name == "digits" and data_dir is not None:
         raise ValueError(
             f"`data_dir` is {data_dir}, but digits come with scikit-learn: leave it out, or give another `dataset`."
@@ -222,11 +229,11 @@ def load(
         scored["wrong_labels"] = x[rows][wrong], labels[wrong]
     if images.on_disk:
         return {
-            "train": Pictures(x[rows], labels, images, varied=True, seed=seed),
+            "train": Pictures(x[rows], labels, images, varied=not no_aug, seed=seed),
             **{split: Pictures(*of, images) for split, of in scored.items()},
         }
     return {
-        "train": Split(x[rows], labels, None if augmentation.is_none else augmentation, seed),
+        "train": Split(x[rows], labels, augmentation, seed) if varied else Split(_middle(x[rows], images), labels),
         **{split: Split(_middle(pixels, images), of) for split, (pixels, of) in scored.items()},
     }
 

@@ -72,6 +72,10 @@ class ImageArguments(TaskArguments):
         default=None,
         metadata={"help": "all: every weight decays. Default: as in transformers, all but biases and LayerNorms."},
     )
+    no_aug: bool = field(
+        default=False,
+        metadata={"help": "Train on the images as they are: no crops, no flips. A data set has its own by default."},
+    )
     model: str = field(default="vit-small", metadata={"help": f"One of {', '.join(models.MODELS)}."})
     eval_splits: list[str] = field(
         default_factory=lambda: ["validation"],
@@ -91,6 +95,9 @@ class TrainingArguments(CheckedArguments, XSAMTrainingArguments):
     pass
 
 
+ARGUMENTS = (ImageArguments, TrainingArguments)
+
+
 class AllDecayTrainer(XSAMTrainer):
     """[`XSAMTrainer`] under which every weight decays: those of BatchNorm and the biases too, as with torch's SGD alone."""
 
@@ -103,8 +110,18 @@ def score(prediction: EvalPrediction) -> dict[str, float]:
     return metric.compute(TopKAccuracy, predictions=prediction.predictions, references=prediction.label_ids)
 
 
-def train(task: ImageArguments, args: TrainingArguments) -> Path:
-    """Trains, scores all splits, and returns the path of `result.json`."""
+@dataclass
+class Setup:
+    """What a training is made of."""
+
+    trainer: XSAMTrainer
+    splits: dict[str, data.Split]
+    meter: CostMeter
+    identity: dict
+
+
+def prepare(task: ImageArguments, args: TrainingArguments) -> Setup:
+    """All that comes before the training itself."""
     task.use_threads()
     runs.check_output(args, METRICS)
     if task.eval_splits != ["validation"] and args.metric_for_best_model is not None:
@@ -124,13 +141,17 @@ def train(task: ImageArguments, args: TrainingArguments) -> Path:
         cutout_probability=task.cutout_probability,
         random_erasing=task.random_erasing,
         padding_mode=task.padding_mode,
+        no_aug=task.no_aug,
     )
     watched = _watched(task, args, splits)
     set_seed(args.seed)
     model = models.build(task.model, task.dataset, task.dropout or 0.0)
     meter = CostMeter(model)
     prints = {name: splits[name].fingerprint for name in ("train", "validation", "test")}
-    identity = identity_of("image_classification", task, args, prints, dropout=task.dropout or 0.0)
+    # Left out where it is not set: runs that are older than the field are the same runs.
+    identity = identity_of(
+        "image_classification", task, args, prints, dropout=task.dropout or 0.0, no_aug=task.no_aug or None
+    )
     with refusals():
         trainer = (XSAMTrainer if task.weight_decay_scope is None else AllDecayTrainer)(
             model=model,
@@ -141,7 +162,14 @@ def train(task: ImageArguments, args: TrainingArguments) -> Path:
             compute_metrics=score,
             callbacks=[meter, data.EpochCallback(splits["train"]), runs.RunIdentity(identity)],
         )
-    runs.start(trainer, identity)
+    return Setup(trainer, splits, meter, identity)
+
+
+def train(task: ImageArguments, args: TrainingArguments) -> Path:
+    """Trains, scores all splits, and returns the path of `result.json`."""
+    setup = prepare(task, args)
+    trainer, splits = setup.trainer, setup.splits
+    runs.start(trainer, setup.identity)
 
     scores = {}
     for split in EVAL_SPLITS:
@@ -156,7 +184,7 @@ def train(task: ImageArguments, args: TrainingArguments) -> Path:
     result = Path(args.output_dir) / runs.RESULT
     if trainer.is_world_process_zero():
         facts = {"task": "image_classification", "dataset": task.dataset, "model": task.model, "metrics": scores}
-        result = write_result(trainer, meter, task, identity, **facts)
+        result = write_result(trainer, setup.meter, task, setup.identity, **facts)
         print(result)
         try:
             trainer.create_model_card(dataset=task.dataset, tasks="image-classification")
@@ -205,7 +233,7 @@ def last_five_epochs(history: Sequence[dict]) -> dict[str, float]:
 
 
 def main(argv: Sequence[str]) -> None:
-    train(*recipes.parse((ImageArguments, TrainingArguments), argv, __doc__, "runs/image_classification"))
+    train(*recipes.parse(ARGUMENTS, argv, __doc__, "runs/image_classification"))
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ class ReplayMixin(_Trainer):
         """The Trainer's own pass at θ_0, and what it takes to run it again. For `by_content` see [`StateFollower.capture`]."""
         inputs = send_to_device(inputs, self.args.device)
         if self._xsam_follower is None:  # the first pass of this training
-            self._xsam_follower = _follower_of(self)
+            self._xsam_follower = follower_of(self)
             self._xsam_generator = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             # A schedule-free optimizer moves the weights when it is told that training begins.
             if callable(train := getattr(self.optimizer, "train", None)):
@@ -190,7 +190,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             object.__setattr__(owner, name, own)
 
 
-def _follower_of(trainer: Trainer) -> StateFollower:
+def follower_of(trainer: Trainer) -> StateFollower:
     """Follows the modules that hang on the trainer and on its loss: the model, a teacher; and both's own attributes."""
     loss = [trainer.compute_loss_func, *parts_of(trainer.compute_loss_func)]
     plain = [
