@@ -51,8 +51,9 @@ def main(argv: Sequence[str]) -> None:
     """Runs one command."""
     from .measures import MEASURES, Settings  # matplotlib, which is in the extra
 
+    classes: Any = (AnalysisArguments, Settings)
     parser = HfArgumentParser(
-        [AnalysisArguments, Settings],
+        classes,
         prog="python -m xsam_hf.analysis",
         description=__doc__,
         formatter_class=RawDescriptionHelpFormatter,

@@ -114,7 +114,9 @@ def direction_gain(
         rhos, distances (`Sequence[float]`): see [`DirectionGain`].
         alphas (`Sequence[float]`): where α* is looked for.
     """
-    found = DirectionGain(list(rhos), list(distances), [], *([[] for _ in rhos] for _ in range(3)))
+    found = DirectionGain(list(rhos), list(distances), [], [], [], [])
+    for along in (found.first, found.last, found.best):
+        along += [[] for _ in rhos]
     for batch in logging.tqdm(batches, desc="gain", leave=False):
         with Surface(model, [batch], training=True).moving() as theta:
             found.loss.append(theta.loss)

@@ -100,11 +100,13 @@ def _hessian(model: Trainer | nn.Module, batches: Sequence[Any], settings: Setti
 
 def _sharpness(model: Trainer | nn.Module, batches: Sequence[Any], settings: Settings) -> Sharpness:
     surface = Surface(model, batches)
-    averages = [
+    average, elementwise = (
         average_sharpness(surface, directions=settings.directions, normalisation=kind, seed=settings.seed)
         for kind in ("filter", "element")
-    ]
-    return Sharpness(*averages, ascent_sharpness(surface, settings.rho), m_sharpness(model, batches, settings.rho))
+    )
+    return Sharpness(
+        average, elementwise, ascent_sharpness(surface, settings.rho), m_sharpness(model, batches, settings.rho)
+    )
 
 
 def _landscape(model: Trainer | nn.Module, batches: Sequence[Any], settings: Settings) -> Plane:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from .svg import COLORS, TEXT_COLOR
 
 
 FIRST, LAST, BEST = "#0072B2", "#009E73", "#D55E00"  # g_0, g_1 (SAM) and v(α*) (XSAM), in all pictures
-_MARKS = {"alpha": 0.9, "bbox": {"facecolor": "white", "edgecolor": "none", "alpha": 0.6, "pad": 0.6}}
+_MARKS: Any = {"alpha": 0.9, "bbox": {"facecolor": "white", "edgecolor": "none", "alpha": 0.6, "pad": 0.6}}
 
 
 def _panels(count: int, height: float = 3.8, rows: int = 1) -> tuple[Figure, np.ndarray]:
@@ -104,8 +105,8 @@ def _contours(
 
 
 def _arrow(axes: Axes, start: np.ndarray, direction: np.ndarray, color: str) -> None:
-    style = {"arrowstyle": "-|>", "color": color, "lw": 2, "shrinkA": 0, "shrinkB": 0}
-    axes.annotate("", start + direction, start, arrowprops=style)
+    style: Any = {"arrowstyle": "-|>", "color": color, "lw": 2, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", tuple(start + direction), tuple(start), arrowprops=style)
 
 
 def draw_gains(gains: Mapping[str, DirectionGain]) -> Figure:

@@ -131,7 +131,7 @@ class Surface:
         self._before.restore()
         batch = copy_of(self.batches[i])
         if self.trainer is None:
-            loss = _loss_in(self.model(**{name: _to(value, self.weights) for name, value in batch.items()}))
+            loss: Any = _loss_in(self.model(**{name: _to(value, self.weights) for name, value in batch.items()}))
         else:
             with self.trainer.compute_loss_context_manager():
                 loss = self.trainer.compute_loss(self.model, self.trainer._prepare_inputs(batch))

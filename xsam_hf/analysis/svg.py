@@ -12,12 +12,12 @@ import matplotlib
 from matplotlib.figure import Figure
 
 
-SALT = {"svg.hashsalt": "xsam_hf"}  # of the names of parts, which are random otherwise
+SALT: Any = {"svg.hashsalt": "xsam_hf"}  # of the names of parts, which are random otherwise
 # Okabe and Ito's colours, which colour-blind readers can tell apart, the palest two left out.
 COLORS = ["#56B4E9", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00"]
 # Stands for the colour of the page's text, which is light in dark mode, until the figure is part of the page.
 TEXT_COLOR = "#010203"
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     **SALT,
     "font.family": "sans-serif",
