@@ -27,7 +27,8 @@ from ..pass_state import RandomState
 from ..passes import Passes
 from ..weights import MovableWeights
 from .compatibility import check_supported
-from .replay import ReplayMixin, follower_of
+from .replay import follower_of
+from .trainer import XSAMMixin
 
 
 RISE = 0.25  # calibrated on three settings, docs/choosing_rho.md
@@ -97,6 +98,10 @@ def find_rho(trainer: Trainer, *, batches: int = 4, rhos: Sequence[float] = RHOS
         `NotImplementedError`: several processes, a GradScaler, or what [`XSAMMixin`] refuses in training.
     """
     rhos = list(rhos)
+    if not isinstance(trainer, XSAMMixin):
+        raise ValueError(
+            f"{type(trainer).__name__} has no XSAM: give an XSAMTrainer, or a trainer with XSAMMixin in front."
+        )
     _check(trainer, batches, rhos)
     # SAM's own ascent from the whole batch, whatever is trained with.
     arguments = replace(trainer.xsam_arguments, rho=rhos[-1], perturbation="sam", ascent_fraction=1.0)
@@ -111,7 +116,7 @@ def find_rho(trainer: Trainer, *, batches: int = 4, rhos: Sequence[float] = RHOS
 
 
 def _climb(
-    trainer: ReplayMixin, samples: list, n: Tensor | int | None, arguments: XSAMArguments, rhos: list[float]
+    trainer: XSAMMixin, samples: list, n: Tensor | int | None, arguments: XSAMArguments, rhos: list[float]
 ) -> Tensor:
     """Of one update batch: L_b(θ), ‖g_b‖, and L_b(θ + ρ ĝ_b) − L_b(θ) for every ρ."""
     model = cast(nn.Module, trainer.model)
@@ -139,11 +144,7 @@ def _climb(
     return torch.stack(found)
 
 
-def _check(trainer: Trainer, batches: int, rhos: Sequence[float]) -> None:
-    if not isinstance(trainer, ReplayMixin):
-        raise ValueError(
-            f"{type(trainer).__name__} has no XSAM: give an XSAMTrainer, or a trainer with XSAMMixin in front."
-        )
+def _check(trainer: XSAMMixin, batches: int, rhos: Sequence[float]) -> None:
     if batches < 1:
         raise ValueError(f"`batches` is {batches}: give 1 or more.")
     if len(rhos) < 2 or not 0 < rhos[0] or not all(low < high < math.inf for low, high in pairwise(rhos)):
@@ -160,7 +161,7 @@ def _check(trainer: Trainer, batches: int, rhos: Sequence[float]) -> None:
         )
 
 
-def _updates(trainer: Trainer, batches: int) -> Iterator[tuple[list, Tensor | int | None]]:
+def _updates(trainer: XSAMMixin, batches: int) -> Iterator[tuple[list, Tensor | int | None]]:
     """The micro-batches of some updates and their number of items, as the Trainer draws them."""
     steps = trainer.args.gradient_accumulation_steps
     drawn = iter(trainer.get_train_dataloader())
@@ -173,18 +174,19 @@ def _updates(trainer: Trainer, batches: int) -> Iterator[tuple[list, Tensor | in
 
 
 @contextmanager
-def _as_it_was(trainer: Trainer) -> Iterator[None]:
+def _as_it_was(trainer: XSAMMixin) -> Iterator[None]:
     """Puts back random numbers, modules with their buffers, and what the Trainer and accelerate keep of a pass."""
     names = ("_xsam_follower", "_xsam_generator", "_xsam_micro_batches_seen", "current_gradient_accumulation_steps")
     kept = {name: vars(trainer)[name] for name in names if name in vars(trainer)}
-    modes = {module: module.training for module in trainer.model.modules()}
+    model = cast(nn.Module, trainer.model)
+    modes = {module: module.training for module in model.modules()}
     accelerator = trainer.accelerator
     loaders, drawn_from = list(accelerator._dataloaders), accelerator.gradient_state.dataloader_references
     random = RandomState.capture()
     trainer._xsam_follower = follower_of(trainer)
     before = trainer._xsam_follower.capture()
     try:
-        with trainer._xsam_unheard(trainer.model):
+        with trainer._xsam_unheard(model):
             yield
     finally:
         before.restore()
