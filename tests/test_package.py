@@ -54,7 +54,11 @@ def test_what_is_imported_is_declared(folders, extra, ours):
         "subword_nmt": "subword-nmt",
     }
     # Peers and tools of scripts that say so, and what comes with others.
-    known = {"pytorch_optimizer", "composer", "fairseq", "imagecorruptions", "lxml", "setuptools", "tqdm"} if extra else set()
+    known = (
+        {"pytorch_optimizer", "composer", "fairseq", "imagecorruptions", "lxml", "setuptools", "tqdm"}
+        if extra
+        else set()
+    )
     for file in (file for folder in folders for file in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
