@@ -1,6 +1,8 @@
 """Scores on corrupted images: the right files, the paper's groups, and a trained model read back."""
 
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -65,6 +67,27 @@ def test_a_finished_run_is_scored(tmp_path, name, capsys):
     expected = (model(x).logits.argmax(1) == torch.arange(10)).float().mean().item()
     assert found["corruptions"]["saturate"] == pytest.approx(expected) and found["made_by"] == "CIFAR-10-C"
     assert capsys.readouterr().out.startswith("noise ")
+
+
+def test_images_are_corrupted_here_by_the_library_and_always_alike(monkeypatch):
+    """With a stand-in that has the library's signature and its two ways to draw."""
+
+    def corrupt(image, severity=1, corruption_name=None, corruption_number=-1, **seeded):
+        assert ("seed" in seeded) == (corruption_name in ("impulse_noise", "glass_blur"))
+        drawn = np.random.default_rng(seeded["seed"]).integers(256) if seeded else np.random.randint(256)
+        return np.full_like(image, drawn) if severity > 1 else image
+
+    monkeypatch.setitem(sys.modules, "imagecorruptions", types.SimpleNamespace(corrupt=corrupt))
+    test = np.arange(2 * 32 * 32 * 3, dtype=np.uint64).astype(np.uint8).reshape(2, 32, 32, 3), np.array([4, 7])
+    stream = np.random.get_state()[1].copy()
+    first, again = (dict(corruptions.made(test)) for _ in range(2))
+    assert list(first) == list(corruptions.NAMES) and (np.random.get_state()[1] == stream).all()
+    for name, (x, labels) in first.items():
+        assert x.shape == (10, 32, 32, 3) and labels.tolist() == [4, 7] * 5
+        assert (x[:2] == test[0]).all() and (x == again[name][0]).all() and len({int(of[0, 0, 0]) for of in x[2:]}) > 1
+    monkeypatch.setitem(sys.modules, "imagecorruptions", None)
+    with pytest.raises(ValueError, match="`--made` needs the package imagecorruptions-imaug"):
+        next(corruptions.made(test))
 
 
 def test_what_is_missing_is_named(tmp_path):

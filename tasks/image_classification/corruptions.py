@@ -38,6 +38,7 @@ GROUPS = {
 NAMES = tuple(name for group in GROUPS.values() for name in group)
 FOLDERS = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}
 SEVERITIES = 5
+SEEDED = ("impulse_noise", "glass_blur")
 FILE = "corruptions.json"
 
 Images = tuple[np.ndarray, np.ndarray]  # (N, H, W, C) in uint8, labels (N,)
@@ -94,9 +95,13 @@ def made(test: Images) -> Iterator[tuple[str, Images]]:
     x, labels = test
     for name in NAMES:
         state = np.random.get_state()
-        np.random.seed(0)  # which it draws from
+        np.random.seed(0)  # which it draws from, but for two that take a seed of each image's own
         try:
-            images = [corrupt(image, corruption_name=name, severity=s + 1) for s in range(SEVERITIES) for image in x]
+            images = [
+                corrupt(image, corruption_name=name, severity=s + 1, **({"seed": i} if name in SEEDED else {}))
+                for s in range(SEVERITIES)
+                for i, image in enumerate(x)
+            ]
         finally:
             np.random.set_state(state)
         yield name, (np.stack(images).astype(np.uint8), np.tile(labels, SEVERITIES))
