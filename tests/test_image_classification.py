@@ -51,7 +51,9 @@ def test_parameter_counts_and_patches():
     vit = models.build("vit-ti", "cifar100")
     assert sum(p.numel() for p in vit.parameters()) == 5_380_132
     shapes = {name: (images.size // images.patch) ** 2 for name, images in data.DATASETS.items()}
-    assert shapes == {"digits": 16, "fashion_mnist": 16, "cifar10": 64, "cifar100": 64}
+    assert shapes == {
+        **{"digits": 16, "fashion_mnist": 16, "cifar10": 64, "cifar100": 64, "tiny_imagenet": 64, "imagenet": 196}
+    }
     for name, images in data.DATASETS.items():
         model = models.build("vit-small", name)
         x = torch.zeros(2, len(images.mean), images.size, images.size)
@@ -81,7 +83,7 @@ def test_the_small_resnet_keeps_small_images_large_enough():
         ]
     )
     assert stem.std().item() == pytest.approx((2 / (8 * 9)) ** 0.5, rel=0.03)
-    with pytest.raises(ValueError, match="`dropout` is 0.1, and resnet-small has no dropout"):
+    with pytest.raises(ValueError, match="`dropout` is 0.1, and resnet-small has no dropout to set"):
         models.build("resnet-small", "digits", 0.1)
 
 
@@ -264,6 +266,7 @@ def test_bad_input_is_named(tmp_path):
         ({"name": "digits", "train_examples": 9}, "`train_examples` is 9: give 10 or more and fewer than the 1293"),
         ({"name": "digits", "train_examples": 5000}, "`train_examples` is 5000: give 10"),
         ({"name": "digits", "cutout": 9}, "`cutout` is 9.*8 pixels"),
+        ({"name": "digits", "cutout": 2, "no_aug": True}, "`cutout` is 2, and `no_aug` leaves the images as they are"),
         ({"name": "cifar10", "data_dir": "/nowhere"}, "`data_dir` is /nowhere, which does not exist"),
         ({"name": "cifar10", "data_dir": str(tmp_path)}, "no files of cifar10 were found"),
     ]:

@@ -104,6 +104,7 @@ def root(tmp_path, monkeypatch):
     for shared in (ROOT / "tasks").glob("*.py"):
         shutil.copy(shared, tmp_path / "tasks")
     shutil.copytree(SCRIPTS, tmp_path / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "xsam_hf").symlink_to(SCRIPTS.parent / "xsam_hf")
     monkeypatch.setattr(run_seeds, "ROOT", tmp_path)
     monkeypatch.setattr(summarize, "ROOT", tmp_path)
     return tmp_path
