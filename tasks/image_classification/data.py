@@ -286,7 +286,8 @@ def _part(split: str, examples: int, rows: np.ndarray, y: np.ndarray, images: Im
     try:
         return train_test_split(rows, train_size=examples, random_state=0, stratify=y[rows])[0]
     except ValueError as error:
-        raise ValueError(f"`{split}_examples` is {examples}, of {len(rows)} {split} images: {error}") from error
+        what = "training" if split == "train" else split
+        raise ValueError(f"`{split}_examples` is {examples}, of {len(rows)} {what} images: {error}") from error
 
 
 def _middle(pixels: np.ndarray, images: Images) -> np.ndarray:
