@@ -32,7 +32,7 @@ from tasks.command import Parser, run, sentence
 from tasks.files import write_whole
 from tasks.image_classification import models
 from tasks.translation.model import build as build_translation
-from xsam_hf import XSAMTrainer, XSAMTrainingArguments
+from xsam_hf import XSAMMixin, XSAMTrainingArguments
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,6 +77,23 @@ CONFIGURATIONS = {
 }
 
 
+class TimedTrainer(Trainer):
+    """Times its passes."""
+
+    in_passes = 0.0
+
+    def training_step(self, *args, **kwargs):
+        start = time.perf_counter()
+        try:
+            return super().training_step(*args, **kwargs)
+        finally:
+            self.in_passes += time.perf_counter() - start
+
+
+class TimedXSAMTrainer(XSAMMixin, TimedTrainer):
+    """XSAMTrainer, whose own part is what is left."""
+
+
 class TrainerStep:
     """The Trainer's own loop without its data loading: one update a call. On a CPU, if `others` of its arguments do not say else."""
 
@@ -87,39 +104,25 @@ class TrainerStep:
         ) | others  # fmt: skip
         method = {key: value for key, value in METHODS[name].items() if value is not None}
         if method:
-            self.trainer = XSAMTrainer(model=model, args=XSAMTrainingArguments(**settings, **method))
+            self.trainer = TimedXSAMTrainer(model=model, args=XSAMTrainingArguments(**settings, **method))
         else:
-            self.trainer = Trainer(model=model, args=TrainingArguments(**settings))
+            self.trainer = TimedTrainer(model=model, args=TrainingArguments(**settings))
         self.trainer.create_optimizer_and_scheduler(10**6)
         self.trainer.state.max_steps = 10**6
         self.trainer.current_gradient_accumulation_steps = accumulation
         self.model = self.trainer.accelerator.prepare_model(model)
         self.batch = batch
-        self.in_passes = 0.0
         self.own: list[float] = []
-        for part in ("_xsam_first_pass", "_xsam_replay", "_xsam_probe"):
-            if hasattr(self.trainer, part):
-                setattr(self.trainer, part, self._timed(getattr(self.trainer, part)))
-
-    def _timed(self, one_pass):
-        def timed(*args, **kwargs):
-            start = time.perf_counter()
-            try:
-                return one_pass(*args, **kwargs)
-            finally:
-                self.in_passes += time.perf_counter() - start
-
-        return timed
 
     def __call__(self) -> None:
         accelerator, accumulation = self.trainer.accelerator, self.trainer.current_gradient_accumulation_steps
-        self.in_passes, start = 0.0, time.perf_counter()
+        self.trainer.in_passes, start = 0.0, time.perf_counter()
         for i in range(accumulation):
             last = i == accumulation - 1
             accelerator.gradient_state._set_sync_gradients(last)
             with nullcontext() if last else accelerator.no_sync(self.model):
                 self.trainer.training_step(self.model, dict(self.batch), None)
-        self.own.append(time.perf_counter() - start - self.in_passes)
+        self.own.append(time.perf_counter() - start - self.trainer.in_passes)
         self.trainer.optimizer.step()
         self.model.zero_grad()
         self.trainer.state.global_step += 1

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from xsam_hf import geometry
 from xsam_hf.arithmetic import zero_unless
 from xsam_hf.geometry import angle, norm, slerp
 
@@ -34,6 +35,33 @@ def test_norm_and_angle_equal_those_of_the_flat_vector(dtype, tolerance):
     cosine = torch.dot(fx, fy) / fx.norm() / fy.norm()
     assert norm(x).item() == pytest.approx(fx.norm().item(), rel=tolerance)
     assert angle_of(x, y).item() == pytest.approx(math.acos(cosine), rel=tolerance)
+
+
+@pytest.mark.parametrize("psi", [1e-3, 0.7, 2.5, math.pi - 1e-3])
+def test_norm_and_angle_are_the_same_in_small_blocks(psi, monkeypatch):
+    x, other = vectors(torch.float64, 0), vectors(torch.float64, 1)
+    along = torch.dot(flat(x), flat(other)) / flat(x).square().sum()
+    across = [b - along * a for a, b in zip(x, other, strict=True)]
+    scale = math.tan(psi) * norm(x) / norm(across)  # so that the angle is known
+    y = [math.copysign(1, math.cos(psi)) * (a + scale * b) for a, b in zip(x, across, strict=True)]
+    assert angle_of(x, y).item() == pytest.approx(psi, rel=1e-9)
+    whole = norm(x).item()
+    monkeypatch.setattr(geometry, "_SMALL", 0)
+    monkeypatch.setattr(geometry, "_BLOCK", 5)
+    assert angle_of(x, y).item() == pytest.approx(psi, rel=1e-9)
+    assert norm(x).item() == pytest.approx(whole, rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-6), (torch.float16, 1e-6)]
+)
+def test_both_distances_that_another_device_takes(dtype, tolerance):
+    x, y = vectors(dtype, 0), vectors(dtype, 1)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    pieces = zip(*geometry._both_distances(x, y, torch.tensor(0.75, dtype=wide), wide), strict=True)
+    apart, together = (torch.stack(sizes).norm().item() for sizes in pieces)
+    assert apart == pytest.approx((0.75 * flat(x) - flat(y)).norm().item(), rel=tolerance)
+    assert together == pytest.approx((0.75 * flat(x) + flat(y)).norm().item(), rel=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors
 from torch.distributed.tensor import DTensor
 
 
 # Elements of a temporary: on a CPU in the cache; on another device many, for few kernels, 64 MiB in float32 at most.
 _SMALL, _BLOCK, _PIECE, _TOGETHER = 2**18, 2**16, 2**23, 2**24
+
+_PLAIN, _REAL = {Tensor, nn.Parameter}, {torch.float32, torch.float64, torch.float16, torch.bfloat16}
 
 
 def local(vector: Sequence[Tensor]) -> list[Tensor]:
@@ -26,10 +29,24 @@ def local(vector: Sequence[Tensor]) -> list[Tensor]:
 
     The shard of a `DTensor`; a complex tensor as its real and imaginary parts, so that it counts as two real weights.
     """
+    if all([kind in _PLAIN and dtype in _REAL for kind, dtype in {(type(tensor), tensor.dtype) for tensor in vector}]):
+        return list(vector)  # asked for some twenty times an update
     parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in vector]
-    if any([part.is_complex() for part in parts]):
-        parts = [torch.view_as_real(part) if part.is_complex() else part for part in parts]
-    return parts
+    return [torch.view_as_real(part) if part.is_complex() else part for part in parts]
+
+
+def groups(*vectors: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
+    """The local parts of some vectors, those of one device and one dtype of the first together."""
+    parts = [local(vector) for vector in vectors]
+    kinds = {(part.device, part.dtype) for part in parts[0]}
+    if len(kinds) == 1:
+        yield tuple(parts)
+        return
+    alike = defaultdict(list)
+    for members in zip(*parts, strict=True):
+        alike[members[0].device, members[0].dtype].append(members)
+    for some in alike.values():
+        yield tuple(map(list, zip(*some, strict=True)))
 
 
 def number(x: Tensor) -> float:
@@ -53,6 +70,8 @@ def norm(vector: Sequence[Tensor]) -> Tensor:
     dtype = _accumulation_dtype(vector)
 
     def square(x: list[Tensor]) -> Tensor:
+        if x[0].device.type == "cpu" and _size(x) <= _SMALL:
+            return torch.linalg.vector_norm(_flat(x, dtype)).square()
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(x, 2, dtype=dtype))).square()
 
     return _total(vector, square).sqrt()
@@ -70,17 +89,24 @@ def angle(x: Sequence[Tensor], y: Sequence[Tensor], norm_x: Tensor, norm_y: Tens
         norm_x, norm_y (`torch.Tensor`): ‖x‖ and ‖y‖, 0-dim, which the caller has already.
     """
     dtype = _accumulation_dtype([*x, *y])
-    ratio = torch.where(norm_x > 0, norm_y / norm_x, torch.zeros_like(norm_x)).to(dtype)
+    ratio = torch.where(norm_x > 0, norm_y / norm_x, torch.zeros_like(norm_x)).to(dtype)  # makes both as long
+    if {part.device.type for part in x} == {"cpu"}:
+        # ‖r x − y‖² + ‖r x + y‖² is known, and the smaller of the two keeps its digits.
+        both = 2 * ((ratio * norm_x).square() + norm_y.square())
+        nearer = _total(x, lambda x, y: _distance(x, y, number(ratio), dtype), y)
+        if obtuse := number(2 * nearer) > number(both):
+            nearer = _total(x, lambda x, y: _distance(x, y, -number(ratio), dtype), y)
+        further = (both - nearer).sqrt()
+        return 2 * (torch.atan2(further, nearer.sqrt()) if obtuse else torch.atan2(nearer.sqrt(), further))
 
-    def sums(x: list[Tensor], y: list[Tensor]) -> Tensor:
-        """‖r x − y‖² and ‖r x + y‖² for r = ‖y‖/‖x‖, which makes both as long."""
-        on_cpu = x[0].device.type == "cpu"
-        found = _on_a_cpu(x, y, number(ratio), dtype) if on_cpu else _on_a_device(x, y, ratio.to(x[0].device), dtype)
+    def distances(x: list[Tensor], y: list[Tensor]) -> Tensor:
+        """‖r x − y‖² and ‖r x + y‖²."""
+        found = _both_distances(x, y, ratio.to(x[0].device), dtype)
         return torch.stack(
             [torch.linalg.vector_norm(torch.stack(sizes)) for sizes in zip(*found, strict=True)]
         ).square()
 
-    apart, together = _total(x, sums, y).sqrt()
+    apart, together = _total(x, distances, y).sqrt()
     return 2 * torch.atan2(apart, together)
 
 
@@ -107,26 +133,29 @@ def slerp(alpha: float | Tensor, psi: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def _on_a_cpu(x: list[Tensor], y: list[Tensor], ratio: float, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+def _distance(x: list[Tensor], y: list[Tensor], ratio: float, dtype: torch.dtype) -> Tensor:
     """
-    Norms of r x − y and of r x + y, block by block.
+    ‖r x − y‖² on a CPU, block by block.
 
     A block and its temporary stay in the cache, and the temporary's memory is used again for every block: fresh pages from the
     kernel take up to twenty times as long as the arithmetic (measured).
     """
-    whole = sum([part.numel() for part in x])
+    whole = _size(x)
     small = whole <= _SMALL  # fits as it is
     free = torch.empty(whole if small else _BLOCK, dtype=dtype)
-    for a, b in [(_flat(x, dtype), _flat(y, dtype))] if small else _blocks(x, y, _BLOCK, dtype):
-        room = free[: a.numel()]
-        apart = torch.linalg.vector_norm(torch.sub(b, a, alpha=ratio, out=room))
-        yield apart, torch.linalg.vector_norm(torch.add(b, a, alpha=ratio, out=room))
+    pieces = [(_flat(x, dtype), _flat(y, dtype))] if small else _blocks(x, y, _BLOCK, dtype)
+    sizes = [torch.linalg.vector_norm(torch.sub(b, a, alpha=ratio, out=free[: a.numel()])) for a, b in pieces]
+    return torch.linalg.vector_norm(torch.stack(sizes)).square()
 
 
-def _on_a_device(
+def _both_distances(
     x: list[Tensor], y: list[Tensor], ratio: Tensor, dtype: torch.dtype
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same with few calls, each for many tensors. Half precision is put together in pieces of float32."""
+    """
+    Norms of r x − y and of r x + y with few calls, each for many tensors; which one is needed is not known without a wait.
+
+    Half precision is put together in pieces of float32.
+    """
     if x[0].dtype == dtype:
         for some, others in together(x, y):
             scaled = torch._foreach_mul(some, ratio)
@@ -164,8 +193,12 @@ def _blocks(x: list[Tensor], y: list[Tensor], size: int, dtype: torch.dtype) -> 
         yield _joined(pieces, dtype)
 
 
-def _flat(x: list[Tensor], dtype: torch.dtype) -> Tensor:
-    return torch.cat([part.reshape(-1) for part in x]).to(dtype)
+def _size(x: Sequence[Tensor]) -> int:
+    return sum([part.numel() for part in x])
+
+
+def _flat(x: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return _flatten_dense_tensors(x).to(dtype)
 
 
 def _joined(pieces: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -176,8 +209,8 @@ def _joined(pieces: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Te
 
 
 def _accumulation_dtype(vector: Sequence[Tensor]) -> torch.dtype:
-    double = (torch.float64, torch.complex128)
-    return torch.float64 if any(tensor.dtype in double for tensor in vector) else torch.float32
+    double = {torch.float64, torch.complex128}
+    return torch.float64 if double & {tensor.dtype for tensor in vector} else torch.float32
 
 
 def _total(vector: Sequence[Tensor], sums: Callable[..., Tensor], *others: Sequence[Tensor]) -> Tensor:
@@ -186,14 +219,17 @@ def _total(vector: Sequence[Tensor], sums: Callable[..., Tensor], *others: Seque
 
     Shards add up over the mesh dimensions that split them, replicas count once. One reduction for each kind of sharding.
     """
-    groups: dict[Any, dict[Any, list]] = defaultdict(lambda: defaultdict(list))
-    for tensor, *parts in zip(vector, local(vector), *map(local, others), strict=True):
-        groups[_split(tensor)][parts[0].device, parts[0].dtype].append(parts)
+    split_alike: dict[Any, list[int]] = defaultdict(list)
+    if set(map(type, vector)) <= _PLAIN:
+        split_alike[None] = list(range(len(vector)))
+    else:
+        for i, tensor in enumerate(vector):
+            split_alike[_split(tensor)].append(i)
     total: Tensor | None = None
-    for split, kinds in groups.items():
+    for split, members in split_alike.items():
         subtotal: Tensor | None = None
-        for members in kinds.values():
-            part = sums(*map(list, zip(*members, strict=True)))
+        for alike in groups(*([parts[i] for i in members] for parts in (vector, *others))):
+            part = sums(*alike)
             subtotal = part if subtotal is None else subtotal + part.to(subtotal.device)
         assert subtotal is not None
         if split is not None:

@@ -196,6 +196,8 @@ class StateFollower:
             (place, name), record = key, before.records.get(key)
             value, old = place.values.get(name, _MISSING), _MISSING if record is None else record.value
             if value is old:
+                if old is None:
+                    continue
                 assert record is not None
                 if record.trained:
                     if record.checksum is not None and self._first and _written(record):

@@ -68,10 +68,14 @@ class PassState:
 
     def learn(self) -> bool:
         """Looks at what a pass has moved since ([`StateFollower.learn`]); returns whether all of it can be put back."""
-        if self.modules is None:
-            return True
-        self.modules.follower.learn(self.modules)
-        return self.modules.complete
+        if self.modules is not None:
+            self.modules.follower.learn(self.modules)
+        return self.complete
+
+    @property
+    def complete(self) -> bool:
+        """Whether all that has been seen to move can be put back."""
+        return self.modules is None or self.modules.complete
 
     def restore(self) -> None:
         """The next pass starts as the one before which this was captured."""

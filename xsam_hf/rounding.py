@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .arithmetic import add_, groups, number_or_tensor
+from .arithmetic import add_, number_or_tensor
+from .geometry import groups
 
 
 # Elements at a time: with float32 and whole numbers beside them, all temporaries are below 64 MiB.

@@ -161,7 +161,9 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
             sloping = arguments.gradient_scale.startswith("slope")
             return self.accelerator.reduce(loss, reduction="mean") if sloping else loss
 
-        ascend = all([micro_batch.before.learn() for micro_batch in micro_batches])
+        ascend = all(
+            [micro_batch.before.complete for micro_batch in micro_batches]
+        )  # every first pass has been looked at
         stale = arguments.perturbation == "stale"  # it has climbed already, and repeats no pass
         with self._xsam_unheard(model):
             update = xsam_gradient(
@@ -229,16 +231,16 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
             assert model is not None
             # Names as they are without torch.compile.
             self._xsam_named = {name.replace("_orig_mod.", ""): w for name, w in model.named_parameters()}
-        stepped = dict.fromkeys(weights_of(optimizer))
+        stepped = {id(weight): weight for weight in weights_of(optimizer)}
         trained = {name: weight for name, weight in self._xsam_named.items() if weight.requires_grad}
-        weights: dict[str, Tensor] = {name: weight for name, weight in trained.items() if weight in stepped}
+        weights: dict[str, Tensor] = {name: weight for name, weight in trained.items() if id(weight) in stepped}
         if not weights:
             raise ValueError(
                 "The optimizer steps none of the model's trainable weights, so XSAM has none to perturb: build it from "
                 "`model.parameters()`, or set `rho` to 0."
             )
-        inside = set(self._xsam_named.values())
-        outside = [weight for weight in stepped if weight.requires_grad and weight not in inside]
+        inside = set(map(id, self._xsam_named.values()))
+        outside = [weight for key, weight in stepped.items() if key not in inside and weight.requires_grad]
         if outside and self.accelerator.num_processes > 1:
             raise NotImplementedError(
                 "The optimizer steps weights outside the model, such as a loss's own, whose gradients nobody averages over "
