@@ -20,14 +20,15 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from processes import run_command
 from safetensors.torch import load_file
 from transformers import Trainer
 from transformers import TrainingArguments as HFArguments
 
-from tasks import metric, recipes
+from tasks import metric, recipes, runs
 from tasks.image_classification import archives, data, models
 from tasks.image_classification.top_k_accuracy import TopKAccuracy
-from tasks.image_classification.train import ImageArguments, TrainingArguments, best_epoch, train
+from tasks.image_classification.train import ImageArguments, TrainingArguments, best_epoch, last_five_epochs, train
 from tasks.methods import METHODS, flags, name_of
 from xsam_hf import XSAMTrainer, XSAMTrainingArguments
 
@@ -39,15 +40,8 @@ RECIPES = sorted((SCRIPT.parent / "recipes").glob("*.yaml"))
 SHORT = ["--dataset", "digits", "--max_steps", "6", "--per_device_train_batch_size", "500", "--threads", "1"]
 
 
-def run(output_dir, *flags, **options):
-    command = [sys.executable, "-m", MODULE, *SHORT, "--output_dir", str(output_dir), "--report_to", "none", *flags]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
-
-
-def finish(process):
-    output, _ = process.communicate(timeout=500)
-    assert process.returncode == 0, output[-3000:]
-    return output
+def run(output_dir, *flags):
+    return run_command(f"{output_dir}.log", MODULE, *SHORT, "--output_dir", output_dir, "--report_to", "none", *flags)
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -57,7 +51,9 @@ def test_parameter_counts_and_patches():
     vit = models.build("vit-ti", "cifar100")
     assert sum(p.numel() for p in vit.parameters()) == 5_380_132
     shapes = {name: (images.size // images.patch) ** 2 for name, images in data.DATASETS.items()}
-    assert shapes == {"digits": 16, "fashion_mnist": 16, "cifar10": 64, "cifar100": 64}
+    assert shapes == {
+        **{"digits": 16, "fashion_mnist": 16, "cifar10": 64, "cifar100": 64, "tiny_imagenet": 64, "imagenet": 196}
+    }
     for name, images in data.DATASETS.items():
         model = models.build("vit-small", name)
         x = torch.zeros(2, len(images.mean), images.size, images.size)
@@ -87,7 +83,7 @@ def test_the_small_resnet_keeps_small_images_large_enough():
         ]
     )
     assert stem.std().item() == pytest.approx((2 / (8 * 9)) ** 0.5, rel=0.03)
-    with pytest.raises(ValueError, match="`dropout` is 0.1, and resnet-small has no dropout"):
+    with pytest.raises(ValueError, match="`dropout` is 0.1, and resnet-small has no dropout to set"):
         models.build("resnet-small", "digits", 0.1)
 
 
@@ -384,7 +380,7 @@ def test_methods_are_named_sets_of_flags(tmp_path, capsys):
     ],
 )
 def test_result_and_model_card(tmp_path, flags, method, forward, backward):
-    output = finish(run(tmp_path, *flags))
+    output = run(tmp_path, *flags)
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["method"] == method
     # 1,293 images make three batches of 500, 500 and 293; both searches fall on the first batch of an epoch.
@@ -413,7 +409,7 @@ def test_result_and_model_card(tmp_path, flags, method, forward, backward):
 def test_test_and_wrong_labels_over_training(tmp_path):
     watched = ["--eval_splits", "test", "wrong_labels", "--eval_strategy", "steps", "--eval_steps", "2"]
     noise = ["--label_noise", "0.3", "--model", "resnet-small", "--learning_rate", "0.01"]
-    finish(run(tmp_path, "--rho", "0", *watched, *noise))
+    run(tmp_path, "--rho", "0", *watched, *noise)
     result = json.loads((tmp_path / "result.json").read_text())
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     accuracies = [entry["eval_test_accuracy"] for entry in history if "eval_test_accuracy" in entry]
@@ -435,6 +431,38 @@ def test_the_best_epoch_is_the_first_of_the_highest_test_accuracy():
     ]
     assert best_epoch(history) == {"accuracy": 0.9, "top5_accuracy": 1.0, "loss": 2.0, "epoch": 2.0}
     assert best_epoch(history[:1]) == {}
+
+
+def test_the_last_five_epochs_are_those_at_the_end_and_whole():
+    scored = [
+        {"epoch": e, "eval_test_accuracy": e / 10, "eval_test_top5_accuracy": 1.0, "eval_test_loss": 2 * e}
+        for e in range(1, 8)
+    ]
+    part = {"epoch": 2.5, "eval_test_accuracy": 9.0, "eval_test_top5_accuracy": 9.0, "eval_test_loss": 9.0}
+    history = [{"epoch": 7.0, "loss": 1.0}, part, *scored]
+    assert last_five_epochs(history) == pytest.approx({"accuracy": 0.5, "top5_accuracy": 1.0, "loss": 10.0})
+    assert last_five_epochs(history[:6]) == {} == last_five_epochs([])
+
+
+def test_every_weight_decays_where_that_is_asked_for(tmp_path, monkeypatch):
+    class Started(Exception):
+        pass
+
+    def start(trainer, identity):
+        raise Started(trainer)
+
+    monkeypatch.setattr(runs, "start", start)
+    for scope, biases in (([], 0), (["--weight_decay_scope", "all"], 10)):
+        flags = [*SHORT, "--model", "resnet-small", "--weight_decay", "0.1", "--output_dir", str(tmp_path), *scope]
+        with pytest.raises(Started) as started:
+            train(*parse(*flags))
+        trainer = started.value.args[0]
+        trainer.create_optimizer()
+        decaying = [p for group in trainer.optimizer.param_groups if group["weight_decay"] for p in group["params"]]
+        # Of one dimension are the weights of nine BatchNorms, which decay by default too, and the biases of these and of the head.
+        assert sum(len(p.shape) == 1 for p in decaying) == 9 + biases, scope
+    with pytest.raises(ValueError, match="`weight_decay_scope` is some: give all, or leave it out"):
+        parse("--weight_decay_scope", "some")
 
 
 @pytest.mark.parametrize(
@@ -484,10 +512,16 @@ run(train.main)
 """
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run(folder, *KILL)
+    return folder
+
+
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_run_goes_on_exactly(tmp_path, sent):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(run(whole, *KILL))
+def test_a_killed_run_goes_on_exactly(tmp_path, whole, sent):
+    killed = tmp_path / "killed"
     process = subprocess.Popen(
         [sys.executable, "-c", WAITING, *SHORT, "--report_to", "none", "--output_dir", str(killed), *KILL],
         cwd=ROOT,
@@ -504,7 +538,7 @@ def test_a_killed_run_goes_on_exactly(tmp_path, sent):
     assert process.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 128 + signal.SIGINT}[sent]
     assert (killed / "checkpoint-4").exists() and not (killed / "checkpoint-6").exists()
     assert not (killed / "result.json").exists()
-    finish(run(killed, *KILL, "--resume_from_checkpoint", "true"))
+    run(killed, *KILL, "--resume_from_checkpoint", "true")
     for name, value in final_weights(whole).items():
         assert torch.equal(value, final_weights(killed)[name]), name
     results = [json.loads((folder / "result.json").read_text()) for folder in (whole, killed)]
@@ -530,14 +564,13 @@ def test_crops_of_a_resumed_run_are_those_of_the_uninterrupted_one(tmp_path, cif
         "steps",
     ]
     flags += ["--save_steps", "1", "--per_device_train_batch_size", "10", "--max_steps", "8", "--rho", "0.1"]
-    processes = [run(tmp_path / "whole", *flags), run(tmp_path / "workers", *flags, "--dataloader_num_workers", "2")]
-    for process in processes:
-        finish(process)
+    run(tmp_path / "whole", *flags)
+    run(tmp_path / "workers", *flags, "--dataloader_num_workers", "2")
     reference = final_weights(tmp_path / "whole")
     assert all(torch.equal(value, reference[name]) for name, value in final_weights(tmp_path / "workers").items())
     for step in (3, 4):
         checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
-        finish(run(tmp_path / f"again-{step}", *flags, "--resume_from_checkpoint", str(checkpoint)))
+        run(tmp_path / f"again-{step}", *flags, "--resume_from_checkpoint", str(checkpoint))
         assert all(torch.equal(v, reference[n]) for n, v in final_weights(tmp_path / f"again-{step}").items()), step
 
 
@@ -602,7 +635,7 @@ def test_two_processes(tmp_path):
     done = subprocess.run([*launch, *flags, str(tmp_path / "two"), "--per_device_train_batch_size", "250"], cwd=ROOT,
                           capture_output=True, text=True, timeout=500)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    finish(run(tmp_path / "one"))
+    run(tmp_path / "one")
     two, one = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("two", "one"))
     assert two["processes"] == 2
     assert all(two["passes"][name] == one["passes"][name] for name in ("forward", "backward"))

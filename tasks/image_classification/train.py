@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 from transformers import EvalPrediction, set_seed
 
@@ -49,7 +50,28 @@ class ImageArguments(TaskArguments):
     label_noise: float = field(
         default=0.0, metadata={"help": "Share of the training labels that are replaced by another class's."}
     )
+    test_examples: int | None = field(
+        default=None,
+        metadata={"help": "Score so many test images only, with equal shares of every class. Default: all."},
+    )
     cutout: int = field(default=0, metadata={"help": "Edge in pixels of the square blanked out in training images."})
+    cutout_probability: float | None = field(
+        default=None, metadata={"help": "Share of the training images that this happens to. Default: 1."}
+    )
+    random_erasing: float | None = field(
+        default=None,
+        metadata={"help": "Share of the training images in which a rectangle is blanked out. Default: 0."},
+    )
+    padding_mode: str | None = field(
+        default=None,
+        metadata={
+            "help": "What images are padded with to be cropped: constant (black) or reflect. Default: the data set's."
+        },
+    )
+    weight_decay_scope: str | None = field(
+        default=None,
+        metadata={"help": "all: every weight decays. Default: as in transformers, all but biases and LayerNorms."},
+    )
     no_aug: bool = field(
         default=False,
         metadata={"help": "Train on the images as they are: no crops, no flips. A data set has its own by default."},
@@ -64,6 +86,8 @@ class ImageArguments(TaskArguments):
         super().__post_init__()
         if not self.eval_splits or not set(self.eval_splits) <= set(EVAL_SPLITS):
             raise ValueError(f"`eval_splits` is {' '.join(self.eval_splits)}: choose among {', '.join(EVAL_SPLITS)}.")
+        if self.weight_decay_scope not in (None, "all"):
+            raise ValueError(f"`weight_decay_scope` is {self.weight_decay_scope}: give all, or leave it out.")
 
 
 @dataclass
@@ -72,6 +96,13 @@ class TrainingArguments(CheckedArguments, XSAMTrainingArguments):
 
 
 ARGUMENTS = (ImageArguments, TrainingArguments)
+
+
+class AllDecayTrainer(XSAMTrainer):
+    """[`XSAMTrainer`] under which every weight decays: those of BatchNorm and the biases too, as with torch's SGD alone."""
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        return [name for name, _ in model.named_parameters()]
 
 
 def score(prediction: EvalPrediction) -> dict[str, float]:
@@ -106,6 +137,10 @@ def prepare(task: ImageArguments, args: TrainingArguments) -> Setup:
         args.seed,
         train_examples=task.train_examples,
         label_noise=task.label_noise,
+        test_examples=task.test_examples,
+        cutout_probability=task.cutout_probability,
+        random_erasing=task.random_erasing,
+        padding_mode=task.padding_mode,
         no_aug=task.no_aug,
     )
     watched = _watched(task, args, splits)
@@ -118,7 +153,7 @@ def prepare(task: ImageArguments, args: TrainingArguments) -> Setup:
         "image_classification", task, args, prints, dropout=task.dropout or 0.0, no_aug=task.no_aug or None
     )
     with refusals():
-        trainer = XSAMTrainer(
+        trainer = (XSAMTrainer if task.weight_decay_scope is None else AllDecayTrainer)(
             model=model,
             args=args,
             train_dataset=splits["train"],
@@ -144,6 +179,8 @@ def train(task: ImageArguments, args: TrainingArguments) -> Path:
             trainer.log_metrics(split, found)
     if best := best_epoch(trainer.state.log_history):
         scores["best_epoch"] = best
+    if last := last_five_epochs(trainer.state.log_history):
+        scores["last_five_epochs"] = last
     result = Path(args.output_dir) / runs.RESULT
     if trainer.is_world_process_zero():
         facts = {"task": "image_classification", "dataset": task.dataset, "model": task.model, "metrics": scores}
@@ -181,6 +218,18 @@ def best_epoch(history: Sequence[dict]) -> dict[str, float]:
         return {}
     best = max(scored, key=lambda entry: entry["eval_test_accuracy"])
     return {**{name: best[f"eval_test_{name}"] for name in METRICS}, "epoch": best["epoch"]}
+
+
+def last_five_epochs(history: Sequence[dict]) -> dict[str, float]:
+    """
+    The mean of the test scores of the last five epochs, which the paper's code prints beside the best epoch's.
+
+    Args:
+        history (`Sequence[dict]`): the Trainer's log; with less than five evaluations at the end of an epoch there is no such mean.
+    """
+    scored = {e["epoch"]: e for e in history if "eval_test_accuracy" in e and float(e["epoch"]).is_integer()}
+    last = [scored[epoch] for epoch in sorted(scored)[-5:]]
+    return {name: fmean(e[f"eval_test_{name}"] for e in last) for name in METRICS} if len(last) == 5 else {}
 
 
 def main(argv: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from ..arguments import XSAMArguments
 from ..module_state import StateFollower, items_of, parts_of
 from ..pass_state import PassState
 from ..weights import weights_of
-from .compatibility import generates
+from .compatibility import generates, tensor_parallel_size
 from .micro_batch import MicroBatch, copy_of, random_subset
 
 
@@ -81,7 +81,9 @@ class ReplayMixin(_Trainer):
             getattr(model, _BROADCASTS, None),
         )
         if arguments.ascent_fraction < 1:
-            key = [self.args.seed, self.state.global_step, self._xsam_micro_batches_seen, self.args.process_index]
+            # Processes that share a model see the same batch, and cut it alike.
+            which = self.args.process_index // tensor_parallel_size(self)
+            key = [self.args.seed, self.state.global_step, self._xsam_micro_batches_seen, which]
             micro_batch.subset, micro_batch.share = random_subset(inputs, arguments.ascent_fraction, key)
         if micro_batch.subset is not None:
             inputs, num_items_in_batch = micro_batch.inputs(whole=False)
