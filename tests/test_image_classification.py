@@ -266,7 +266,10 @@ def test_bad_input_is_named(tmp_path):
         ({"name": "digits", "train_examples": 9}, "`train_examples` is 9: give 10 or more and fewer than the 1293"),
         ({"name": "digits", "train_examples": 5000}, "`train_examples` is 5000: give 10"),
         ({"name": "digits", "cutout": 9}, "`cutout` is 9.*8 pixels"),
-        ({"name": "digits", "cutout": 2, "no_aug": True}, "`cutout` is 2, and `no_aug` leaves the images as they are"),
+        (
+            {"name": "digits", "cutout": 2, "no_aug": True},
+            "`no_aug` leaves the images as they are: leave it out, or `cutout`",
+        ),
         ({"name": "cifar10", "data_dir": "/nowhere"}, "`data_dir` is /nowhere, which does not exist"),
         ({"name": "cifar10", "data_dir": str(tmp_path)}, "no files of cifar10 were found"),
     ]:
