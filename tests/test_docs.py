@@ -73,7 +73,8 @@ def test_there_are_examples():
 
 
 def test_the_methods_page_has_every_method_with_its_fields():
-    rows = dict(re.findall(r"^\| (`.*?) \| (.*?) \|", read("methods"), re.MULTILINE))
+    section = read("methods").partition("## Where they climb")[0]
+    rows = dict(re.findall(r"^\| (`.*?) \| (.*?) \|", section, re.MULTILINE))
     for name, fields in METHODS.items():
         (row,) = (row for row in rows if f"`{name}`" in row)
         for field, value in fields.items():
