@@ -37,13 +37,16 @@ EXTRAS = {
 
 
 def test_every_dependency_has_a_lower_bound_that_is_run():
-    for name, found in {**NEEDED, **EXTRAS["checkout"], **EXTRAS["test"]}.items():
+    for name, found in {**NEEDED, **EXTRAS["checkout"], **EXTRAS["docs"], **EXTRAS["test"]}.items():
         assert [part.operator for part in found.specifier] == [">="], name
 
 
 @pytest.mark.parametrize(
     "folders, extra, ours",
-    [(["xsam_hf"], {}, ["xsam_hf"]), (["tasks", "scripts"], EXTRAS["checkout"], ["xsam_hf", "tasks", "scripts"])],
+    [
+        (["xsam_hf"], {}, ["xsam_hf"]),
+        (["tasks", "scripts"], EXTRAS["checkout"] | EXTRAS["docs"], ["xsam_hf", "tasks", "scripts"]),
+    ],
 )
 def test_what_is_imported_is_declared(folders, extra, ours):
     names = {
@@ -52,6 +55,8 @@ def test_what_is_imported_is_declared(folders, extra, ours):
         "yaml": "pyyaml",
         "ruamel": "ruamel.yaml",
         "subword_nmt": "subword-nmt",
+        "mkdocs": "mkdocs-material",
+        "griffe": "mkdocstrings-python",
     }
     # Peers and tools of scripts that say so, and what comes with others.
     known = {"pytorch_optimizer", "composer", "fairseq", "lxml", "setuptools", "tqdm"} if extra else set()
@@ -114,7 +119,7 @@ def test_metadata(metadata):
     classifiers = metadata.get_all("Classifier")
     assert "Typing :: Typed" in classifiers and f"Programming Language :: Python :: 3.{lowest}" in classifiers
     assert f"Programming Language :: Python :: 3.{sys.version_info.minor}" in classifiers
-    assert set(metadata.get_all("Provides-Extra")) == {"checkout", "fairseq", "test"}
+    assert set(metadata.get_all("Provides-Extra")) == {"checkout", "docs", "fairseq", "test"}
 
 
 def test_no_link_of_the_description_leads_into_the_repository(metadata):
