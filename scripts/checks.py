@@ -90,11 +90,17 @@ class Line:
 
 # What is checked, what was found (an exception, if only this part of the check ended early), what is expected, its unit.
 Figure = tuple[str, Any, Expected, str]
+Found = Iterator[Figure]
 # Called with a device, such as "cuda". Raises `Skip`.
-Check = Callable[[str], Iterator[Figure]]
+Check = Callable[[str], Found]
 
 
-def each(part: Callable[..., Iterator[Figure]], names: Iterable[str], *args: Any) -> Iterator[Figure]:
+def needs_a_gpu(device: str, why: str = "it is about CUDA") -> None:
+    if device != "cuda":
+        raise Skip(why)
+
+
+def each(part: Callable[..., Found], names: Iterable[str], *args: Any) -> Found:
     """The figures of `part(name, *args)` for every name. One that raises does not end the others."""
     for name in names:
         try:

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from scripts import svg
 from tasks.command import Parser, run
 from xsam_hf import XSAMArguments, XSAMState, xsam_gradient
+from xsam_hf.analysis import svg
 
 
 START, RHO, RHO_MAX = (1.0, 0.1), 0.5, 1.0

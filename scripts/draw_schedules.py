@@ -10,11 +10,11 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from scripts import svg
 from scripts.group import check_metric
 from scripts.summarize import read
 from scripts.table import make_rows, to_markdown
 from tasks.command import Parser, run
+from xsam_hf.analysis import svg
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,10 +1,7 @@
 """The report's figures: matplotlib draws them, the page takes them as SVG."""
 
-import io
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -12,27 +9,8 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from scripts import svg
 from scripts.group import FinishedRun
-
-
-# Okabe and Ito's colours, which colour-blind readers can tell apart, the palest two left out.
-COLORS = ["#56B4E9", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00"]
-# Stands for the colour of the page's text, which is light in dark mode, until the figure is part of the page.
-TEXT_COLOR = "#010203"
-STYLE = {
-    "svg.fonttype": "none",
-    **svg.SALT,
-    "font.family": "sans-serif",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.15,
-    "legend.frameon": False,
-    **dict.fromkeys(
-        ["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"], TEXT_COLOR
-    ),
-}
+from xsam_hf.analysis.svg import COLORS, TEXT_COLOR
 
 
 def plot_curves(runs: Mapping[str, Sequence[FinishedRun]], metric: str) -> Figure:
@@ -116,13 +94,3 @@ def plot_searches(runs: Mapping[str, Sequence[FinishedRun]]) -> Figure:
         right.axhline(1, color=TEXT_COLOR, lw=1, ls=":")
         right.legend()
     return figure
-
-
-def draw(plot: Callable[..., Figure], *arguments) -> str:
-    """A figure as an element of the page: in the page's text colour, without a header and without addresses."""
-    file = io.StringIO()
-    with matplotlib.rc_context(STYLE):
-        metadata = dict.fromkeys(["Creator", "Date", "Format", "Type"])
-        plot(*arguments).savefig(file, format="svg", transparent=True, metadata=metadata)
-    svg = file.getvalue()
-    return re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg[svg.index("<svg") :]).replace(TEXT_COLOR, "currentColor")

@@ -14,10 +14,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from scripts import svg
 from scripts.table import to_markdown
 from tasks.command import Parser, run
 from tasks.files import write_whole
+from xsam_hf.analysis import svg
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,18 +10,23 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from string import Template
 
 import numpy as np
 
-from scripts.figures import draw, plot_curves, plot_searches
+from scripts.figures import plot_curves, plot_searches
 from scripts.group import FinishedRun, check_metric, load_group
 from scripts.table import BEST_EPOCH, Row, equal_passes, make_cells, make_rows, paired_difference, to_markdown
 from tasks.command import Parser, run
 from tasks.files import write_whole
+from xsam_hf.analysis import page
+from xsam_hf.analysis.page import paragraphs, to_figure, to_table
+from xsam_hf.analysis.svg import draw
 
 
-PAGE = Template((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
+FIGURES = (
+    "Mean ± standard deviation over the seeds; differences are paired by seed, ± half of their 95 % interval. "
+    "Passes are those that go backward, counted over examples; forward are all that go forward; both are multiples of the cheapest row's."
+)
 
 
 def join(names: Sequence[str]) -> str:
@@ -96,25 +101,6 @@ def describe_searches(runs: Mapping[str, Sequence[FinishedRun]]) -> str:
     return " ".join(sentences)
 
 
-def to_table(cells: Sequence[Sequence[str]]) -> str:
-    lines = [
-        "<tr>" + "".join(f"<{tag}>{escape(text)}</{tag}>" for text in line) + "</tr>"
-        for tag, line in zip(["th"] + ["td"] * len(cells), cells, strict=False)
-    ]
-    return f"<table>\n<thead>{lines[0]}</thead>\n<tbody>\n" + "\n".join(lines[1:]) + "\n</tbody>\n</table>"
-
-
-def to_figure(heading: str, svg: str, caption: str) -> str:
-    figure = (
-        f'<figure role="img" aria-label="{escape(heading)}">{svg}<figcaption>{escape(caption)}</figcaption></figure>'
-    )
-    return f"<h2>{escape(heading)}</h2>\n{figure}"
-
-
-def paragraphs(sentences: Sequence[str]) -> str:
-    return "\n".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
-
-
 def make_page(
     runs: Mapping[str, Sequence[FinishedRun]],
     rows: Sequence[Row],
@@ -156,19 +142,23 @@ def make_page(
         f"# {name}, seed {seeds[0].result['seed']}\npython {shlex.join(seeds[0].command)}"
         for name, seeds in runs.items()
     ]
-    page = PAGE.substitute(
-        title=escape(f"{join(list(runs))} on {first['dataset']}"),
-        lead=paragraphs(opening),
-        curves=curves,
-        subtitle=escape(f"{first['task'].replace('_', ' ')}, {first['model']}"),
-        table=to_table(cells),
-        conclusion=paragraphs(conclusion),
-        search=search,
-        provenance='<p class="soft">'
-        + escape("; ".join(f"{name}: {', '.join(map(str, values))}" for name, values in facts.items()))
-        + f"</p>\n<pre>{escape(chr(10).join(commands))}</pre>",
+    made = page.make_page(
+        f"{join(list(runs))} on {first['dataset']}",
+        f"{first['task'].replace('_', ' ')}, {first['model']}",
+        [
+            paragraphs(opening),
+            curves,
+            f'<h2>The figures</h2>\n<div class="scroll">{to_table(cells)}</div>\n<p class="soft">{FIGURES}</p>',
+            f'<h2>What these runs say</h2>\n<div class="box">{paragraphs(conclusion)}</div>',
+            search,
+            "<h2>How they were made</h2>",
+            '<p class="soft">'
+            + escape("; ".join(f"{name}: {', '.join(map(str, values))}" for name, values in facts.items()))
+            + "</p>",
+            f"<pre>{escape(chr(10).join(commands))}</pre>",
+        ],
     )
-    return "\n\n".join(filter(None, [*opening, to_markdown(cells), "\n".join(conclusion)])), page
+    return "\n\n".join(filter(None, [*opening, to_markdown(cells), "\n".join(conclusion)])), made
 
 
 def report(
@@ -185,8 +175,8 @@ def report(
     rows = make_rows(results, metric)
     if missing := [name for name in baselines if name not in [row.name for row in rows]]:
         raise ValueError(f"There is no finished run of the baseline {join(missing)} in {group}.")
-    text, page = make_page(runs, rows, unfinished, metric, baselines, lead)
-    write_whole(group / "report.html", page)
+    text, made = make_page(runs, rows, unfinished, metric, baselines, lead)
+    write_whole(group / "report.html", made)
     print(f"{text}\n\nWith the curves: {group / 'report.html'}")
 
 

@@ -1,5 +1,5 @@
 """
-Trains one recipe with several methods and seeds. Each run is a process of its own and fills
+Trains one recipe with several methods and seeds. Each run is a process of its own (see scripts/starter.py) and fills
 `runs/<group>/<name>/seed-<seed>`; what it prints goes to `seed-<seed>.log` beside that folder.
 
     scripts/run run_seeds image_classification digits-vit-small sam xsam wide="--method xsam --rho 0.2" \\
@@ -17,7 +17,6 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from scripts.starter import Started, Starter
 from tasks.command import Parser, run, sentence
 from tasks.files import write_whole
 from tasks.secret import without_secret_flags
@@ -85,7 +85,7 @@ class Run:
     def is_finished(self) -> bool:
         return self.is_ours and is_json(ROOT / self.folder / "result.json")
 
-    def start(self, one_thread: bool) -> subprocess.Popen:
+    def start(self, starter: Starter) -> Started:
         folder = ROOT / self.folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         with open(ROOT / self.log, "a") as log:
@@ -102,15 +102,7 @@ class Run:
             folder.mkdir(exist_ok=True)
             write_whole(folder / "request.json", self.request)
             (folder / "result.json").unlink(missing_ok=True)  # a damaged one: a whole one would have been kept
-            return subprocess.Popen(
-                [sys.executable, *self.command, *resume_flags(folder)],
-                cwd=ROOT,
-                env={**os.environ, **({"OMP_NUM_THREADS": "1"} if one_thread else {})},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            return starter.start([*self.command[1:], *resume_flags(folder)], log)
 
 
 def resume_flags(folder: Path) -> list[str]:
@@ -143,8 +135,10 @@ def is_finished(run: Run) -> bool:
 def run_all(runs: list[Run], jobs: int = 1) -> list[Run]:
     """Trains the runs that are not finished, `jobs` at a time, and returns those that failed."""
     waiting = [run for run in runs if not is_finished(run)]
-    running: dict[Run, subprocess.Popen] = {}
+    running: dict[Run, Started] = {}
     failed = []
+    modules = sorted({f"tasks.{run.task}.train" for run in waiting})
+    starter = Starter(ROOT, modules, {**os.environ, **({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})})
     shown = ""  # not the bar's: one that TQDM_DISABLE turns off keeps nothing
     # The clock moves on every five seconds, which a log file can bear too.
     with tqdm(total=len(runs), initial=len(runs) - len(waiting), unit="run", mininterval=5, miniters=0) as bar:
@@ -160,7 +154,7 @@ def run_all(runs: list[Run], jobs: int = 1) -> list[Run]:
                 while waiting and len(running) < jobs:
                     run = waiting.pop(0)
                     try:
-                        running[run] = run.start(one_thread=jobs > 1)
+                        running[run] = run.start(starter)
                     except (OSError, RuntimeError, ValueError) as error:  # of this run's files: the others go on
                         settle(run, sentence(error))
                 if (names := ", ".join(map(str, running))) != shown:
@@ -176,14 +170,13 @@ def run_all(runs: list[Run], jobs: int = 1) -> list[Run]:
                         else:
                             settle(run, None if is_finished(run) else "it ended without a result.json")
         finally:
-            # Each child leads a session of its own, so that its data-loading processes end with it.
+            # With its session, so that its data-loading processes end too.
             for process in running.values():
-                os.killpg(process.pid, signal.SIGTERM)
+                process.kill(signal.SIGTERM)
             for process in running.values():
-                try:
-                    process.wait(timeout=10)
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)
+                if process.wait(timeout=10) is None:
+                    process.kill(signal.SIGKILL)
+            starter.close()
     return failed
 
 

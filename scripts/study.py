@@ -23,7 +23,6 @@ from tasks.command import Parser, run
 
 
 TASK = "image_classification"
-TUNING_SEEDS = (100, 101)
 QUICK = "--eval_strategy no"
 MOST_VALUES = 8  # of rho: where climbing does not pay, the best is always the shortest
 
@@ -71,6 +70,7 @@ class Setting:
         flags (`str`): for all runs.
         base_flags (`str`): for the runs of `base` and `base-2x`, whose best epoch is looked for.
         seeds (`int`): how many.
+        tuning_seeds (`Sequence[int]`): those that `rho` is chosen by.
         earlier (`str`, *optional*): a file of results/ with an older study of the same recipe, whose methods have the task's names.
     """
 
@@ -80,6 +80,7 @@ class Setting:
     flags: str = ""
     base_flags: str = ""
     seeds: int = 10
+    tuning_seeds: Sequence[int] = (100, 101)
     earlier: str | None = None
 
 
@@ -87,11 +88,25 @@ SETTINGS = {
     "digits-noise": Setting(
         "digits-noise-resnet-small", "digits, CNN", "Digits, 30 % of the labels wrong, residual CNN, SGD"
     ),
+    "digits-noise-vit": Setting(
+        "digits-noise-vit-small",
+        "digits, ViT",
+        "Digits, 500 images, 30 % of the labels wrong, small ViT, AdamW",
+        seeds=5,
+        tuning_seeds=(100,),
+    ),
     "fashion-noise": Setting(
         "fashion-mnist-noise-resnet-small",
         "Fashion-MNIST, CNN",
         "Fashion-MNIST, 1,000 images, 20 % of the labels wrong, residual CNN, SGD",
-        base_flags="--eval_strategy steps --eval_steps 64",  # every fourth epoch: ten thousand test images
+        base_flags="--eval_strategy steps --eval_steps 128",  # every eighth epoch: ten thousand test images
+        seeds=5,
+    ),
+    "fashion-noise-aug": Setting(
+        "fashion-mnist-noise-resnet-small",
+        "Fashion-MNIST, CNN, crops",
+        "Fashion-MNIST, 1,000 images with flips and crops, 20 % of the labels wrong, residual CNN, SGD",
+        flags="--no_aug false",
         seeds=5,
     ),
     "fashion-noise-vit": Setting(
@@ -200,7 +215,7 @@ def tune(setting: str, method: str, jobs: int) -> None:
                     seed,
                     f"{flags(setting, method, rho)} {QUICK}",
                 )
-                for seed in TUNING_SEEDS
+                for seed in of.tuning_seeds
             ]
             for rho in grid(start, *ends)
         }

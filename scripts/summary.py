@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from scripts import study, svg
+from scripts import study
 from scripts.run_seeds import ROOT
 from scripts.table import (
     BEST_EPOCH,
@@ -27,6 +27,7 @@ from scripts.table import (
 )
 from tasks.command import Parser, run
 from tasks.files import write_whole
+from xsam_hf.analysis import svg
 
 
 BEGIN, END = "<!-- scripts/run summary writes from here -->", "<!-- to here -->"

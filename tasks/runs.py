@@ -89,7 +89,7 @@ def start(trainer: Trainer, whole: dict) -> None:
     checkpoint = resume_point(args.resume_from_checkpoint, folder)
     if checkpoint is not None:
         check_parts(checkpoint, args, scaled=trainer.accelerator.scaler is not None)
-        compare(whole, _identity_of_checkpoint(checkpoint), f"`resume_from_checkpoint` {checkpoint} belongs to", args)
+        compare(whole, identity_of_checkpoint(checkpoint), f"`resume_from_checkpoint` {checkpoint} belongs to", args)
         check_contents(checkpoint, trainer)
     refuse_other_runs(folder, whole, args)
     _refuse_ignored_optim_args(trainer)
@@ -243,7 +243,7 @@ def _is_readable(file: Path) -> bool:
         return False
 
 
-def _identity_of_checkpoint(checkpoint: Path) -> dict | None:
+def identity_of_checkpoint(checkpoint: Path) -> dict | None:
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_bytes())
         return state["stateful_callbacks"]["RunIdentity"]["attributes"]["whole"]
@@ -268,7 +268,7 @@ def refuse_other_runs(folder: Path, whole: dict, args: TrainingArguments) -> Non
     for checkpoint in sorted(folder.glob("checkpoint-*")):
         if checkpoint.name.removeprefix("checkpoint-").isdecimal() and (checkpoint / "trainer_state.json").exists():
             compare(
-                whole, _identity_of_checkpoint(checkpoint), f"`output_dir` {folder} holds {checkpoint.name} of", args
+                whole, identity_of_checkpoint(checkpoint), f"`output_dir` {folder} holds {checkpoint.name} of", args
             )
 
 

@@ -1,5 +1,6 @@
 """Runs every scenario of test_distributed.py in each of two processes and saves what each of them ended with."""
 
+import gc
 import math
 import sys
 from pathlib import Path
@@ -195,4 +196,5 @@ def main(directory):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # see conftest.py
     main(Path(sys.argv[1]))

@@ -1,8 +1,6 @@
 """Runs every scenario of test_fsdp.py under FSDP2 in each process, and saves whole weights and what was seen."""
 
 import os
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -97,8 +95,3 @@ def main(directory):
         results[f"resume {name}"] = (result(whole)["weights"], result(again)["weights"])
     torch.save(results, directory / f"rank{dist.get_rank()}.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]))

@@ -1,8 +1,5 @@
 """What test_hsdp.py looks at, in each of four processes: two copies of the weights, each in two shards."""
 
-import sys
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
 from accelerate import ParallelismConfig
@@ -53,8 +50,3 @@ def main(directory):
     results["measured"] = measured(*(spread(vector, mesh) for vector in vectors()))
     torch.save(results, directory / f"rank{dist.get_rank()}.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]))

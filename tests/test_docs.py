@@ -49,6 +49,16 @@ def excludes_all_but_the_norms(norms_alone, **_):
     assert [bool(re.search(pattern, name)) for name in names] == [False, False, False, True, True]
 
 
+# What a page's examples take for granted.
+GIVEN = {
+    "choosing_rho": """
+from toys import Classifier, Points, arguments
+from xsam_hf import XSAMTrainer
+args = arguments("runs", rho=0.0, max_steps=2, eval_strategy="steps", eval_steps=2)
+trainer = XSAMTrainer(model_init=lambda: Classifier(), args=args, train_dataset=Points(), eval_dataset=Points())
+"""
+}
+
 CHECKS = {
     "quick_start": learns_and_searches,
     "loops": train,
@@ -62,7 +72,7 @@ def test_examples_run(monkeypatch, tmp_path, page):
     module = ModuleType(f"docs_{page}")  # importable, since the Trainer pickles its arguments' class
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.chdir(tmp_path)
-    for example in EXAMPLES[page]:
+    for example in [GIVEN.get(page, ""), *EXAMPLES[page]]:
         exec(compile(example, f"docs/{page}.md", "exec"), module.__dict__)
     if page in CHECKS:
         CHECKS[page](**vars(module))

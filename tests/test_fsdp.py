@@ -1,26 +1,16 @@
 """FSDP2 in one and in two gloo processes equals one process with whole weights; resume is exact."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from fsdp_worker import SCENARIOS, result, run
-
-
-TESTS = Path(__file__).parent
+from fsdp_worker import SCENARIOS, main, result, run
+from processes import in_ranks
 
 
 @pytest.fixture(scope="module", params=[1, 2])
 def ranks(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp(f"fsdp{request.param}")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(request.param), "--standalone"]
-    command = [sys.executable, *launcher, str(TESTS / "fsdp_worker.py"), str(directory)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-5000:]
+    results = in_ranks(lambda rank, report: main(directory), request.param)
+    assert results == [(0, "")] * request.param, results
     return [torch.load(directory / f"rank{i}.pt", weights_only=True) for i in range(request.param)]
 
 

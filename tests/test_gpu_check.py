@@ -13,7 +13,7 @@ import pytest
 import torch
 from pretend_gpu import pretended_gpu
 
-from scripts import checks, gpu_check
+from scripts import checks, gpu_check, gpu_numbers, gpu_speed
 from scripts.checks import TOLD, Expected, Line, Skip, at_least, at_most, each, exactly, run_checks
 from tasks.command import sentence
 
@@ -42,7 +42,7 @@ def test_a_cpu_passes_what_it_can_tell(tmp_path):
     agreements = [
         value for (check, what), value in found.items() if check.startswith("agreement") and "gradient" in what
     ]
-    assert len(agreements) == len(gpu_check.METHODS) and 0 < min(agreements) and max(agreements) <= 1e-5
+    assert len(agreements) == len(gpu_numbers.METHODS) and 0 < min(agreements) and max(agreements) <= 1e-5
     assert result["device"] == "cpu" and result["seconds"] > 0 and result["versions"]["torch"] == torch.__version__
 
 
@@ -179,19 +179,19 @@ def test_its_update_launches_what_it_expects(monkeypatch):
 
         start = pause = go_on = stop = lambda self: None
 
-    monkeypatch.setattr(gpu_check, "Clock", Clock)
+    monkeypatch.setattr(gpu_speed, "Clock", Clock)
     with pretended_gpu() as gpu:
-        update, _ = gpu_check.free_passes("cuda", gpu_check.SMALL, alpha=1.3)
+        update, _ = gpu_speed.free_passes("cuda", gpu_speed.SMALL, alpha=1.3)
         gpu.begin()
         update()
-        writes = 2 * math.ceil(len(gpu_check.SMALL) / 64)
+        writes = 2 * math.ceil(len(gpu_speed.SMALL) / 64)
         assert 50 < gpu.kernels - writes <= 150 and not gpu.one_by_one
 
 
 def test_the_clock_leaves_pauses_out(monkeypatch):
     now = iter([1.0, 1.1, 5.0, 5.2])
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
-    clock = gpu_check.Clock("cpu")
+    clock = gpu_speed.Clock("cpu")
     clock.start()
     clock.pause()
     clock.go_on()

@@ -1,27 +1,17 @@
 """HSDP, two copies of the weights in two shards each: four gloo processes equal one, and copies count once in a norm."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from fsdp_worker import result, run
-from hsdp_worker import SCENARIOS, measured, vectors
-
-
-TESTS = Path(__file__).parent
+from hsdp_worker import SCENARIOS, main, measured, vectors
+from processes import in_ranks
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     directory = tmp_path_factory.mktemp("hsdp")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "4", "--standalone"]
-    command = [sys.executable, *launcher, str(TESTS / "hsdp_worker.py"), str(directory)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-5000:]
+    results = in_ranks(lambda rank, report: main(directory), 4)
+    assert results == [(0, "")] * 4, results
     return [torch.load(directory / f"rank{i}.pt", weights_only=True) for i in range(4)]
 
 

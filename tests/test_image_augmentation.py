@@ -1,5 +1,6 @@
 """What happens to an image on its way into the model: varied with its batch, and normalised there, by numbers."""
 
+import dataclasses
 import json
 import time
 
@@ -10,17 +11,19 @@ from accelerate.data_loader import BatchSamplerShard
 from safetensors.torch import load_file
 from scipy.stats import chi2_contingency, chisquare
 from torch.utils.data import BatchSampler, DataLoader
+from torchvision import transforms
 from torchvision.transforms import v2
 from transformers import AutoImageProcessor, AutoModelForImageClassification, default_data_collator
 
 from tasks.image_classification import data, models, pixels, train
-from tasks.image_classification.augmentation import Augmentation
+from tasks.image_classification.augmentation import Augmentation, resized
 from tasks.image_classification.data import DATASETS, Split
 from xsam_hf import XSAMTrainer, XSAMTrainingArguments
 
 
 CIFAR = DATASETS["cifar100"]
 GREY = DATASETS["fashion_mnist"]
+TINY = DATASETS["tiny_imagenet"]
 
 
 def split(n=64, images=CIFAR, seed=0, alike=False, **options):
@@ -113,7 +116,7 @@ def test_crops_are_windows_of_the_padded_image(images):
     found = stacked(Split(pictures, np.zeros(300, int), augmentation, 3).__getitems__(range(300))).numpy()
     edge = (images.padding, images.padding)
     padded = np.pad(pictures, ((0, 0), edge, edge, (0, 0)), mode=images.padding_mode)
-    for i, (top, left, flip, _, _) in enumerate(augmentation.draw(3, 0, 300)):
+    for i, (top, left, _, _, flip, *_) in enumerate(augmentation.draw(3, 0, 300)):
         window = padded[i, top : top + images.size, left : left + images.size]
         assert (found[i] == (window[:, ::-1] if flip else window).transpose(2, 0, 1)).all()
     if images is GREY:  # black at the edge, and not the image again
@@ -130,28 +133,104 @@ def test_images_that_are_not_varied_are_as_they_are():
     assert changed.max() <= 9 and changed.float().mean() > 5
 
 
+def test_no_aug_leaves_out_the_crops_and_flips_of_a_data_set(monkeypatch):
+    pictures, labels = (
+        np.random.default_rng(0).integers(0, 256, (400, *GREY.shape), dtype=np.uint8),
+        np.arange(200) % 10,
+    )
+    monkeypatch.setattr(data, "_read", lambda *_: ((pictures[:200], labels), (pictures[200:], labels)))
+    plain, varied = (data.load("fashion_mnist", no_aug=no_aug)["train"] for no_aug in (True, False))
+    everything = range(len(plain))
+    assert torch.equal(stacked(plain.__getitems__(everything)), plain.images)
+    assert not torch.equal(stacked(varied.__getitems__(everything)), varied.images)
+    assert torch.equal(plain.images, varied.images) and plain.fingerprint == varied.fingerprint
+
+
 def test_the_fingerprint_is_that_of_the_images_without_padding():
     one = split(images=GREY)
     plain = Split(one.images.permute(0, 2, 3, 1).numpy(), one.labels)
     assert one.fingerprint == plain.fingerprint and one.padded.shape[-1] == 32 and plain.padded.shape[-1] == 28
 
 
-def test_cutout_blanks_one_square_to_the_mean():
-    n, edge = 3000, 8
-    white = Split(np.full((n, 32, 32, 3), 255, np.uint8), np.zeros(n, int), Augmentation(CIFAR, edge))
+def blanks(n, images=CIFAR, **options):
+    """Which pixels of n white images are blank, (n, H, W), and the images."""
+    white = Split(np.full((n, *images.shape), 255, np.uint8), np.zeros(n, int), Augmentation(images, **options))
     found = stacked(white.__getitems__(range(n)))
-    blank = (found != 255).all(1)
-    assert (blank.sum((1, 2)) == edge * edge).all()
-    rows, columns = blank.any(2).int(), blank.any(1).int()
-    assert (rows.sum(1) == edge).all() and (columns.sum(1) == edge).all()
+    return (found != 255).all(1), found
+
+
+def test_cutout_blanks_a_square_around_any_pixel_to_the_mean():
+    n, edge = 4000, 8
+    blank, found = blanks(n, cutout=edge)
+    rows, columns = blank.any(2), blank.any(1)
+    assert torch.equal(blank, rows[:, :, None] & columns[:, None, :])
     # Normalised it is 0 within half a byte.
     level = pixels.normalize(found, CIFAR).movedim(1, 3)[blank]
     assert (level.abs() <= torch.tensor([0.5 / 255 / std for std in CIFAR.std])).all() and level.abs().max() > 0
-    first = torch.stack([rows.argmax(1), columns.argmax(1)])  # every place inside, equally often
-    assert all(chisquare(torch.bincount(of, minlength=33 - edge)).pvalue > 1e-3 for of in first)
-    assert torch.corrcoef(first.double())[0, 1].abs() < 4 / n**0.5
-    whole = Split(np.full((2, 32, 32, 3), 255, np.uint8), np.zeros(2, int), Augmentation(CIFAR, 32))
-    assert len(stacked(whole.__getitems__([0, 1])).unique()) == 3
+    for of in (rows, columns):
+        # Centres 0 to 3 leave 4 to 7 of 8 at the first edge, and 29 to 31 leave 7 to 5 at the last.
+        last, count = 31 - of.flip(1).int().argmax(1), of.sum(1)
+        centres = torch.where(of[:, 0], last - edge // 2 + 1, of.int().argmax(1) + edge // 2)
+        assert chisquare(torch.bincount(centres, minlength=32)).pvalue > 1e-3
+        assert torch.equal(count, 8 - (4 - centres).clamp(min=0) - (centres - 28).clamp(min=0))
+    assert (
+        torch.corrcoef(torch.stack([of.int().argmax(1) for of in (rows, columns)]).double())[0, 1].abs() < 4 / n**0.5
+    )
+    half = blanks(n, cutout=edge, cutout_probability=0.5)[0].any(2).any(1).float().mean().item()
+    assert half == pytest.approx(0.5, abs=4 * 0.5 / n**0.5)
+    assert not blanks(100)[0].any() and blanks(100, cutout=64)[0].all()
+
+
+# --- rectangles, as torchvision draws and resizes them -------------------------------------------------------------------
+
+
+def same_distribution(ours, theirs):
+    edges = np.histogram_bin_edges(np.concatenate([ours, theirs]), bins=12)
+    counts = np.array([np.histogram(of, edges)[0] for of in (ours, theirs)])
+    return chi2_contingency(counts[:, counts.sum(0) > 10]).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("share", [(0.8, 1.0), (0.08, 1.0)])
+def test_crops_are_distributed_as_torchvisions(share):
+    n = 3000
+    images = dataclasses.replace(TINY, crop_share=share)
+    top, left, height, width, flip = Augmentation(images).draw(0, 0, n).T[:5]
+    picture = torch.zeros(3, 64, 64)
+    theirs = np.array([transforms.RandomResizedCrop.get_params(picture, share, (3 / 4, 4 / 3)) for _ in range(n)]).T
+    for ours, other in zip((top, left, height, width, height * width), (*theirs, theirs[2] * theirs[3]), strict=True):
+        assert same_distribution(ours, other)
+    assert (top + height <= 64).all() and (left + width <= 64).all() and flip.mean() == pytest.approx(0.5, abs=0.05)
+    assert not same_distribution(height, np.random.default_rng(0).integers(height.min(), 65, n))  # it can tell
+
+
+def test_erased_rectangles_are_distributed_as_torchvisions():
+    n = 2000
+    blank, _ = blanks(n, TINY, random_erasing=0.5)
+    rows, columns = blank.any(2), blank.any(1)
+    erased = rows.any(1)
+    assert erased.float().mean().item() == pytest.approx(0.5, abs=4 * 0.5 / n**0.5)
+    ours = [of.sum(1)[erased].numpy() for of in (rows, columns)] + [
+        of.int().argmax(1)[erased].numpy() for of in (rows, columns)
+    ]
+    picture = torch.zeros(3, 32, 32)
+    theirs = [transforms.RandomErasing.get_params(picture, (0.02, 0.33), (0.3, 3.3), [0.0]) for _ in range(n)]
+    top, left, height, width, _ = zip(*theirs, strict=True)
+    for one, other in zip(ours, (height, width, top, left), strict=True):
+        assert same_distribution(one, np.array(other))
+    assert not same_distribution(ours[0], np.random.default_rng(0).integers(2, 25, n))
+
+
+def test_rectangles_are_resized_as_torchvision_does():
+    stored = np.random.default_rng(0).integers(0, 256, (40, 3, 64, 64), dtype=np.uint8)
+    boxes = [(0, 0, 64, 64), (5, 9, 55, 52), (0, 20, 20, 40), (40, 3, 24, 32), (60, 0, 4, 64)] * 8
+    found = resized(stored, tuple(np.array(boxes).T), 32)
+    for image, picture, (top, left, height, width) in zip(found, stored, boxes, strict=True):
+        theirs = v2.functional.resized_crop(
+            torch.from_numpy(picture), top, left, height, width, [32, 32], antialias=True
+        )
+        assert np.abs(image.astype(int) - theirs.numpy()).max() <= 1
+    varied = Split(stored.transpose(0, 2, 3, 1), np.zeros(40, int), Augmentation(TINY), 0)
+    assert stacked(varied.__getitems__(range(40))).shape == (40, 3, 32, 32) and varied.images.shape == (40, 3, 64, 64)
 
 
 # --- chances -------------------------------------------------------------------------------------------------------------
@@ -163,14 +242,18 @@ N = 50_000
 @pytest.fixture(scope="module")
 def draws():
     augmentation = Augmentation(CIFAR, 8)
-    return {(seed, epoch): augmentation.draw(seed, epoch, N) for seed in (0, 1) for epoch in (0, 1, 2)}
+    drawn = [0, 1, 4, 5, 6]  # row, column, flipped, the blank square's first row and column
+    shift = [0, 0, 0, 4, 4]  # from its centre
+    return {
+        (seed, epoch): augmentation.draw(seed, epoch, N)[:, drawn] + shift for seed in (0, 1) for epoch in (0, 1, 2)
+    }
 
 
 def test_all_crops_and_flips_are_equally_likely(draws):
     for top, left, flip, row, column in (of.T for of in draws.values()):
         cells = np.bincount((top * 9 + left) * 2 + flip, minlength=162)
         assert len(cells) == 162 and chisquare(cells).pvalue > 1e-3
-        assert chisquare(np.bincount(row * 25 + column, minlength=625)).pvalue > 1e-3
+        assert chisquare(np.bincount(row * 32 + column, minlength=1024)).pvalue > 1e-3
 
 
 def test_neighbours_have_nothing_to_do_with_each_other(draws):
@@ -202,10 +285,18 @@ def test_normalisation_is_torchvisions(images):
     assert pixels.normalize(found, images) is found
     with pytest.raises(ValueError, match="`pixel_values` are torch.int64: give bytes"):
         pixels.normalize(x.long(), images)
+    tolerance = 2e-6
+    if images.resize is not None:  # what is scored, the middle of what is stored, within a level
+        x = torch.randint(0, 256, (4, images.stored or 300, images.stored or 300, 3), dtype=torch.uint8).movedim(3, 1)
+        middle = data._middle(x.movedim(1, 3).numpy(), images)
+        found, tolerance = (
+            pixels.normalize(torch.from_numpy(middle).movedim(3, 1), images),
+            1.01 / 255 / min(images.std),
+        )
     prepared = pixels.processor(images)(
         images=[image.permute(1, 2, 0).numpy() for image in x], input_data_format="channels_last", return_tensors="pt"
     )
-    assert torch.allclose(prepared["pixel_values"], found, atol=2e-6)
+    assert torch.allclose(prepared["pixel_values"], found, atol=tolerance)
 
 
 def test_a_model_takes_bytes_and_keeps_nothing_of_it():

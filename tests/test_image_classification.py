@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from processes import run_command
 from safetensors.torch import load_file
 from transformers import Trainer
 from transformers import TrainingArguments as HFArguments
@@ -39,15 +40,8 @@ RECIPES = sorted((SCRIPT.parent / "recipes").glob("*.yaml"))
 SHORT = ["--dataset", "digits", "--max_steps", "6", "--per_device_train_batch_size", "500", "--threads", "1"]
 
 
-def run(output_dir, *flags, **options):
-    command = [sys.executable, "-m", MODULE, *SHORT, "--output_dir", str(output_dir), "--report_to", "none", *flags]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
-
-
-def finish(process):
-    output, _ = process.communicate(timeout=500)
-    assert process.returncode == 0, output[-3000:]
-    return output
+def run(output_dir, *flags):
+    return run_command(f"{output_dir}.log", MODULE, *SHORT, "--output_dir", output_dir, "--report_to", "none", *flags)
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -57,7 +51,9 @@ def test_parameter_counts_and_patches():
     vit = models.build("vit-ti", "cifar100")
     assert sum(p.numel() for p in vit.parameters()) == 5_380_132
     shapes = {name: (images.size // images.patch) ** 2 for name, images in data.DATASETS.items()}
-    assert shapes == {"digits": 16, "fashion_mnist": 16, "cifar10": 64, "cifar100": 64}
+    assert shapes == {
+        **{"digits": 16, "fashion_mnist": 16, "cifar10": 64, "cifar100": 64, "tiny_imagenet": 64, "imagenet": 196}
+    }
     for name, images in data.DATASETS.items():
         model = models.build("vit-small", name)
         x = torch.zeros(2, len(images.mean), images.size, images.size)
@@ -87,7 +83,7 @@ def test_the_small_resnet_keeps_small_images_large_enough():
         ]
     )
     assert stem.std().item() == pytest.approx((2 / (8 * 9)) ** 0.5, rel=0.03)
-    with pytest.raises(ValueError, match="`dropout` is 0.1, and resnet-small has no dropout"):
+    with pytest.raises(ValueError, match="`dropout` is 0.1, and resnet-small has no dropout to set"):
         models.build("resnet-small", "digits", 0.1)
 
 
@@ -270,6 +266,7 @@ def test_bad_input_is_named(tmp_path):
         ({"name": "digits", "train_examples": 9}, "`train_examples` is 9: give 10 or more and fewer than the 1293"),
         ({"name": "digits", "train_examples": 5000}, "`train_examples` is 5000: give 10"),
         ({"name": "digits", "cutout": 9}, "`cutout` is 9.*8 pixels"),
+        ({"name": "digits", "cutout": 2, "no_aug": True}, "`cutout` is 2, and `no_aug` leaves the images as they are"),
         ({"name": "cifar10", "data_dir": "/nowhere"}, "`data_dir` is /nowhere, which does not exist"),
         ({"name": "cifar10", "data_dir": str(tmp_path)}, "no files of cifar10 were found"),
     ]:
@@ -383,7 +380,7 @@ def test_methods_are_named_sets_of_flags(tmp_path, capsys):
     ],
 )
 def test_result_and_model_card(tmp_path, flags, method, forward, backward):
-    output = finish(run(tmp_path, *flags))
+    output = run(tmp_path, *flags)
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["method"] == method
     # 1,293 images make three batches of 500, 500 and 293; both searches fall on the first batch of an epoch.
@@ -412,7 +409,7 @@ def test_result_and_model_card(tmp_path, flags, method, forward, backward):
 def test_test_and_wrong_labels_over_training(tmp_path):
     watched = ["--eval_splits", "test", "wrong_labels", "--eval_strategy", "steps", "--eval_steps", "2"]
     noise = ["--label_noise", "0.3", "--model", "resnet-small", "--learning_rate", "0.01"]
-    finish(run(tmp_path, "--rho", "0", *watched, *noise))
+    run(tmp_path, "--rho", "0", *watched, *noise)
     result = json.loads((tmp_path / "result.json").read_text())
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     accuracies = [entry["eval_test_accuracy"] for entry in history if "eval_test_accuracy" in entry]
@@ -483,10 +480,16 @@ run(train.main)
 """
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run(folder, *KILL)
+    return folder
+
+
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_run_goes_on_exactly(tmp_path, sent):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(run(whole, *KILL))
+def test_a_killed_run_goes_on_exactly(tmp_path, whole, sent):
+    killed = tmp_path / "killed"
     process = subprocess.Popen(
         [sys.executable, "-c", WAITING, *SHORT, "--report_to", "none", "--output_dir", str(killed), *KILL],
         cwd=ROOT,
@@ -503,7 +506,7 @@ def test_a_killed_run_goes_on_exactly(tmp_path, sent):
     assert process.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 128 + signal.SIGINT}[sent]
     assert (killed / "checkpoint-4").exists() and not (killed / "checkpoint-6").exists()
     assert not (killed / "result.json").exists()
-    finish(run(killed, *KILL, "--resume_from_checkpoint", "true"))
+    run(killed, *KILL, "--resume_from_checkpoint", "true")
     for name, value in final_weights(whole).items():
         assert torch.equal(value, final_weights(killed)[name]), name
     results = [json.loads((folder / "result.json").read_text()) for folder in (whole, killed)]
@@ -529,14 +532,13 @@ def test_crops_of_a_resumed_run_are_those_of_the_uninterrupted_one(tmp_path, cif
         "steps",
     ]
     flags += ["--save_steps", "1", "--per_device_train_batch_size", "10", "--max_steps", "8", "--rho", "0.1"]
-    processes = [run(tmp_path / "whole", *flags), run(tmp_path / "workers", *flags, "--dataloader_num_workers", "2")]
-    for process in processes:
-        finish(process)
+    run(tmp_path / "whole", *flags)
+    run(tmp_path / "workers", *flags, "--dataloader_num_workers", "2")
     reference = final_weights(tmp_path / "whole")
     assert all(torch.equal(value, reference[name]) for name, value in final_weights(tmp_path / "workers").items())
     for step in (3, 4):
         checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
-        finish(run(tmp_path / f"again-{step}", *flags, "--resume_from_checkpoint", str(checkpoint)))
+        run(tmp_path / f"again-{step}", *flags, "--resume_from_checkpoint", str(checkpoint))
         assert all(torch.equal(v, reference[n]) for n, v in final_weights(tmp_path / f"again-{step}").items()), step
 
 
@@ -601,7 +603,7 @@ def test_two_processes(tmp_path):
     done = subprocess.run([*launch, *flags, str(tmp_path / "two"), "--per_device_train_batch_size", "250"], cwd=ROOT,
                           capture_output=True, text=True, timeout=500)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    finish(run(tmp_path / "one"))
+    run(tmp_path / "one")
     two, one = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("two", "one"))
     assert two["processes"] == 2
     assert all(two["passes"][name] == one["passes"][name] for name in ("forward", "backward"))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import demo, group, growth, run_seeds, study, summarize, summary, table
+from scripts import benchmark, demo, group, growth, run_seeds, study, summarize, summary, table
 from scripts import report as report_script
 from tasks import command, identity
 
@@ -26,6 +26,9 @@ SCRIPTS = ROOT / "scripts"
 TASK = """
 import argparse, json, os, signal, subprocess, sys, time
 from pathlib import Path
+
+if __name__ != "__main__":  # what imports it wants what it imports
+    raise ImportError
 
 parser = argparse.ArgumentParser()
 parser.add_argument("recipe")
@@ -101,6 +104,7 @@ def root(tmp_path, monkeypatch):
     for shared in (ROOT / "tasks").glob("*.py"):
         shutil.copy(shared, tmp_path / "tasks")
     shutil.copytree(SCRIPTS, tmp_path / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "xsam_hf").symlink_to(SCRIPTS.parent / "xsam_hf")
     monkeypatch.setattr(run_seeds, "ROOT", tmp_path)
     monkeypatch.setattr(summarize, "ROOT", tmp_path)
     return tmp_path
@@ -926,7 +930,7 @@ def test_the_lowest_versions_get_an_environment_of_their_own(shell):
         "-m venv --clear .venv-lowest",
         PIP,
         install,
-        "-m pytest -n 2 -k xsam",
+        "-m pytest -n 2 --dist worksteal -k xsam",
     ]  # no lint: its tools' versions matter
     assert (shell.root / ".venv-lowest/lowest.txt").read_text() == "torch==2.8\na.b-c==1.0.2\n"
     assert not (shell.root / ".venv").exists()
@@ -956,10 +960,10 @@ def test_scripts_test_runs_every_part_and_names_those_that_failed(shell):
     done, asked = shell(shell.root / "scripts/test", "-k", "xsam", STUB_FAIL="ruff")
     assert done.returncode == 1 and done.stderr.splitlines()[-1] == "failed: lint format"
     tests = ["-m ruff check .", "-m ruff format --check .", "-m mypy xsam_hf"]
-    tests += ["-m mkdocs build --strict --config-file scripts/mkdocs.yml", "-m pytest -n 2 -k xsam"]
+    tests += ["-m mkdocs build --strict --config-file scripts/mkdocs.yml", "-m pytest -n 2 --dist worksteal -k xsam"]
     assert asked[-5:] == tests
     done, asked = shell(shell.root / "scripts/test")
-    assert done.returncode == 0 and asked[-1] == "-m pytest -n 2"
+    assert done.returncode == 0 and asked[-1] == "-m pytest -n 2 --dist worksteal"
     assert shell(shell.root / "scripts/test", STUB_FAIL="-m pytest")[0].returncode == 1
 
 
@@ -1194,9 +1198,8 @@ def test_readme_says_what_results_do():
 def test_the_benchmark_times_all_on_the_same_batch_and_says_what_is_our_own(tmp_path):
     output = tmp_path / "result.json"
     arguments = ["--configuration", "gpt2-1m", "--steps", "2", "--warm_up", "1", "--accumulation", "2"]
-    arguments += ["--methods", "plain", "rho=0", "sam", "xsam, search", "--output", output]
-    done = script(ROOT, "benchmark", *arguments)
-    assert done.returncode == 0, done.stderr
+    arguments += ["--methods", "plain", "rho=0", "sam", "xsam, search", "--output", str(output)]
+    benchmark.main(arguments)
     result = json.loads(output.read_text())
     assert (result["threads"], result["processes"], result["accumulation"]) == (1, 1, 2)
     rows = result["rows"]

@@ -622,12 +622,21 @@ def test_promise_7_micro_scope_under_a_static_graph(tmp_path, monkeypatch):
     check_supported(run, run.xsam_arguments)
 
 
-@pytest.mark.parametrize("part, name", [("tp", "tensor"), ("cp", "context"), ("sp", "sequence")])
+@pytest.mark.parametrize("part, name", [("cp", "context"), ("sp", "sequence")])
 def test_promise_7_parallelism_within_a_batch(tmp_path, monkeypatch, part, name):
     run = build(tmp_path)
     flags = {f"{p}_enabled": p == part for p in ("tp", "cp", "sp")}
+    monkeypatch.setattr(type(run.accelerator), "parallelism_config", types.SimpleNamespace(tp_size=1, **flags))
+    with pytest.raises(NotImplementedError, match=f"{name} parallelism.*DDP, FSDP2 or tensor parallelism"):
+        check_supported(run, run.xsam_arguments)
+
+
+def test_promise_7_tensor_parallelism_beside_another_one(tmp_path, monkeypatch):
+    run = build(tmp_path)
+    flags = {"tp_size": 2, "tp_enabled": True, "cp_enabled": False, "sp_enabled": False}
     monkeypatch.setattr(type(run.accelerator), "parallelism_config", types.SimpleNamespace(**flags))
-    with pytest.raises(NotImplementedError, match=f"{name} parallelism.*DDP or FSDP2"):
+    monkeypatch.setattr(type(run.accelerator), "num_processes", 4)
+    with pytest.raises(NotImplementedError, match="over 2 of 4 processes.*`tp_size` equal to the number of processes"):
         check_supported(run, run.xsam_arguments)
 
 

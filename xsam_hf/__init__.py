@@ -2,13 +2,22 @@
 
 from .arguments import XSAMArguments
 from .state import XSAMState
-from .trainer import XSAMMixin, XSAMSeq2SeqTrainer, XSAMSeq2SeqTrainingArguments, XSAMTrainer, XSAMTrainingArguments
+from .trainer import (
+    RangeTest,
+    XSAMMixin,
+    XSAMSeq2SeqTrainer,
+    XSAMSeq2SeqTrainingArguments,
+    XSAMTrainer,
+    XSAMTrainingArguments,
+    find_rho,
+)
 from .xsam import xsam_gradient
 
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "RangeTest",
     "XSAMArguments",
     "XSAMMixin",
     "XSAMSeq2SeqTrainer",
@@ -16,5 +25,6 @@ __all__ = [
     "XSAMState",
     "XSAMTrainer",
     "XSAMTrainingArguments",
+    "find_rho",
     "xsam_gradient",
 ]

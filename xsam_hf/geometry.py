@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 
 # Elements of a temporary: on a CPU in the cache; on another device many, for few kernels, 64 MiB in float32 at most.
-_SMALL, _BLOCK, _PIECE, _TOGETHER = 2**18, 2**17, 2**23, 2**24
+_SMALL, _BLOCK, _PIECE, _TOGETHER = 2**18, 2**16, 2**23, 2**24
 
 _PLAIN, _REAL = {Tensor, nn.Parameter}, {torch.float32, torch.float64, torch.float16, torch.bfloat16}
 

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from .arguments import XSAMArguments
@@ -116,6 +117,13 @@ class MovableWeights:
                 )
             elif gradient.is_conj():
                 gradient = weight.grad = gradient.resolve_conj()
+            elif (
+                isinstance(weight, DTensor)
+                and isinstance(gradient, DTensor)
+                and gradient.placements != weight.placements
+            ):
+                # Tensor parallelism leaves a vocabulary that is split over processes with a whole gradient on each.
+                gradient = weight.grad = gradient.redistribute(weight.device_mesh, weight.placements)
             gradients.append(gradient)
         return gradients, [weight.grad for weight in self.excluded if weight.grad is not None]
 
@@ -202,7 +210,7 @@ def weights_of(optimizer: Any) -> Iterator[Tensor]:
     """What an optimizer steps, or the optimizers in it: accelerate's wrapper, or one that deals weights out to several."""
     for group in getattr(optimizer, "param_groups", ()):
         yield from group["params"]
-    for name, value in vars(optimizer).items():
+    for name, value in getattr(optimizer, "__dict__", {}).items():  # None before a training
         held = value.values() if isinstance(value, dict) and name != "state" else value
         for inner in held if isinstance(held, Iterable) and not isinstance(held, Tensor | str) else [held]:
             if isinstance(inner, Optimizer):

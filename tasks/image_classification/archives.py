@@ -1,5 +1,5 @@
 """
-Local copies of the data sets: the hub's parquet files, CIFAR's own python archive, MNIST's idx files.
+Local copies of the data sets: the hub's parquet files, CIFAR's own python archive, MNIST's idx files, Tiny-ImageNet's folders.
 
 Whatever is not what it should be is refused while it is read, by file and row: a label that is out of range, or an image of
 another size, would train and score something else than the data set of that name.
@@ -23,6 +23,7 @@ from PIL import Image
 
 from tasks.command import sentence
 from tasks.files import LARGEST, read_gzip, read_members
+from tasks.image_classification import folders
 from tasks.image_classification.catalogue import DATASETS, Images
 
 
@@ -42,8 +43,8 @@ def read(name: str, folder: Path, columns: tuple[str, str] | None = None) -> tup
     """
     The training and the test images in a folder (or a CIFAR .tar.gz file).
 
-    The folder holds one of: parquet files whose names (or folders) say `train` and `test`, as on the hub; for CIFAR the
-    extracted python archive or its `cifar-10(0)-python.tar.gz`; for Fashion-MNIST the four `*-ubyte.gz` files.
+    The folder holds one of: parquet files whose names (or folders) say `train` and `test` (Tiny-ImageNet: `valid`), as on the hub;
+    for Tiny-ImageNet what its archive holds; for CIFAR the extracted python archive or its `cifar-10(0)-python.tar.gz`; for Fashion-MNIST the four `*-ubyte.gz` files.
 
     Args:
         name (`str`): one of `DATASETS`.
@@ -58,16 +59,18 @@ def read(name: str, folder: Path, columns: tuple[str, str] | None = None) -> tup
     images = DATASETS[name] if columns is None else replace(DATASETS[name], columns=columns)
     parquet = {
         split: [file for file in sorted(folder.rglob("*.parquet")) if _says(split, file, folder)]
-        for split in ("train", "test")
+        for split in ("train", images.test_split)
     }
     if all(parquet.values()):
-        both = set(parquet["train"]) & set(parquet["test"])
+        both = set.intersection(*map(set, parquet.values()))
         if both:
-            raise ValueError(f"{sorted(both)[0]} says both train and test: name it after one of them.")
-        for file in (*parquet["train"], *parquet["test"]):
+            raise ValueError(f"{sorted(both)[0]} says both train and {images.test_split}: name it after one of them.")
+        for file in (file for files in parquet.values() for file in files):
             _refuse_a_part(file)
         train, test = (_joined([_parquet(file, images) for file in files]) for files in parquet.values())
         return train, test
+    if name == "tiny_imagenet":
+        return folders.tiny_imagenet(folder)
     if name in CIFAR and (cifar := _cifar(name, folder)) is not None:
         return cifar
     if name == "fashion_mnist" and (folder / "train-images-idx3-ubyte.gz").is_file():
@@ -150,7 +153,7 @@ def from_hub(name: str) -> tuple[Arrays, Arrays]:
         )
         return pictures(rows, images, f"{images.hub}, {part}")
 
-    return split("train"), split("test")
+    return split("train"), split(images.test_split)
 
 
 def pictures(rows: Iterable[dict], images: Images, where: str) -> Arrays:
@@ -179,11 +182,11 @@ def _picture(cell: Any, images: Images, where: str) -> np.ndarray:
     try:
         with Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])) as picture:
             # Before it is unpacked: a small file can hold a huge picture.
-            found, expected = (picture.size, picture.mode), ((images.size, images.size), MODES[images.channels])
+            found, expected = (picture.size, picture.mode), ((images.edge, images.edge), MODES[images.channels])
             if found != expected:
                 (width, height), mode = found
                 raise ValueError(
-                    f"{width}×{height} pixels in mode {mode}, not {images.size}×{images.size} in {expected[1]}"
+                    f"{width}×{height} pixels in mode {mode}, not {images.edge}×{images.edge} in {expected[1]}"
                 )
             return np.asarray(picture).reshape(images.shape)
     except Exception as error:  # of Pillow's decoders
@@ -237,7 +240,7 @@ def _idx_pair(folder: Path, split: str, images: Images) -> Arrays:
     x, y = map(idx, files)
     if x.shape[1:] != images.shape[:2] or not len(x):
         raise ValueError(
-            f"{files[0]} holds an array of {x.shape}: expected images of {images.size}×{images.size} pixels."
+            f"{files[0]} holds an array of {x.shape}: expected images of {images.edge}×{images.edge} pixels."
         )
     if y.shape != (len(x),):
         raise ValueError(

@@ -6,18 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms import v2
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from tasks.command import sentence
 from tasks.identity import fingerprint
-from tasks.image_classification import archives
+from tasks.image_classification import archives, folders
 from tasks.image_classification.archives import Arrays
 from tasks.image_classification.augmentation import Augmentation
-from tasks.image_classification.catalogue import DATASETS
+from tasks.image_classification.catalogue import DATASETS, Images
 
 
 logger = logging.get_logger(__name__)
@@ -83,10 +86,58 @@ class Split(Dataset):
         return self._drawn[1]
 
 
+class Pictures(Dataset):
+    """
+    Images that are read from the disk one by one, as bytes, and labels. What is random depends on (seed, epoch, index) alone.
+
+    Args:
+        files (`np.ndarray`): (N,), paths.
+        labels (`np.ndarray`): (N,).
+        images ([`Images`]): says how they are cropped.
+        varied (`bool`, *optional*, defaults to `False`): cropped and flipped at random, or the middle of each.
+        seed (`int`, *optional*, defaults to 0): of that.
+    """
+
+    def __init__(self, files: np.ndarray, labels: np.ndarray, images: Images, varied: bool = False, seed: int = 0):
+        self.files, self.labels, self.varied, self.seed = files, labels, varied, seed
+        if varied:
+            crop = [v2.RandomResizedCrop(images.size, images.crop_share), v2.RandomHorizontalFlip()]
+        else:
+            crop = [v2.Resize(images.resize), v2.CenterCrop(images.size)]
+        self.transform = v2.Compose([*crop, v2.PILToTensor()])
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve digits that stand for the names of the files and their labels; reading all of them would take hours."""
+        names = "\n".join(f"{file.parent.name}/{file.name}" for file in self.files)
+        return fingerprint(np.frombuffer(names.encode(), np.uint8), self.labels)
+
+    def __getitem__(self, i: int) -> dict:
+        try:
+            with Image.open(self.files[i]) as picture:
+                picture = picture.convert("RGB")
+        except Exception as error:  # of Pillow's decoders
+            raise ValueError(f"{self.files[i]} is not a picture: {sentence(error)}. Fetch it again.") from error
+        # The transforms know the process's generator only. It alone is seeded, and given back: not those of GPUs.
+        stream = torch.default_generator
+        before = stream.get_state()
+        try:
+            key = np.random.SeedSequence([self.seed, int(self.epoch), i]).generate_state(1, np.uint64)
+            stream.manual_seed(int(key[0] >> np.uint64(1)))
+            pixels = self.transform(picture)
+        finally:
+            stream.set_state(before)
+        return {"pixel_values": pixels, "labels": int(self.labels[i])}
+
+
 class EpochCallback(TrainerCallback):
     """Tells the training images which epoch it is, also when a run is resumed inside one."""
 
-    def __init__(self, split: Split):
+    def __init__(self, split: Split | Pictures):
         self.split = split
 
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -101,7 +152,12 @@ def load(
     seed: int = 0,
     train_examples: int | None = None,
     label_noise: float = 0.0,
-) -> dict[str, Split]:
+    test_examples: int | None = None,
+    cutout_probability: float | None = None,
+    random_erasing: float | None = None,
+    padding_mode: str | None = None,
+    no_aug: bool = False,
+) -> dict[str, Split | Pictures]:
     """
     The data set's `train`, `validation` and `test` splits.
 
@@ -118,6 +174,9 @@ def load(
         label_noise (`float`, *optional*, defaults to 0.0):
             Share of the training labels that are replaced by one of the other classes, always the same ones. Validation and
             test labels stay right.
+        test_examples (`int`, *optional*): score so many test images, drawn as `train_examples` are.
+        cutout_probability, random_erasing, padding_mode (*optional*): see [`Augmentation`].
+        no_aug (`bool`, *optional*, defaults to `False`): whether training sees the images as they are, without crops and flips.
 
     Raises:
         `ValueError`: an argument is out of range, or `data_dir` holds no such data.
@@ -129,19 +188,20 @@ def load(
     if not 0 <= label_noise < 1:
         raise ValueError(f"`label_noise` is {label_noise}: give a share from 0 to below 1.")
     images = DATASETS[name]
-    if not 0 <= cutout <= images.size:
-        raise ValueError(f"`cutout` is {cutout}: give an edge from 0 to the images' {images.size} pixels.")
+    augmentation = _augmentation(images, cutout, cutout_probability, random_erasing, padding_mode)
+    if no_aug and (cutout or random_erasing or padding_mode):
+        raise ValueError(
+            "`no_aug` leaves the images as they are: leave it out, or `cutout`, `random_erasing` and `padding_mode`."
+        )
+    varied = not (no_aug or augmentation.is_none)
     if name == "digits" and data_dir is not None:
         raise ValueError(
             f"`data_dir` is {data_dir}, but digits come with scikit-learn: leave it out, or give another `dataset`."
         )
     (x, y), test = _digits() if name == "digits" else _read(name, data_dir)
-    mean = (x.mean(axis=(0, 1, 2)) / 255).round(3)
-    if np.abs(mean - images.mean).max() > 0.05:  # MNIST's files, for instance, have the names of Fashion-MNIST's
-        logger.warning(
-            f"The pixels' mean is {mean.tolist()}, and that of {name} {list(images.mean)}: is it that data set?"
-        )
-    if name != "digits":
+    if not images.on_disk:
+        _warn_of_another_data_set(name, x)
+    if name != "digits" and not images.on_disk:
         _refuse_repetitions(x, test[0], data_dir or images.hub)
     missing = sorted(set(range(images.classes)) - set(y.tolist()))
     if missing:
@@ -158,27 +218,97 @@ def load(
                 f"`validation_share` is {validation_share}, of {len(y)} training images: {error}"
             ) from error
     if train_examples is not None:
-        if not images.classes <= train_examples < len(rows):
-            raise ValueError(
-                f"`train_examples` is {train_examples}: give {images.classes} or more and fewer than the {len(rows)} there are."
-            )
-        try:
-            rows, _ = train_test_split(rows, train_size=train_examples, random_state=0, stratify=y[rows])
-        except ValueError as error:
-            raise ValueError(
-                f"`train_examples` is {train_examples}, of {len(rows)} training images: {error}"
-            ) from error
+        rows = _part("train", train_examples, rows, y, images)
+    if test_examples is not None:
+        kept = _part("test", test_examples, np.arange(len(test[1])), test[1], images)
+        test = test[0][kept], test[1][kept]
     labels = _with_noise(y[rows], label_noise, images.classes)
-    augmentation = Augmentation(images, cutout)
-    splits = {
-        "train": Split(x[rows], labels, None if augmentation.is_none else augmentation, seed),
-        "validation": Split(x[held_out], y[held_out]),
-        "test": Split(*test),
-    }
     wrong = labels != y[rows]
+    scored = {"validation": (x[held_out], y[held_out]), "test": test}
     if wrong.any():
-        splits["wrong_labels"] = Split(x[rows][wrong], labels[wrong])
-    return splits
+        scored["wrong_labels"] = x[rows][wrong], labels[wrong]
+    if images.on_disk:
+        return {
+            "train": Pictures(x[rows], labels, images, varied=not no_aug, seed=seed),
+            **{split: Pictures(*of, images) for split, of in scored.items()},
+        }
+    return {
+        "train": Split(x[rows], labels, augmentation, seed) if varied else Split(_middle(x[rows], images), labels),
+        **{split: Split(_middle(pixels, images), of) for split, (pixels, of) in scored.items()},
+    }
+
+
+def _augmentation(
+    images: Images,
+    cutout: int,
+    cutout_probability: float | None,
+    random_erasing: float | None,
+    padding_mode: str | None,
+) -> Augmentation:
+    """
+    What the arguments ask for.
+
+    Raises:
+        `ValueError`: one is out of range, or plays no part with these images.
+    """
+    if not 0 <= cutout <= images.size:
+        raise ValueError(f"`cutout` is {cutout}: give an edge from 0 to the images' {images.size} pixels.")
+    for name, share in (("cutout_probability", cutout_probability), ("random_erasing", random_erasing)):
+        if share is not None and not 0 <= share <= 1:
+            raise ValueError(f"`{name}` is {share}: give a share of the images, from 0 to 1.")
+    if cutout_probability is not None and not cutout:
+        raise ValueError(
+            f"`cutout_probability` is {cutout_probability}, and `cutout` 0: give its edge, or leave it out."
+        )
+    if cutout and random_erasing:
+        raise ValueError(f"`cutout` is {cutout} and `random_erasing` {random_erasing}: give one of the two.")
+    if padding_mode not in (None, "constant", "reflect"):
+        raise ValueError(f"`padding_mode` is {padding_mode}: give constant or reflect, or leave it out.")
+    if padding_mode is not None and not images.padding:
+        raise ValueError(f"`padding_mode` is {padding_mode}, and these images are not padded: leave it out.")
+    if images.on_disk and (cutout or random_erasing):
+        raise ValueError("`cutout` and `random_erasing` are for images that fit into memory: leave them out.")
+    share = 1.0 if cutout_probability is None else cutout_probability
+    return Augmentation(images, cutout, share, random_erasing or 0.0, padding_mode)
+
+
+def _part(split: str, examples: int, rows: np.ndarray, y: np.ndarray, images: Images) -> np.ndarray:
+    """
+    Some of the rows, with equal shares of every class, always the same.
+
+    Raises:
+        `ValueError`: there are no more of them, or fewer are asked for than there are classes.
+    """
+    if not images.classes <= examples < len(rows):
+        raise ValueError(
+            f"`{split}_examples` is {examples}: give {images.classes} or more and fewer than the {len(rows)} there are."
+        )
+    try:
+        return train_test_split(rows, train_size=examples, random_state=0, stratify=y[rows])[0]
+    except ValueError as error:
+        raise ValueError(f"`{split}_examples` is {examples}, of {len(rows)} {split} images: {error}") from error
+
+
+def _middle(pixels: np.ndarray, images: Images) -> np.ndarray:
+    """Images as they are scored: the middle of each at the size that a model gets."""
+    if images.resize is None:
+        return pixels
+    parts = []
+    for start in range(0, len(pixels), 1000):
+        part = torch.from_numpy(pixels[start : start + 1000]).movedim(3, 1)
+        part = v2.functional.center_crop(v2.functional.resize(part, [images.resize]), [images.size])
+        parts.append(part.movedim(1, 3).numpy())
+    return np.concatenate(parts) if parts else np.empty((0, images.size, images.size, images.channels), np.uint8)
+
+
+def _warn_of_another_data_set(name: str, x: np.ndarray) -> None:
+    mean = (x.mean(axis=(0, 1, 2)) / 255).round(3)
+    if (
+        np.abs(mean - DATASETS[name].mean).max() > 0.05
+    ):  # MNIST's files, for instance, have the names of Fashion-MNIST's
+        logger.warning(
+            f"The pixels' mean is {mean.tolist()}, and that of {name} {list(DATASETS[name].mean)}: is it that data set?"
+        )
 
 
 def _refuse_repetitions(train: np.ndarray, test: np.ndarray, where: str | None) -> None:
@@ -222,6 +352,13 @@ def _digits() -> tuple[Arrays, Arrays]:
 
 
 def _read(name: str, data_dir: str | None) -> tuple[Arrays, Arrays]:
+    if DATASETS[name].on_disk:
+        if data_dir is None:
+            raise ValueError(
+                f"`dataset` {name} is read from folders of its pictures: give their folder as `data_dir`."
+            )
+        train, test = ((np.array(files, dtype=object), labels) for files, labels in folders.imagenet(Path(data_dir)))
+        return train, test
     if data_dir is not None:
         return archives.read(name, Path(data_dir))
     if name == "fashion_mnist" and archives.DEBIAN_FASHION_MNIST.is_dir():

@@ -1,9 +1,12 @@
-"""The models: ViT-Ti as in the paper's comparison, and a ViT and a residual CNN that a laptop's CPU can train."""
+"""The models: those of the paper's tables, and a ViT and a residual CNN that a laptop's CPU can train."""
 
 from functools import partial
+from pathlib import Path
 
 from torch import nn
 from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
     PreTrainedModel,
     ResNetConfig,
     ResNetForImageClassification,
@@ -13,12 +16,13 @@ from transformers import (
 from transformers.models.resnet.modeling_resnet import ResNetConvLayer
 
 from tasks.image_classification.catalogue import DATASETS, Images
+from tasks.image_classification.cnns import CNNS, CNNConfig, CNNForImageClassification
 from tasks.image_classification.pixels import accept_bytes
 
 
 VITS = {"vit-ti": (192, 12, 3, 768), "vit-small": (64, 4, 4, 128)}  # hidden, layers, heads, MLP
 RESNETS = {"resnet-small": (8, 16, 32)}  # channels of the stages
-MODELS = (*VITS, *RESNETS)
+MODELS = (*VITS, *RESNETS, *CNNS)
 
 
 class SmallResNetForImageClassification(ResNetForImageClassification):
@@ -37,6 +41,13 @@ class SmallResNetForImageClassification(ResNetForImageClassification):
         self.post_init()
 
 
+def load(folder: Path) -> PreTrainedModel:
+    """A trained model, from the folder that `train.py` saved it in; it takes pixels that are normalised."""
+    kind = AutoConfig.from_pretrained(folder).architectures
+    small = SmallResNetForImageClassification
+    return (small if kind == [small.__name__] else AutoModelForImageClassification).from_pretrained(folder)
+
+
 def build(name: str, dataset: str, dropout: float = 0.0) -> PreTrainedModel:
     """
     A new model for a data set's images.
@@ -44,22 +55,34 @@ def build(name: str, dataset: str, dropout: float = 0.0) -> PreTrainedModel:
     `vit-ti` is the ViT-Ti of Zhao et al. 2022 ("Penalizing Gradient Norm", whose settings the XSAM paper follows): 192 wide,
     12 layers, 3 heads, MLP 768; 5.38 M parameters for 100 classes. `vit-small` is 64 wide and has 4 layers. Patches are 4×4 for
     32×32 images, 7×7 for 28×28, 2×2 for 8×8. `resnet-small` is a [`SmallResNetForImageClassification`] of three stages of one
-    basic block, with 8, 16 and 32 channels: 20 thousand parameters. All take
-    bytes, and floats that are normalised.
+    basic block, with 8, 16 and 32 channels: 20 thousand parameters. The others are torchvision's, see
+    [`CNNForImageClassification`]. All take bytes, and floats that are normalised.
 
     Raises:
-        `ValueError`: there is no such model, or dropout is asked of one that has none.
+        `ValueError`: there is no such model, the images are too small for it, or dropout is asked of one that has none to set.
     """
     if name not in MODELS:
         raise ValueError(f"`model` is {name!r}: choose one of {', '.join(MODELS)}.")
     images = DATASETS[dataset]
     if dropout and name not in VITS:
         raise ValueError(
-            f"`dropout` is {dropout}, and {name} has no dropout: leave it out, or choose one of {', '.join(VITS)}."
+            f"`dropout` is {dropout}, and {name} has no dropout to set: leave it out, or choose one of {', '.join(VITS)}."
         )
-    model = _vit(name, images, dropout) if name in VITS else _resnet(name, images)
+    model: PreTrainedModel
+    if name in VITS:
+        model = _vit(name, images, dropout)
+    elif name in RESNETS:
+        model = _resnet(name, images)
+    else:
+        model = _cnn(name, images)
     accept_bytes(model, images)
     return model
+
+
+def _cnn(name: str, images: Images) -> CNNForImageClassification:
+    return CNNForImageClassification(
+        CNNConfig(architecture=name, image_size=images.size, num_channels=images.channels, num_labels=images.classes)
+    )
 
 
 def _resnet(name: str, images: Images) -> ResNetForImageClassification:

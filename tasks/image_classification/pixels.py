@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import ViTImageProcessor
+from transformers import BaseImageProcessor, BitImageProcessor, ViTImageProcessor
+from transformers.image_utils import PILImageResampling
 
 from tasks.image_classification.catalogue import Images
 
@@ -46,7 +47,12 @@ def _normalized(images: Images, model: nn.Module, inputs: tuple, keywords: dict[
     return inputs, {**keywords, "pixel_values": normalize(keywords["pixel_values"], images)}
 
 
-def processor(images: Images) -> ViTImageProcessor:
+def processor(images: Images) -> BaseImageProcessor:
     """What makes a data set's images into `pixel_values` for a model that was read by `from_pretrained`."""
+    statistics = {"image_mean": list(images.mean), "image_std": list(images.std)}
     size = {"height": images.size, "width": images.size}
-    return ViTImageProcessor(size=size, image_mean=list(images.mean), image_std=list(images.std))
+    if images.resize is None:
+        return ViTImageProcessor(size=size, **statistics)
+    return BitImageProcessor(
+        size={"shortest_edge": images.resize}, crop_size=size, resample=PILImageResampling.BILINEAR, **statistics
+    )

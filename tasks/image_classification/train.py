@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 from transformers import EvalPrediction, set_seed
 
@@ -49,7 +50,32 @@ class ImageArguments(TaskArguments):
     label_noise: float = field(
         default=0.0, metadata={"help": "Share of the training labels that are replaced by another class's."}
     )
+    test_examples: int | None = field(
+        default=None,
+        metadata={"help": "Score so many test images only, with equal shares of every class. Default: all."},
+    )
     cutout: int = field(default=0, metadata={"help": "Edge in pixels of the square blanked out in training images."})
+    cutout_probability: float | None = field(
+        default=None, metadata={"help": "Share of the training images that this happens to. Default: 1."}
+    )
+    random_erasing: float | None = field(
+        default=None,
+        metadata={"help": "Share of the training images in which a rectangle is blanked out. Default: 0."},
+    )
+    padding_mode: str | None = field(
+        default=None,
+        metadata={
+            "help": "What images are padded with to be cropped: constant (black) or reflect. Default: the data set's."
+        },
+    )
+    weight_decay_scope: str | None = field(
+        default=None,
+        metadata={"help": "all: every weight decays. Default: as in transformers, all but biases and LayerNorms."},
+    )
+    no_aug: bool = field(
+        default=False,
+        metadata={"help": "Train on the images as they are: no crops, no flips. A data set has its own by default."},
+    )
     model: str = field(default="vit-small", metadata={"help": f"One of {', '.join(models.MODELS)}."})
     eval_splits: list[str] = field(
         default_factory=lambda: ["validation"],
@@ -60,6 +86,8 @@ class ImageArguments(TaskArguments):
         super().__post_init__()
         if not self.eval_splits or not set(self.eval_splits) <= set(EVAL_SPLITS):
             raise ValueError(f"`eval_splits` is {' '.join(self.eval_splits)}: choose among {', '.join(EVAL_SPLITS)}.")
+        if self.weight_decay_scope not in (None, "all"):
+            raise ValueError(f"`weight_decay_scope` is {self.weight_decay_scope}: give all, or leave it out.")
 
 
 @dataclass
@@ -67,13 +95,33 @@ class TrainingArguments(CheckedArguments, XSAMTrainingArguments):
     pass
 
 
+ARGUMENTS = (ImageArguments, TrainingArguments)
+
+
+class AllDecayTrainer(XSAMTrainer):
+    """[`XSAMTrainer`] under which every weight decays: those of BatchNorm and the biases too, as with torch's SGD alone."""
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        return [name for name, _ in model.named_parameters()]
+
+
 def score(prediction: EvalPrediction) -> dict[str, float]:
     """Accuracy (top 1 and 5) and cross-entropy."""
     return metric.compute(TopKAccuracy, predictions=prediction.predictions, references=prediction.label_ids)
 
 
-def train(task: ImageArguments, args: TrainingArguments) -> Path:
-    """Trains, scores all splits, and returns the path of `result.json`."""
+@dataclass
+class Setup:
+    """What a training is made of."""
+
+    trainer: XSAMTrainer
+    splits: dict[str, data.Split]
+    meter: CostMeter
+    identity: dict
+
+
+def prepare(task: ImageArguments, args: TrainingArguments) -> Setup:
+    """All that comes before the training itself."""
     task.use_threads()
     runs.check_output(args, METRICS)
     if task.eval_splits != ["validation"] and args.metric_for_best_model is not None:
@@ -89,15 +137,23 @@ def train(task: ImageArguments, args: TrainingArguments) -> Path:
         args.seed,
         train_examples=task.train_examples,
         label_noise=task.label_noise,
+        test_examples=task.test_examples,
+        cutout_probability=task.cutout_probability,
+        random_erasing=task.random_erasing,
+        padding_mode=task.padding_mode,
+        no_aug=task.no_aug,
     )
     watched = _watched(task, args, splits)
     set_seed(args.seed)
     model = models.build(task.model, task.dataset, task.dropout or 0.0)
     meter = CostMeter(model)
     prints = {name: splits[name].fingerprint for name in ("train", "validation", "test")}
-    identity = identity_of("image_classification", task, args, prints, dropout=task.dropout or 0.0)
+    # Left out where it is not set: runs that are older than the field are the same runs.
+    identity = identity_of(
+        "image_classification", task, args, prints, dropout=task.dropout or 0.0, no_aug=task.no_aug or None
+    )
     with refusals():
-        trainer = XSAMTrainer(
+        trainer = (XSAMTrainer if task.weight_decay_scope is None else AllDecayTrainer)(
             model=model,
             args=args,
             train_dataset=splits["train"],
@@ -106,7 +162,14 @@ def train(task: ImageArguments, args: TrainingArguments) -> Path:
             compute_metrics=score,
             callbacks=[meter, data.EpochCallback(splits["train"]), runs.RunIdentity(identity)],
         )
-    runs.start(trainer, identity)
+    return Setup(trainer, splits, meter, identity)
+
+
+def train(task: ImageArguments, args: TrainingArguments) -> Path:
+    """Trains, scores all splits, and returns the path of `result.json`."""
+    setup = prepare(task, args)
+    trainer, splits = setup.trainer, setup.splits
+    runs.start(trainer, setup.identity)
 
     scores = {}
     for split in EVAL_SPLITS:
@@ -116,10 +179,12 @@ def train(task: ImageArguments, args: TrainingArguments) -> Path:
             trainer.log_metrics(split, found)
     if best := best_epoch(trainer.state.log_history):
         scores["best_epoch"] = best
+    if last := last_five_epochs(trainer.state.log_history):
+        scores["last_five_epochs"] = last
     result = Path(args.output_dir) / runs.RESULT
     if trainer.is_world_process_zero():
         facts = {"task": "image_classification", "dataset": task.dataset, "model": task.model, "metrics": scores}
-        result = write_result(trainer, meter, task, identity, **facts)
+        result = write_result(trainer, setup.meter, task, setup.identity, **facts)
         print(result)
         try:
             trainer.create_model_card(dataset=task.dataset, tasks="image-classification")
@@ -155,8 +220,20 @@ def best_epoch(history: Sequence[dict]) -> dict[str, float]:
     return {**{name: best[f"eval_test_{name}"] for name in METRICS}, "epoch": best["epoch"]}
 
 
+def last_five_epochs(history: Sequence[dict]) -> dict[str, float]:
+    """
+    The mean of the test scores of the last five epochs, which the paper's code prints beside the best epoch's.
+
+    Args:
+        history (`Sequence[dict]`): the Trainer's log; with less than five evaluations at the end of an epoch there is no such mean.
+    """
+    scored = {e["epoch"]: e for e in history if "eval_test_accuracy" in e and float(e["epoch"]).is_integer()}
+    last = [scored[epoch] for epoch in sorted(scored)[-5:]]
+    return {name: fmean(e[f"eval_test_{name}"] for e in last) for name in METRICS} if len(last) == 5 else {}
+
+
 def main(argv: Sequence[str]) -> None:
-    train(*recipes.parse((ImageArguments, TrainingArguments), argv, __doc__, "runs/image_classification"))
+    train(*recipes.parse(ARGUMENTS, argv, __doc__, "runs/image_classification"))
 
 
 if __name__ == "__main__":

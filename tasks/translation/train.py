@@ -74,8 +74,23 @@ def build_model(task: TranslationArguments, corpus: data.Corpus) -> models.Trans
     return model
 
 
-def train(task: TranslationArguments, args: TrainingArguments) -> Path:
-    """Trains, translates the validation and the test split, prints the scores, and returns the path of `result.json`."""
+ARGUMENTS = (TranslationArguments, TrainingArguments)
+
+
+@dataclass
+class Setup:
+    """What a training is made of."""
+
+    trainer: TranslationTrainer
+    corpus: data.Corpus
+    scorers: dict[str, metrics.Scorer]
+    meter: CostMeter
+    saved: SavedSteps
+    identity: dict
+
+
+def prepare(task: TranslationArguments, args: TrainingArguments) -> Setup:
+    """All that comes before the training itself."""
     check_averaging(task.average_checkpoints, args)
     TranslationTrainer.refuse_ignored(args)
     task.use_threads()
@@ -91,9 +106,8 @@ def train(task: TranslationArguments, args: TrainingArguments) -> Path:
     model = build_model(task, corpus)
     # The data's fingerprints stand for where it came from.
     identity = identity_of("translation", task, args, corpus.fingerprints, dataset=None, dropout=model.config.dropout)
-    output = Path(args.output_dir)
-    writing = args.process_index == 0
-    scorers = {name: metrics.Scorer(corpus, name, output if writing else None) for name in ("validation", "test")}
+    output = Path(args.output_dir) if args.process_index == 0 else None
+    scorers = {name: metrics.Scorer(corpus, name, output) for name in ("validation", "test")}
     meter, saved = CostMeter(model), SavedSteps()
     with refusals():
         trainer = TranslationTrainer(
@@ -105,13 +119,21 @@ def train(task: TranslationArguments, args: TrainingArguments) -> Path:
             max_tokens=task.max_tokens,
             callbacks=[meter, saved, runs.RunIdentity(identity)],
         )
-    runs.start(trainer, identity)
+    return Setup(trainer, corpus, scorers, meter, saved, identity)
+
+
+def train(task: TranslationArguments, args: TrainingArguments) -> Path:
+    """Trains, translates the validation and the test split, prints the scores, and returns the path of `result.json`."""
+    setup = prepare(task, args)
+    trainer, corpus, scorers = setup.trainer, setup.corpus, setup.scorers
+    output, writing = Path(args.output_dir), args.process_index == 0
+    runs.start(trainer, setup.identity)
     if writing:
         corpus.save(output, task.source_language, task.target_language)
     if task.average_checkpoints:
         # The first process may still be writing the last one.
         trainer.accelerator.wait_for_everyone()
-        average_checkpoints(model, output, saved.steps, task.average_checkpoints)
+        average_checkpoints(trainer.model, output, setup.saved.steps, task.average_checkpoints)
         trainer.save_model()
 
     scores = {}
@@ -124,14 +146,16 @@ def train(task: TranslationArguments, args: TrainingArguments) -> Path:
         copied = {split: scorer.copy_of_source() for split, scorer in scorers.items()}
         signatures = scorers["test"].signatures
         facts = {"task": "translation", "dataset": task.dataset, "model": task.model, "metrics": scores}
-        result = write_result(trainer, meter, task, identity, **facts, copied_source=copied, signatures=signatures)
+        result = write_result(
+            trainer, setup.meter, task, setup.identity, **facts, copied_source=copied, signatures=signatures
+        )
         print(f"\nTen translations of the test set:\n\n{scorers['test'].samples(10)}")
         print(f"\n{metrics.table(scores, copied, signatures)}\n\n{result}")
     return result
 
 
 def main(argv: Sequence[str]) -> None:
-    train(*recipes.parse((TranslationArguments, TrainingArguments), argv, __doc__, "runs/translation"))
+    train(*recipes.parse(ARGUMENTS, argv, __doc__, "runs/translation"))
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ class XSAMCallback(TrainerCallback, ExportableState):
             self._resumed_inside_epoch = state.epoch is not None and state.epoch % 1 != 0
         states[name] = self.state()  # the Trainer saves only what is listed here
         if state.is_world_process_zero:
-            _keep_searches_before(Path(str(args.output_dir)) / SEARCH_FILE, state.global_step)
+            keep_lines_before(Path(str(args.output_dir)) / SEARCH_FILE, state.global_step)
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         # Also called when a run resumes inside an epoch, whose search the saved state has behind it.
@@ -106,7 +106,7 @@ class XSAMCallback(TrainerCallback, ExportableState):
             file.write(json.dumps(line) + "\n")
 
 
-def _keep_searches_before(path: Path, step: int) -> None:
+def keep_lines_before(path: Path, step: int) -> None:
     """Drops the searches that a killed run made after its last checkpoint (or all, for a new run): they will come again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = []

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import DistributedType
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
@@ -97,17 +99,49 @@ def _check_distribution(trainer: Trainer, ascent_scope: str) -> None:
             "set `ddp_static_graph` to False, or use `ascent_scope='update'`."
         )
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
-    for part, name in (("tp", "tensor"), ("cp", "context"), ("sp", "sequence")):
+    for part, name in (("cp", "context"), ("sp", "sequence")):
         if parallelism is not None and getattr(parallelism, f"{part}_enabled", False):
             raise NotImplementedError(
-                f"XSAM replays whole batches, and {name} parallelism splits each of them over processes: "
-                "use DDP or FSDP2, or set `rho` to 0."
+                f"XSAM runs a batch several times, and {name} parallelism cuts its sequences in place in the first pass: "
+                "use DDP, FSDP2 or tensor parallelism, or set `rho` to 0."
             )
-    if getattr(trainer, "is_distributed_loading_by_transformers", False):
+    loaded_in_parts = getattr(trainer, "is_distributed_loading_by_transformers", False)
+    if loaded_in_parts or getattr(parallelism, "tp_enabled", False):
+        _check_tensor_parallelism(trainer, ascent_scope)
+
+
+def tensor_parallel_size(trainer: Trainer) -> int:
+    """How many processes share the weights of one model and see the same batch."""
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    return max(getattr(parallelism, "tp_size", None) or 1, getattr(trainer.model, "tp_size", None) or 1)
+
+
+def _check_tensor_parallelism(trainer: Trainer, ascent_scope: str) -> None:
+    if ascent_scope == "micro":
         raise NotImplementedError(
-            "The model was sharded while it was loaded (`tp_plan` or `device_mesh`), which XSAM does not handle: "
-            "load it whole and let accelerate shard it with FSDP2, or set `rho` to 0."
+            "`ascent_scope='micro'` adds up each process's own gradients, and with tensor parallelism a process has a part of one: "
+            "use `ascent_scope='update'`, or DDP."
         )
+    if tensor_parallel_size(trainer) != trainer.accelerator.num_processes:
+        raise NotImplementedError(
+            f"Tensor parallelism over {tensor_parallel_size(trainer)} of {trainer.accelerator.num_processes} processes shards weights in "
+            "two ways at once, in which XSAM's norms have not been tried: use `tp_size` equal to the number of processes, or FSDP2 "
+            "alone, or set `rho` to 0."
+        )
+    for name, weight in cast(nn.Module, trainer.model).named_parameters():
+        if weight.requires_grad and not isinstance(weight, DTensor) and _differs(weight):
+            raise NotImplementedError(
+                f"{name!r} is a part of a weight in each process, but no DTensor that says so (as the experts of a mixture): its norm "
+                "would be that of the part. Use a `tp_plan` without it, or FSDP2, or set `rho` to 0."
+            )
+
+
+def _differs(weight: Tensor) -> bool:
+    """Whether processes hold other values of a weight."""
+    sums = weight.detach().double().sum().reshape(1)
+    ends = torch.cat([sums, -sums])
+    dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+    return bool(ends.sum() != 0)
 
 
 def _check_compilation(args: TrainingArguments) -> None:

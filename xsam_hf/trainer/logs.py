@@ -11,7 +11,8 @@ from ..arguments import XSAMArguments
 from ..state import XSAMState, XSAMUpdate
 
 
-_NAMES = ["xsam/angle", "xsam/sharpness", "xsam/grad_norm_first", "xsam/grad_norm_last"]
+_SHARE = "xsam/curvature_share"
+_NAMES = ["xsam/angle", "xsam/sharpness", "xsam/grad_norm_first", "xsam/grad_norm_last", _SHARE]
 
 
 class UpdateSums:
@@ -27,7 +28,9 @@ class UpdateSums:
         if update is None:
             return
         sharpness = update.last_loss - update.loss
-        seen = [update.angle, sharpness, update.grad_norm_first, update.grad_norm_last, update.fell_back]
+        # ½⟨ĝ_0, g_1 − g_0⟩/‖g_0‖: how much the loss rises over its slope, as a share of it.
+        share = (update.grad_norm_last * update.angle.cos() / update.grad_norm_first - 1) / 2
+        seen = [update.angle, sharpness, update.grad_norm_first, update.grad_norm_last, share, update.fell_back]
         values = torch.stack([value.to(update.loss.device, torch.float32) for value in seen])
         finite = torch.isfinite(values)
         sums = torch.stack([values.masked_fill(~finite, 0), finite.float()])
@@ -51,6 +54,8 @@ class UpdateSums:
                 logs["xsam/alpha"] = state.alpha if arguments.alpha is None else arguments.alpha
             sums, counts = average(self._sums).tolist()
             logs |= {name: total / count for name, total, count in zip(_NAMES, sums, counts, strict=False) if count}
+            if not _is_sam(arguments):
+                logs.pop(_SHARE, None)
             for name in ("search_gain", "alpha_at_edge", "search_noise"):
                 if (value := getattr(state, name)) is not None:
                     logs[f"xsam/{name}"] = float(value)
@@ -58,3 +63,8 @@ class UpdateSums:
                 logs["xsam/fallbacks"] = sums[-1]
         self._sums, self._passes = None, []
         return logs
+
+
+def _is_sam(arguments: XSAMArguments) -> bool:
+    """Whether the ascent is one step along the gradient of the whole batch, so that the angle is between g_0 and g_1."""
+    return arguments.perturbation == "sam" and arguments.ascent_steps == 1 and arguments.ascent_fraction == 1

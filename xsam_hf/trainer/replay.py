@@ -17,7 +17,7 @@ from ..arguments import XSAMArguments
 from ..module_state import StateFollower, items_of, parts_of
 from ..pass_state import PassState
 from ..weights import weights_of
-from .compatibility import generates
+from .compatibility import generates, tensor_parallel_size
 from .micro_batch import MicroBatch, copy_of, random_subset
 
 
@@ -67,7 +67,7 @@ class ReplayMixin(_Trainer):
         """The Trainer's own pass at θ_0, and what it takes to run it again. For `by_content` see [`StateFollower.capture`]."""
         inputs = send_to_device(inputs, self.args.device)
         if self._xsam_follower is None:  # the first pass of this training
-            self._xsam_follower = _follower_of(self)
+            self._xsam_follower = follower_of(self)
             self._xsam_generator = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             # A schedule-free optimizer moves the weights when it is told that training begins.
             if callable(train := getattr(self.optimizer, "train", None)):
@@ -81,7 +81,9 @@ class ReplayMixin(_Trainer):
             getattr(model, _BROADCASTS, None),
         )
         if arguments.ascent_fraction < 1:
-            key = [self.args.seed, self.state.global_step, self._xsam_micro_batches_seen, self.args.process_index]
+            # Processes that share a model see the same batch, and cut it alike.
+            which = self.args.process_index // tensor_parallel_size(self)
+            key = [self.args.seed, self.state.global_step, self._xsam_micro_batches_seen, which]
             micro_batch.subset, micro_batch.share = random_subset(inputs, arguments.ascent_fraction, key)
         if micro_batch.subset is not None:
             inputs, num_items_in_batch = micro_batch.inputs(whole=False)
@@ -188,7 +190,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             object.__setattr__(owner, name, own)
 
 
-def _follower_of(trainer: Trainer) -> StateFollower:
+def follower_of(trainer: Trainer) -> StateFollower:
     """Follows the modules that hang on the trainer and on its loss: the model, a teacher; and both's own attributes."""
     loss = [trainer.compute_loss_func, *parts_of(trainer.compute_loss_func)]
     plain = [

@@ -1,0 +1,471 @@
+"""
+The paper's tables and figures, one command each: trains what is not trained yet and prints the table beside the paper's numbers.
+
+    scripts/run reproduce --list                                                    # all of them, and how far each is
+    scripts/run reproduce table-2 --data DATA                                       # 5 seeds; call it again to go on
+    scripts/run reproduce table-2 --data DATA --settings cifar100-resnet-18 --dry-run
+    scripts/run reproduce table-4 --data DATA --examples 2000 --epochs 20 --seeds 3 --flags="--test_examples 1000"
+
+DATA is a folder that holds cifar10, cifar100, tiny-imagenet-200, imagenet, iwslt14, CIFAR-10-C, CIFAR-100-C, as far as they are needed. The
+runs are in runs/paper-SETTING; a run that several tables show is made once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scripts.group import FinishedRun, check_one_method
+from scripts.paper import SETTINGS, TABLES, Number, Setting, Table, deviations, numbers, slug
+from scripts.run_seeds import OURS, ROOT, Run, is_finished, run_or_exit
+from scripts.table import to_markdown
+from tasks.command import Parser, run
+
+
+# What a run is scored by; the paper does not say which of them it prints, and its code prints the last two.
+KINDS = {"last epoch": "test", "last five epochs": "last_five_epochs", "best epoch": "best_epoch"}
+CORRUPTED = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}
+GROUPS = ("noise", "blur", "weather", "digital", "corrupted")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row of a table for one setting: one run for each seed."""
+
+    setting: str
+    row: str
+    runs: tuple[Run, ...]
+
+    @property
+    def finished(self) -> list[Run]:
+        return [run for run in self.runs if is_finished(run)]
+
+
+def cells(table: Table, options: argparse.Namespace) -> list[Cell]:
+    """All rows of a table, with the runs that they are of."""
+    return [
+        Cell(setting, row, tuple(_run(setting, flags, seed, options) for seed in range(options.seeds)))
+        for setting, rows in table.rows.items()
+        if options.settings is None or setting in options.settings
+        for row, flags in rows.items()
+    ]
+
+
+def _run(setting: str, flags: str, seed: int, options: argparse.Namespace) -> Run:
+    of, group = SETTINGS[setting], f"paper-{setting}"
+    parts = [of.flags, flags]
+    if options.data is not None:
+        # Relative, as the commands are; a result is kept with its command.
+        folder = os.path.relpath(options.data / of.data, ROOT)
+        parts.append(f"{'--data_dir' if of.task == 'image_classification' else '--dataset'} {shlex.quote(folder)}")
+    for name, value in (("train_examples", options.examples), ("num_train_epochs", options.epochs)):
+        if value is not None:
+            parts.append(f"--{name} {value:g}")
+            group += f"-{name.rpartition('_')[2]}-{value:g}"
+    parts.append(options.flags)
+    return Run(of.task, of.recipe, group, slug(flags), seed, " ".join(filter(None, parts)))
+
+
+def once(cells: Sequence[Cell]) -> list[Run]:
+    """The runs of some rows, those of two rows once; seeds outside, so that an interrupted table holds pairs."""
+    runs = dict.fromkeys(run for cell in cells for run in cell.runs)
+    return sorted(runs, key=lambda run: run.seed)
+
+
+def check_data(cells: Sequence[Cell], table: Table, options: argparse.Namespace) -> None:
+    """
+    Refuses a table whose data is not there.
+
+    Raises:
+        `ValueError`: so it is; the sentence names the folder.
+    """
+    for setting in dict.fromkeys(cell.setting for cell in cells):
+        of = SETTINGS[setting]
+        if options.data is None and not of.hub:
+            raise ValueError(
+                f"{setting} needs a local copy of its data: give the folder that holds {of.data} as --data."
+            )
+        if options.data is None and table.metric == "corruptions":
+            raise ValueError(
+                f"The corrupted images are local files: give the folder that holds {CORRUPTED[of.data]} as --data."
+            )
+        names = [of.data, CORRUPTED[of.data]] if table.metric == "corruptions" else [of.data]
+        for name in names if options.data is not None else []:
+            if not (options.data / name).exists():
+                raise ValueError(
+                    f"--data is {options.data}, which has no {name}, and {setting} is trained or scored on it: put it there, or leave "
+                    "the setting out with --settings."
+                )
+
+
+# --- what was found ------------------------------------------------------------------------------------------------------
+
+
+def scores(cell: Cell, metric: str, results: Sequence[dict]) -> dict[str, list[float]]:
+    """Of each kind, those of the runs; a kind that one of them has not is left out."""
+    if metric == "hours":
+        return {"hours": [result["seconds"] / 3600 for result in results]}
+    name, scale = ("accuracy", 100) if SETTINGS[cell.setting].task == "image_classification" else ("bleu_tokenised", 1)
+    return {
+        kind: [scale * result["metrics"][split][name] for result in results]
+        for kind, split in KINDS.items()
+        if all(split in result["metrics"] for result in results)
+    }
+
+
+def corruption_scores(runs: Sequence[Run]) -> dict[str, list[float]]:
+    found = [json.loads((ROOT / run.folder / "corruptions.json").read_bytes())["groups"] for run in runs]
+    return {group: [100 * of[group] for of in found] for group in GROUPS}
+
+
+def results_of(cell: Cell) -> list[dict]:
+    """
+    The results of the runs that are finished.
+
+    Raises:
+        `ValueError`: one is damaged, or they differ in more than their seeds.
+    """
+    runs = cell.finished
+    results = [FinishedRun.load(ROOT / run.folder).result for run in runs]
+    check_one_method([run.folder for run in runs], results)
+    return results
+
+
+def show(name: str, table: Table, found: Sequence[Cell]) -> str:
+    """The table, a line for each row: what the paper says, and what the finished runs do, with the distance from it."""
+    kinds = {"hours": ["hours"], "corruptions": list(GROUPS)}.get(table.metric, list(KINDS))
+    lines = [["setting", "row", *([] if table.metric == "corruptions" else ["paper"]), *kinds, "seeds"]]
+    hours: dict[tuple[str, str], float] = {}
+    for cell in found:
+        paper: Any = numbers(name, cell.setting).get(cell.row)
+        results = results_of(cell)
+        values: Mapping[str, list[float]] = {}
+        if any(result["diverged"] for result in results):
+            texts = ["diverged"] * len(kinds)
+        else:
+            if results and table.metric == "corruptions":
+                runs = [run for run in cell.finished if (ROOT / run.folder / "corruptions.json").is_file()]
+                values = corruption_scores(runs) if runs else {}
+            elif results:
+                values = scores(cell, table.metric, results)
+            of = {kind: paper.get(kind) if isinstance(paper, Mapping) else paper for kind in kinds}
+            texts = [_text(values.get(kind), of[kind], isinstance(paper, Mapping)) for kind in kinds]
+            if "hours" in values:
+                hours[cell.setting, cell.row] = statistics.mean(values["hours"])
+        printed = [] if table.metric == "corruptions" else ["" if paper is None else str(paper)]
+        lines.append([cell.setting, cell.row, *printed, *texts, f"{len(results)} of {len(cell.runs)}"])
+    if table.metric == "hours":
+        lines = _with_ratios(name, lines, hours)
+    return to_markdown(lines)
+
+
+def _text(values: list[float] | None, paper: Number | None, with_paper: bool) -> str:
+    """`81.20 ± 0.10 (-0.4 s)`; where a cell has a number of the paper's own, `81.20 ± 0.10 (paper 81.25)`."""
+    if not values or not all(map(math.isfinite, values)):
+        return f"(paper {paper})" if with_paper and paper is not None else ""
+    mean, std = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+    text = str(Number(mean, std))
+    if paper is None:
+        return text
+    if with_paper:
+        return f"{text} (paper {paper})"
+    far = deviations(mean, std, paper)
+    return text if far is None else f"{text} ({far:+.1f} s)"
+
+
+def _with_ratios(name: str, lines: list[list[str]], hours: Mapping[tuple[str, str], float]) -> list[list[str]]:
+    """Hours are of a machine; what XSAM costs as a multiple of SAM is not."""
+    lines[0].append("× SAM (paper)")
+    for line in lines[1:]:
+        setting, row = line[:2]
+        said: Any = numbers(name, setting)
+        paper = f"{said[row].mean / said['SAM'].mean:.3f}"
+        ours = hours.get((setting, row), math.nan) / hours.get((setting, "SAM"), math.nan)
+        line.append(f"({paper})" if math.isnan(ours) else f"{ours:.3f} ({paper})")
+    return lines
+
+
+def overview(options: argparse.Namespace) -> str:
+    """Every table and figure: what it shows, how many runs it is of, how many are finished, and what is missing or drawn elsewhere."""
+    lines = [["name", "shows", "runs", "finished", "remark"]]
+    for name, table in TABLES.items():
+        runs = once(cells(table, options))
+        done = sum(map(is_finished, runs))
+        remark = " ".join(filter(None, [table.note, f"{table.other}." if table.other else ""]))
+        lines.append([name, table.title, str(len(runs) or ""), str(done) if runs else "", remark])
+    return to_markdown(lines)
+
+
+# --- what it will cost -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one run: updates, passes forward and backward over an update's batch, and those forward alone of searches and evaluations."""
+
+    updates: int
+    passes: float
+    searches: float
+    evaluations: float
+
+    def hours(self, pace: tuple[float, float]) -> float:
+        """With the seconds of a pass over a batch, forward and backward and forward alone."""
+        both, forward = pace
+        return (self.passes * both + (self.searches + self.evaluations) * forward) / 3600
+
+
+def cost(setting: Setting, args: Any, task: Any, test: int = 10_000) -> Cost:
+    """
+    What a run does, by its arguments.
+
+    Args:
+        setting ([`Setting`]): the number of its examples.
+        args, task: the Trainer's and the task's arguments of the run.
+        test (`int`, *optional*, defaults to 10,000): images that every evaluation scores.
+    """
+    examples = getattr(task, "train_examples", None) or setting.examples
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    epoch = setting.updates or math.ceil(examples / batch)
+    updates = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
+    if args.rho == 0:
+        return Cost(updates, updates, 0, _evaluations(args, task, test, updates / epoch, batch))
+    every = args.alpha_search_steps
+    searches = 0.0
+    if args.alpha is None and args.direction == "arc":
+        searches = math.ceil(updates / (epoch if every is None else every if every >= 1 else every * updates))
+    forward = searches * args.alpha_samples + (updates if args.gradient_scale == "slope_max" else 0)
+    passes = updates * (args.ascent_steps + 1)
+    return Cost(updates, passes, forward, _evaluations(args, task, test, updates / epoch, batch))
+
+
+def _evaluations(args: Any, task: Any, test: int, epochs: float, batch: int) -> float:
+    if args.eval_strategy.value != "epoch" or not hasattr(task, "test_examples"):
+        return 0
+    return epochs * (task.test_examples or test) / batch
+
+
+def pace(task: Any, args: Any, examples: int = 8) -> tuple[float, float]:
+    """
+    Seconds of a pass over an update's batch on this machine, forward and backward and forward alone, in float32: of a few examples on a
+    CPU, of a whole batch on a GPU, after a pass to warm up.
+    """
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch = args.per_device_train_batch_size
+    size = batch if device.type == "cuda" else min(batch, examples)
+    whole = batch * args.gradient_accumulation_steps
+    if hasattr(task, "max_tokens"):
+        from tasks.translation.model import build as translation
+
+        length = 32
+        size = max(1, (task.max_tokens if device.type == "cuda" else 8 * length) // length)
+        whole = task.max_tokens / length
+        model: Any = translation(task.model, 8848, 6632)  # the two vocabularies of IWSLT14 with fairseq's merges
+        tokens = torch.randint(4, 6000, (size, length), device=device)
+        inputs = {"input_ids": tokens, "labels": tokens.clone(), "decoder_input_ids": tokens, "use_cache": False}
+    else:
+        from tasks.image_classification import models
+        from tasks.image_classification.catalogue import DATASETS
+
+        images = DATASETS[task.dataset]
+        model = models.build(task.model, task.dataset)
+        shape = (size, images.channels, images.size, images.size)
+        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+        inputs = {"pixel_values": pixels, "labels": torch.randint(0, images.classes, (size,), device=device)}
+    model.to(device).train()
+
+    def seconds(grad: bool) -> float:
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            with torch.set_grad_enabled(grad):
+                loss = model(**inputs).loss
+            if grad:
+                loss.backward()
+            loss.item()  # waits for the device
+            times.append(time.perf_counter() - started)
+        return min(times[1:])
+
+    return tuple(seconds(grad) * whole / size for grad in (True, False))  # type: ignore[return-value]
+
+
+def parsed(of: Run) -> tuple[Any, Any]:
+    """
+    The task's and the Trainer's arguments of a run, as its command will read them.
+
+    Raises:
+        `ValueError`: the command would refuse them.
+    """
+    from tasks import recipes
+
+    if of.task == "translation":
+        from tasks.translation.train import TrainingArguments, TranslationArguments
+
+        classes: tuple[type, type] = (TranslationArguments, TrainingArguments)
+    else:
+        from tasks.image_classification.train import ImageArguments
+        from tasks.image_classification.train import TrainingArguments as ImageTrainingArguments
+
+        classes = (ImageArguments, ImageTrainingArguments)
+    with contextlib.redirect_stderr(io.StringIO()):  # what the method stands for is in its name
+        task, args = recipes.parse(classes, [str(ROOT / of.recipe_file), *of.command[3:]], "")
+    return task, args
+
+
+def plan(runs: Sequence[Run]) -> str:
+    """The commands of the runs that are not finished, with their passes and hours, and the hours of all."""
+    paces: dict[tuple, tuple[float, float]] = {}
+    lines, total = [], 0.0
+    settings = {f"paper-{name}": of for name, of in SETTINGS.items()}
+    for of in runs:
+        if is_finished(of):
+            continue
+        task, args = parsed(of)
+        key = (of.task, task.model, getattr(task, "dataset", None), args.per_device_train_batch_size)
+        if key not in paces:
+            paces[key] = pace(task, args)
+        setting = next(
+            s for name, s in settings.items() if re.fullmatch(rf"{name}(-examples-.*|-epochs-.*)?", of.group)
+        )
+        needed = cost(setting, args, task)
+        hours = needed.hours(paces[key])
+        total += hours
+        lines.append(f"python {shlex.join(of.command)}")
+        lines.append(
+            f"    # {needed.updates:,} updates, {needed.passes:,.0f} passes forward and backward, "
+            f"{needed.searches + needed.evaluations:,.0f} forward alone; {_hours(hours)}"
+        )
+    import torch
+
+    where = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"a CPU with {torch.get_num_threads()} threads"
+    )
+    lines.append(f"{len(lines) // 2} runs to make, {_hours(total)} one after the other on {where}, in float32.")
+    return "\n".join(lines)
+
+
+def _hours(hours: float) -> str:
+    return f"{3600 * hours:.0f} seconds" if hours < 1 / 30 else f"{hours:,.1f} hours"
+
+
+# --- the command -----------------------------------------------------------------------------------------------------------
+
+
+def score_corruptions(cells: Sequence[Cell], options: argparse.Namespace) -> None:
+    """Scores the finished runs on corrupted images that have not been scored yet."""
+    for cell in cells:
+        for of in cell.finished:
+            if (ROOT / of.folder / "corruptions.json").is_file():
+                continue
+            folder = options.data / CORRUPTED[SETTINGS[cell.setting].data]
+            module = [
+                "-m",
+                "tasks.image_classification.corruptions",
+                str(of.folder),
+                "--data_dir",
+                str(folder.resolve()),
+            ]
+            if subprocess.run([sys.executable, *module], cwd=ROOT).returncode:
+                sys.exit(f"{of} could not be scored on corrupted images: the same command tries it again.")
+
+
+def table_name(text: str) -> str:
+    """
+    The name of a table: `table-2`, `table 2` or `2`.
+
+    Raises:
+        `argparse.ArgumentTypeError`: there is none.
+    """
+    name = re.sub(r"[\s_]+", "-", text.strip().lower())
+    name = f"table-{name}" if name.isdecimal() else name
+    if name not in TABLES:
+        raise argparse.ArgumentTypeError(f"there is no {text!r}: choose one of {', '.join(TABLES)}")
+    return name
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("table", nargs="?", type=table_name, help="table-2, figure-4, ...; --list names all")
+    parser.add_argument("--list", action="store_true", help="name all tables and figures, and how far each is")
+    parser.add_argument(
+        "--data", type=Path, help="the folder that holds the data sets; default: the hub, for CIFAR and Tiny-ImageNet"
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="how many, from 0 on")
+    parser.add_argument(
+        "--settings", nargs="+", choices=SETTINGS, metavar="SETTING", help="some of the table's; default: all"
+    )
+    parser.add_argument("--examples", type=int, help="train on so many images; default: all")
+    parser.add_argument("--epochs", type=float, help="instead of the recipe's")
+    parser.add_argument("--flags", default="", help='for all runs, such as --flags="--bf16 true"')
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; with more than one, each has one thread")
+    parser.add_argument(
+        "--dry-run", "--dry_run", action="store_true", help="print the commands, their passes and hours"
+    )
+    options = parser.parse_args(argv)
+    for name in ("seeds", "jobs"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} starts at 1")
+    _check_flags(parser, options)
+    if options.list:
+        print(overview(options))
+        return
+    if options.table is None:
+        parser.error("a table is missing: --list names all")
+    table = TABLES[options.table]
+    if not table.rows:
+        raise ValueError(f"{options.table} is not made of trainings. It is made by {table.other}.")
+    foreign = [name for name in options.settings or [] if name not in table.rows]
+    if foreign:
+        raise ValueError(f"{options.table} has no setting {foreign[0]}: it has {', '.join(table.rows)}.")
+    found = cells(table, options)
+    if options.examples is not None and any(SETTINGS[cell.setting].task == "translation" for cell in found):
+        raise ValueError(
+            "--examples is for images, and iwslt14-transformer takes all sentences: leave it out, or choose --settings."
+        )
+    if options.dry_run:
+        print(plan(once(found)))
+    else:
+        check_data(found, table, options)
+        parsed(found[0].runs[0])  # which refuses flags that no run would take
+        run_or_exit(once(found), options.jobs)
+        if table.metric == "corruptions":
+            score_corruptions(found, options)
+    print(f"\n{options.table}: {table.title}. s: standard deviations over the seeds. {table.note}".rstrip())
+    if options.examples is not None or options.epochs is not None or options.flags:
+        print(
+            "These runs are not the paper's: their distance from its numbers tells nothing, the order of methods may."
+        )
+    print()
+    print(show(options.table, table, found))
+    if table.other:
+        print(f"\n{table.other}.")
+
+
+def _check_flags(parser: Parser, options: argparse.Namespace) -> None:
+    try:
+        parts = shlex.split(options.flags)
+    except ValueError as error:
+        parser.error(f"--flags cannot be taken apart: {error}")
+    for part in parts:
+        flag = part.partition("=")[0].replace("-", "_").replace("__", "--", 1)
+        if flag in OURS:
+            parser.error(f"{flag} stands in --flags, and this script gives it to each run")
+
+
+if __name__ == "__main__":
+    run(main)

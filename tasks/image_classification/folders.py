@@ -1,0 +1,143 @@
+"""Tiny-ImageNet and ImageNet as they are unpacked: folders of JPEG files, and nothing missing in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from tasks.command import sentence
+from tasks.image_classification.catalogue import DATASETS
+
+
+Files = tuple[list[Path], np.ndarray]  # pictures, labels (N,) in int64
+
+AGAIN = "unpack the archive anew"
+
+
+def tiny_imagenet(folder: Path) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """
+    The training and the validation images, which are the test images here, of `tiny-imagenet-200`: of its own layout, in which
+    `val_annotations.txt` tells the classes of the validation images, or with a folder for each of their classes.
+
+    Args:
+        folder (`Path`): that folder, or the one that it is in.
+
+    Returns:
+        Twice images (N, 64, 64, 3) in bytes and labels (N,), classes numbered in the order of their names.
+
+    Raises:
+        `ValueError`: it is no such folder, or something is missing; the sentence names it.
+    """
+    root = folder / "tiny-imagenet-200" if (folder / "tiny-imagenet-200").is_dir() else folder
+    listed = root / "wnids.txt"
+    if not listed.is_file():
+        raise ValueError(
+            f"`data_dir` is {folder}, which has no wnids.txt: give the folder tiny-imagenet-200, as it is unpacked."
+        )
+    classes = sorted(set(listed.read_text(encoding="utf-8").split()))
+    if len(classes) != DATASETS["tiny_imagenet"].classes:
+        raise ValueError(f"{listed} names {len(classes)} classes, not 200: {AGAIN}.")
+    train = _by_class(root / "train", classes)
+    for name in classes:
+        _refuse_missing(root / "train" / name / f"{name}_boxes.txt", root / "train" / name / "images")
+    annotated = root / "val" / "val_annotations.txt"
+    test = _annotated(annotated, classes) if annotated.is_file() else _by_class(root / "val", classes)
+    return _read(*train), _read(*test)
+
+
+def imagenet(folder: Path) -> tuple[Files, Files]:
+    """
+    The training and the validation files of ImageNet-1k, in folders `train` and `val` with a folder for each class.
+
+    Raises:
+        `ValueError`: a folder is missing, or has no pictures or another number of classes; the sentence names it.
+    """
+    for part in ("train", "val"):
+        if not (folder / part).is_dir():
+            raise ValueError(
+                f"`data_dir` is {folder}, which has no folder {part}: give the one with ImageNet's train and val."
+            )
+    classes = sorted(found.name for found in (folder / "train").iterdir() if found.is_dir())
+    if len(classes) != DATASETS["imagenet"].classes:
+        raise ValueError(
+            f"{folder / 'train'} has folders of {len(classes)} classes, not 1000: unpack all of its archives."
+        )
+    if not any(found.is_dir() for found in (folder / "val").iterdir()):
+        raise ValueError(
+            f"{folder / 'val'} has no folder for each class: sort its pictures into folders named as those of train."
+        )
+    return _by_class(folder / "train", classes), _by_class(folder / "val", classes)
+
+
+def _by_class(folder: Path, classes: Sequence[str]) -> Files:
+    files, labels = [], []
+    for label, name in enumerate(classes):
+        found = sorted(file for file in (folder / name).rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+        if not found:
+            without = [name for name in classes if not (folder / name).is_dir()]
+            known = f", and {len(without)} of {len(classes)} classes have no folder" if without else ""
+            raise ValueError(f"{folder / name} has no pictures{known}: {AGAIN}.")
+        files += found
+        labels += [label] * len(found)
+    return files, np.array(labels, dtype=np.int64)
+
+
+def _refuse_missing(listed: Path, folder: Path) -> None:
+    """Refuses a class of which a file is missing that its list of boxes names."""
+    if not listed.is_file():
+        return
+    names = [line.split("\t")[0] for line in listed.read_text(encoding="utf-8").splitlines() if line]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{folder} lacks {missing[0]}, and {len(missing)} of the {len(names)} files of {listed.name}: {AGAIN}."
+        )
+
+
+def _annotated(listed: Path, classes: Sequence[str]) -> Files:
+    files, labels = [], []
+    number = {name: label for label, name in enumerate(classes)}
+    for row, line in enumerate(listed.read_text(encoding="utf-8").splitlines(), start=1):
+        name, _, rest = line.partition("\t")
+        kind = rest.split("\t")[0]
+        if kind not in number:
+            raise ValueError(f"{listed}, line {row} has the class {kind!r}, which wnids.txt has not: {AGAIN}.")
+        files.append(listed.parent / "images" / name)
+        labels.append(number[kind])
+    missing = [file for file in files if not file.is_file()]
+    if missing or not files:
+        what = (
+            f"lacks {missing[0].name}, and {len(missing)} of the {len(files)} files of"
+            if missing
+            else "has no line in"
+        )
+        raise ValueError(f"{listed.parent / 'images'} {what} {listed.name}: {AGAIN}.")
+    return files, np.array(labels, dtype=np.int64)
+
+
+def _read(files: Sequence[Path], labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    pixels = np.empty((len(files), *DATASETS["tiny_imagenet"].shape), dtype=np.uint8)
+
+    def read(row: int) -> None:
+        pixels[row] = _picture(files[row])
+
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(read, range(len(files))):
+            pass
+    return pixels, labels
+
+
+def _picture(file: Path) -> np.ndarray:
+    edge = DATASETS["tiny_imagenet"].edge
+    try:
+        with Image.open(file) as picture:
+            if picture.size != (edge, edge):
+                raise ValueError(f"{picture.width}×{picture.height} pixels, not {edge}×{edge}")
+            return np.asarray(picture.convert("RGB"))  # some are grey
+    except Exception as error:  # of Pillow's decoders
+        raise ValueError(f"{file} is not a picture of Tiny-ImageNet: {sentence(error)}.") from error

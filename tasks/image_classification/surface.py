@@ -1,0 +1,48 @@
+"""
+What `python -m xsam_hf.analysis` needs to look at a run of this task: its model, and the images and labels that it was trained on.
+
+    python -m xsam_hf.analysis report SGD=runs/.../checkpoint-680 XSAM=runs/.../checkpoint-680 \\
+        --trainer tasks/image_classification/surface.py:build
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import load_file
+from transformers import TrainingArguments
+
+from tasks.image_classification import data, models
+from tasks.runs import identity_of_checkpoint
+from xsam_hf import XSAMTrainer
+
+
+def build(checkpoint: str) -> XSAMTrainer:
+    """
+    A trainer with a checkpoint's weights and the training images of its run, wrong labels included.
+
+    Raises:
+        `ValueError`: the folder is no checkpoint of this task.
+    """
+    of = identity_of_checkpoint(Path(checkpoint))
+    if of is None or of.get("task") != "image_classification":
+        raise ValueError(f"{checkpoint} is no checkpoint of tasks.image_classification: train with a `save_strategy`.")
+    splits = data.load(
+        of["dataset"],
+        of.get("data_dir"),
+        of["validation_share"],
+        of["cutout"],
+        of["seed"],
+        train_examples=of["train_examples"],
+        label_noise=of["label_noise"],
+    )
+    model = models.build(of["model"], of["dataset"])
+    model.load_state_dict(load_file(Path(checkpoint) / "model.safetensors"))
+    args = TrainingArguments(
+        output_dir=str(Path(checkpoint).parent),
+        per_device_train_batch_size=of["per_device_train_batch_size"],
+        seed=of["seed"],
+        label_smoothing_factor=of["label_smoothing_factor"],
+        report_to="none",
+    )
+    return XSAMTrainer(model=model, args=args, train_dataset=splits["train"])

@@ -1,0 +1,87 @@
+"""Runs every scenario of test_tensor_parallel.py with a tiny Llama whose weights two processes share, and saves what was seen."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import ParallelismConfig
+from fsdp_worker import result
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from toys import Tokens, arguments
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from xsam_hf import XSAMTrainer
+
+
+SCENARIOS = {
+    "xsam": {"alpha": 1.5},
+    "search": {"alpha_search_steps": 2, "max_grad_norm": 0.1},
+    "accumulation": {"gradient_accumulation_steps": 2, "alpha": 1.5},
+    "asam": {"perturbation": "asam", "gradient_scale": "slope_max", "alpha": 1.5},
+    "vasso": {"perturbation": "vasso", "alpha": 1.7},
+    "stale": {"perturbation": "stale", "alpha": 1.0},
+    "msam+": {"direction": "msam+", "ascent_steps": 2, "gradient_scale": "mean"},
+    "fraction": {"ascent_fraction": 0.25, "alpha": 1.5},
+    "not finite": {"alpha": 1.5},
+}
+
+
+class Overflowing(XSAMTrainer):
+    """The gradient at the moved weights of the second update is not finite."""
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * torch.inf if self.state.global_step == 1 and self._xsam_replaying else loss
+
+
+def save_model(directory):
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, **size)).save_pretrained(directory)
+
+
+def run(model, directory, name, **changes):
+    """One training of the saved model; in parts if this process was started by torchrun."""
+    settings = {"rho": 0.3, "train_sampling_strategy": "sequential", "max_steps": 4, **SCENARIOS[name], **changes}
+    shared = {}
+    if "RANK" in os.environ:
+        shared = {"tp_plan": "auto", "device_mesh": init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))}
+    accumulation = settings.get("gradient_accumulation_steps", 1)
+    args = arguments(directory / name, per_device_train_batch_size=16 // accumulation, **settings)
+    cls = Overflowing if name == "not finite" else XSAMTrainer
+    trainer = cls(model=LlamaForCausalLM.from_pretrained(model, **shared), args=args, train_dataset=Tokens())
+    trainer.train()
+    return trainer
+
+
+def refusals(model, directory):
+    """What cannot be right is refused when the trainer is built, in all processes alike."""
+    said = {}
+    shared = {"tp_plan": "auto", "device_mesh": init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))}
+    for name, settings, part in (("micro", {"ascent_scope": "micro"}, False), ("a part", {}, True)):
+        llama = LlamaForCausalLM.from_pretrained(model, **shared)
+        if part:
+            llama.expert = nn.Parameter(torch.full((3,), 1.0 + dist.get_rank()))
+        try:
+            XSAMTrainer(model=llama, args=arguments(directory / name, rho=0.3, **settings), train_dataset=Tokens())
+        except NotImplementedError as error:
+            said[name] = str(error)
+    return said
+
+
+def main(model, directory):
+    # accelerate takes tensor parallelism for a matter of accelerators; PyTorch does not.
+    ParallelismConfig._validate_accelerator = lambda self, accelerator: None
+    dist.init_process_group("gloo")
+    results = {name: result(run(model, directory, name)) for name in SCENARIOS}
+    results["refused"] = refusals(model, directory)
+    torch.save(results, directory / f"rank{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*map(Path, sys.argv[1:]))

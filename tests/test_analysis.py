@@ -1,0 +1,397 @@
+"""Loss surfaces, sharpness and spectra: closed forms on quadratics, a dense Hessian, and nothing left behind."""
+
+import json
+import math
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from toys import Classifier, Tokens, build, tiny_gpt2
+from transformers import TrainerCallback
+
+from xsam_hf import XSAMArguments
+from xsam_hf.analysis import (
+    SharpnessCallback,
+    Surface,
+    arc_profile,
+    ascent_sharpness,
+    average_sharpness,
+    batches_of,
+    direction_gain,
+    hessian_spectrum,
+    landscape,
+    m_sharpness,
+    plane,
+    training_curves,
+)
+from xsam_hf.analysis.__main__ import main
+from xsam_hf.analysis.random_directions import random_direction
+
+
+class Bowl(nn.Module):
+    """L = x · (½ wᵀ H w + cᵀ w), averaged over the examples x; w is a 2 × 3 matrix, so it has two filters."""
+
+    def __init__(self, curved=True, w=(1.0, -2.0, 0.5, 0.3, 1.5, -1.0)):
+        super().__init__()
+        draw = torch.Generator().manual_seed(3)
+        root, c = (torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((6, 6), (6,)))
+        self.H, self.c = (root @ root.T / 6 + torch.eye(6)) * curved, c
+        self.w = nn.Parameter(torch.tensor(w, dtype=torch.float64).view(2, 3))
+
+    def forward(self, x):
+        w = self.w.reshape(-1)
+        return {"loss": x.mean() * (w @ self.H @ w / 2 + self.c @ w)}
+
+
+BATCHES = [{"x": torch.ones(3, dtype=torch.float64)}, {"x": torch.full((1,), 5.0, dtype=torch.float64)}]
+MEAN = 2.0  # of all four examples; the mean over batches would be 3
+
+
+class Known:
+    """The same in NumPy."""
+
+    def __init__(self, bowl, scale=MEAN):
+        self.H, self.c, self.w = (
+            scale * bowl.H.numpy(),
+            scale * bowl.c.numpy(),
+            bowl.w.detach().reshape(-1).numpy().copy(),
+        )
+
+    def loss(self, w):
+        return w @ self.H @ w / 2 + self.c @ w
+
+    def gradient(self, w):
+        return self.H @ w + self.c
+
+    def rise(self, step):
+        return self.loss(self.w + step) - self.loss(self.w)
+
+
+def unit(v):
+    return v / np.linalg.norm(v)
+
+
+def flat(tensors):
+    return torch.cat([t.reshape(-1) for t in tensors]).numpy()
+
+
+def test_the_loss_is_the_mean_over_examples_and_its_gradient_is_right():
+    bowl = Bowl()
+    known, step = Known(bowl), torch.arange(6.0, dtype=torch.float64).view(2, 3)
+    with Surface(bowl, BATCHES).moving() as theta:
+        assert theta.loss == pytest.approx(known.loss(known.w), rel=1e-12)
+        assert theta.loss_at(([step], 0.3)) - theta.loss == pytest.approx(known.rise(0.3 * np.arange(6)), rel=1e-12)
+        loss, gradient = theta.gradient_at(([step], 0.3), ([step], -0.1))
+        assert flat(gradient) == pytest.approx(known.gradient(known.w + 0.2 * np.arange(6)), rel=1e-12)
+        assert loss != pytest.approx(theta.loss, rel=1e-3)
+    assert torch.equal(bowl.w, Bowl().w) and bowl.w.grad is None
+
+
+@pytest.mark.parametrize("method, tolerance", [("autograd", 1e-10), ("finite_difference", 1e-6)])
+def test_the_spectrum_of_a_quadratic(method, tolerance):
+    bowl = Bowl()
+    found = hessian_spectrum(Surface(bowl, BATCHES), count=6, method=method)
+    expected = np.linalg.eigvalsh(Known(bowl).H)[::-1]
+    assert found.eigenvalues == pytest.approx(expected, rel=tolerance) and found.method == method
+    assert found.trace == pytest.approx(expected.sum(), rel=tolerance)
+    assert found.ratio == pytest.approx(expected[0] / expected[4], rel=tolerance)
+    assert hessian_spectrum(Surface(bowl, BATCHES[:1]), count=1).eigenvalues[0] < 0.6 * expected[0]
+
+
+@pytest.mark.parametrize("method, tolerance", [("autograd", 1e-4), ("finite_difference", 1e-3)])
+def test_the_spectrum_of_attention_is_that_of_the_dense_hessian(tmp_path, method, tolerance):
+    # sdpa's fused kernel has no second derivative: `autograd` takes another one.
+    model = tiny_gpt2(layers=1)
+    assert model.config._attn_implementation == "sdpa"
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(name.endswith("c_attn.bias"))
+    trainer = build(tmp_path, model, Tokens(4))
+    (batch,) = batches_of(trainer, 1)
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    (name,) = trained
+
+    def loss(bias):
+        return functional_call(model, {name: bias}, kwargs=dict(batch))["loss"]
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        dense = torch.autograd.functional.hessian(loss, trained[name].detach())
+    expected = torch.linalg.eigvalsh(dense).flip(0)
+    found = hessian_spectrum(Surface(trainer, [batch]), method=method, tolerance=1e-4, trace_products=0)
+    assert found.eigenvalues == pytest.approx(expected[:5].tolist(), abs=tolerance * expected[0].item())
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_the_arc_is_the_oracles(k):
+    bowl = Bowl()
+    known = Known(bowl)
+    found = arc_profile(Surface(bowl, BATCHES, training=True), XSAMArguments(rho=0.5, ascent_steps=k), [0.5, 4.0])
+    assert [search.rho_max for search in found.searches] == [0.5, 4.0]
+    for search in found.searches:
+        _, best, losses = oracle.xsam_direction(known.w, known.loss, known.gradient, 0.5, k=k, rho_max=search.rho_max)
+        assert search.losses == pytest.approx(losses, rel=1e-12) and search.alpha == pytest.approx(best)
+    assert found.searches[0].alpha != found.searches[1].alpha
+    assert found.loss == pytest.approx(known.loss(known.w))
+
+
+def test_proposition_1_holds_at_a_distance_and_not_next_to_the_weights():
+    bowl = Bowl()
+    found = direction_gain(bowl, BATCHES, rhos=[0.1, 0.5], distances=[1e-3, 10.0])
+    assert found.share("last", "first").tolist() == [[0, 1], [0, 1]]
+    assert found.share("best", "last")[:, 1].tolist() == [1, 1]
+    for b, scale in enumerate((1.0, 5.0)):
+        known = Known(bowl, scale)
+        g0 = unit(known.gradient(known.w))
+        g1 = unit(known.gradient(known.w + 0.5 * g0))
+        assert found.first[1][b][1] == pytest.approx(known.loss(known.w + 10 * g0), rel=1e-12)
+        assert found.last[1][b][1] == pytest.approx(known.loss(known.w + 10 * g1), rel=1e-12)
+        arc = [known.loss(known.w + 10 * oracle.rotate(g0, g1, a)) for a in np.linspace(0, 2, 11)]
+        assert found.best[1][b][1] == pytest.approx(max(arc), rel=1e-12)
+
+
+@pytest.mark.parametrize("spanned_by", ["gradients", "arc"])
+def test_the_plane_of_an_ascent(spanned_by):
+    bowl = Bowl()
+    known = Known(bowl)
+    found = plane(Surface(bowl, BATCHES), rho=0.6, ascent_steps=2, spanned_by=spanned_by, samples=3)
+    steps, gradients = [np.zeros(6)], [known.gradient(known.w)]
+    for _ in range(2):
+        steps.append(steps[-1] + 0.3 * unit(gradients[-1]))
+        gradients.append(known.gradient(known.w + steps[-1]))
+    first, second = (gradients[0], gradients[1]) if spanned_by == "gradients" else (steps[-1], gradients[-1])
+    e1 = unit(first)
+    e2 = unit(second - (e1 @ second) * e1)
+    assert found.x == pytest.approx([-1.5, 0, 1.5])
+    expected = [[known.loss(known.w + x * e1 + y * e2) for x in found.x] for y in found.y]
+    assert np.array(found.losses) == pytest.approx(np.array(expected), rel=1e-12)
+    assert np.array(found.points) == pytest.approx(np.array([[e1 @ s, e2 @ s] for s in steps]), abs=1e-12)
+    arrows = [[e1 @ unit(g), e2 @ unit(g)] for g in gradients]
+    assert np.array(found.gradients) == pytest.approx(np.array(arrows), abs=1e-12)
+
+
+def test_parallel_gradients_span_no_plane():
+    with pytest.raises(ValueError, match="parallel"):
+        plane(Surface(Bowl(curved=False), BATCHES), rho=0.5)
+
+
+@pytest.mark.parametrize("normalisation", ["filter", "element"])
+def test_average_sharpness(normalisation):
+    bowl = Bowl()
+    known, weights = Known(bowl), [bowl.w.detach().clone()]
+    found = average_sharpness(Surface(bowl, BATCHES), [0.5, 1.0], 200, normalisation, seed=7)
+    for i in (0, 199):
+        direction = flat(random_direction(weights, normalisation, 7 + i))
+        exact = [known.rise(r * direction) for r in (0.5, 1.0)]
+        assert found.samples[i] == pytest.approx(exact, rel=1e-9)
+    # E d dᵀ is diagonal: w_i² for each element, ‖w_f‖²/n_f over a filter.
+    variance = known.w**2 if normalisation == "element" else (known.w.reshape(2, 3) ** 2).mean(1).repeat(3)
+    analytic = 0.5 * (np.diag(known.H) * variance).sum()
+    assert abs(found.mean[1] - analytic) < 3 * found.error[1] < 0.5 * analytic
+    assert found.convergence[-1] == pytest.approx(found.mean) and found.convergence.shape == (200, 2)
+
+
+def test_random_directions_are_as_long_as_the_weights_filters_and_leave_biases():
+    weights = [torch.randn(4, 3, 2), torch.randn(4)]
+    before = torch.get_rng_state()
+    filters, bias = random_direction(weights, "filter", 0)
+    torch.testing.assert_close(filters.flatten(1).norm(dim=1), weights[0].flatten(1).norm(dim=1))
+    assert not bias.any() and torch.equal(before, torch.get_rng_state())
+    assert not torch.equal(filters, random_direction(weights, "filter", 1)[0])
+
+
+def test_the_landscape_of_a_quadratic():
+    bowl = Bowl()
+    known, found = Known(bowl), landscape(Surface(bowl, BATCHES), samples=3, seed=4)
+    first, second = (flat(random_direction([bowl.w.detach()], "filter", seed)) for seed in (8, 9))
+    expected = [[known.loss(known.w + x * first + y * second) for x in (-1, 0, 1)] for y in (-1, 0, 1)]
+    assert np.array(found.losses) == pytest.approx(np.array(expected), rel=1e-12)
+    assert found.losses[1][1] == found.loss
+
+
+def test_ascent_sharpness_of_a_slope_and_of_a_bowl():
+    slope = Bowl(curved=False)
+    assert ascent_sharpness(Surface(slope, BATCHES), 0.7) == pytest.approx(
+        0.7 * np.linalg.norm(MEAN * slope.c), rel=1e-9
+    )
+    bowl = Bowl()
+    known = Known(bowl)
+    g0 = unit(known.gradient(known.w))
+    assert ascent_sharpness(Surface(bowl, BATCHES), 0.7, steps=1) == pytest.approx(known.rise(0.7 * g0), rel=1e-9)
+    # Where the gradient vanishes along all but the steepest eigenvector the maximum on the ball is known.
+    values, vectors = np.linalg.eigh(known.H)
+    centre = np.linalg.solve(known.H, -known.c)
+    with torch.no_grad():
+        bowl.w.copy_(torch.tensor(centre + 0.1 * vectors[:, -1]).view(2, 3))
+    highest = values[-1] * ((0.1 + 0.7) ** 2 - 0.1**2) / 2
+    assert ascent_sharpness(Surface(bowl, BATCHES), 0.7) == pytest.approx(highest, rel=1e-9)
+    one, five = m_sharpness(bowl, BATCHES, 0.7)
+    assert five == pytest.approx(5 * one) and one == pytest.approx(highest / MEAN, rel=1e-9)
+
+
+# --- nothing is left behind ------------------------------------------------------------------------------------------
+
+
+def everything(trainer):
+    model = trainer.model
+    tensors = {
+        **model.state_dict(),
+        **{f"{n}.grad": p.grad for n, p in model.named_parameters() if p.grad is not None},
+    }
+    kept = {name: tensor.clone() for name, tensor in tensors.items()}
+    return kept, torch.get_rng_state(), np.random.get_state()[1], [m.training for m in model.modules()]
+
+
+def assert_same(before, after):
+    assert before[0].keys() == after[0].keys() and all(torch.equal(x, after[0][name]) for name, x in before[0].items())
+    assert torch.equal(before[1], after[1]) and (before[2] == after[2]).all() and before[3] == after[3]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda s: arc_profile(s, XSAMArguments(rho=0.5)),
+        lambda s: plane(s, 0.5, samples=3),
+        lambda s: hessian_spectrum(s, count=1),
+        lambda s: hessian_spectrum(s, count=1, method="finite_difference"),
+        lambda s: average_sharpness(s, directions=2),
+    ],
+    ids=["arc", "plane", "hessian", "differences", "average"],
+)
+def test_weights_gradients_buffers_modes_and_random_numbers_come_back(tmp_path, look, fails):
+    trainer = build(tmp_path, Classifier(dropout=0.3, batch_norm=True), rho=0.5)
+    batches = batches_of(trainer, 2)
+    trainer.model(**batches[0])["loss"].backward()
+    trainer.model.dropout.eval()
+    before, calls = everything(trainer), []
+
+    def fail(module, inputs):
+        calls.append(module)
+        if fails and len(calls) == 6:
+            raise KeyboardInterrupt
+
+    trainer.model.second.register_forward_pre_hook(fail)
+    if fails:
+        with pytest.raises(KeyboardInterrupt):
+            look(Surface(trainer, batches, training=True))
+    else:
+        first, second = (look(Surface(trainer, batches, training=True)) for _ in range(2))
+        assert str(first) == str(second)  # also of the dropout's masks
+    assert len(calls) >= 6
+    assert_same(before, everything(trainer))
+
+
+class Watch(TrainerCallback):
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(logs)
+
+
+def test_the_callback_measures_logs_and_changes_nothing(tmp_path):
+    measures, found = ("arc", "ascent", "average", "hessian"), {}
+    for name in ("plain", "watched"):
+        run = build(tmp_path / name, Classifier(dropout=0.2, batch_norm=True), rho=0.2, max_steps=6)
+        watch = Watch()
+        run.add_callback(watch)
+        if name == "watched":
+            run.add_callback(SharpnessCallback(run, every=3, measures=measures, directions=2))
+        run.train()
+        found[name] = everything(run), watch.logs
+    assert_same(found["plain"][0], found["watched"][0])
+    lines = [json.loads(line) for line in (tmp_path / "watched" / "sharpness.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6]
+    assert len(lines[0]["arc"]["searches"][0]["losses"]) == 21 and lines[0]["rho"] == 0.2
+    logged = [logs for logs in found["watched"][1] if "sharpness/ascent" in logs]
+    keys = {f"sharpness/{key}" for key in ("sam", "angle", "ascent", "average", "lambda_1", "backward_passes")}
+    assert len(logged) == 2 and keys <= logged[0].keys()
+    assert logged[0]["sharpness/ascent"] == lines[0]["sharpness/ascent"] > 0
+    assert logged[1]["sharpness/forward_passes"] == 2 * logged[0]["sharpness/forward_passes"] == 2 * (21 + 1 + 2)
+    plain = [{k: v for k, v in logs.items() if "loss" in k} for logs in found["plain"][1]]
+    assert plain == [
+        {k: v for k, v in logs.items() if "loss" in k} for logs in found["watched"][1] if "loss" in str(logs)
+    ]
+    curves = training_curves(tmp_path / "watched")  # nothing was saved there
+    run.state.save_to_json(str(tmp_path / "watched" / "trainer_state.json"))
+    assert curves == {} and training_curves(tmp_path / "watched")["xsam/alpha"][0] == [1, 2, 3, 4, 5, 6]
+
+
+# --- the commands ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A checkpoint of a small GPT-2, and batches for it."""
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("files")
+    tiny_gpt2(layers=1).save_pretrained(folder / "gpt2")
+    ids = torch.stack([Tokens()[i]["input_ids"] for i in range(8)])
+    save_file({"input_ids": ids, "labels": ids.clone()}, folder / "data.safetensors")
+    return folder
+
+
+QUICK = ["--batch_size", "4", "--batches", "2", "--samples", "3", "--directions", "2", "--eigenvalues", "1"]
+
+
+def test_report_is_one_page_and_nothing_is_measured_twice(files, tmp_path, capsys, monkeypatch):
+    common = [f"A={files / 'gpt2'}", "--data", str(files / "data.safetensors"), *QUICK, "--output_dir", str(tmp_path)]
+    main(["report", *common])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 6 and "http" not in page and "nan" not in page
+    assert {path.stem for path in tmp_path.glob("*.svg")} == {path.stem for path in tmp_path.glob("A/*.json")}
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| λ₁ "))
+    assert float(row.strip("| ").split("|")[1]) > 0
+    monkeypatch.setattr(Surface, "moving", None)
+    main(["hessian", *common])
+    assert row.split() == next(
+        line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("| λ₁ ")
+    )
+    with pytest.raises(TypeError):  # with other settings it is measured again
+        main(["hessian", *common, "--seed", "1"])
+
+
+@pytest.mark.parametrize(
+    "line, sentence",
+    [
+        ("arc", "Give one or more checkpoints"),
+        ("toy {gpt2}", "takes no checkpoint"),
+        ("arc nowhere --data {data}", "There is no folder nowhere"),
+        ("arc {gpt2}", "Say what to measure the loss on"),
+        ("arc {gpt2} --data {data} --trainer a.py:f", "in one way"),
+        ("arc {gpt2} --data {gpt2}/config.json", "cannot be read as safetensors"),
+        ("arc {gpt2} --data {data} --batches 90", "8 examples, and 90 batches of 32"),
+        ("arc {gpt2} --data {data} --batch_size 0", "1 at least"),
+        ("arc {gpt2} --data {data} --batch_size 4 --batches 1 --rho 0", "`rho` is 0"),
+        (
+            "hessian {gpt2} --data {data} --batch_size 4 --batches 1 --hessian_method exact",
+            "autograd, finite_difference",
+        ),
+        ("arc {gpt2} {gpt2} --data {data}", "same name"),
+        ("arc {gpt2} --trainer nowhere.py:build", "a file that is there"),
+    ],
+)
+def test_bad_input_gets_one_sentence(files, tmp_path, line, sentence):
+    argv = line.format(gpt2=files / "gpt2", data=files / "data.safetensors").split()
+    with pytest.raises(ValueError, match=sentence):
+        main([*argv, "--output_dir", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_measured_is_refused():
+    with pytest.raises(ValueError, match="no batch"):
+        Surface(Bowl(), [])
+    with pytest.raises(ValueError, match="is nan"), Surface(Bowl(w=[math.nan] * 6), BATCHES).moving():
+        pass
+    with pytest.raises(ValueError, match="follows the gradients of earlier updates"):
+        arc_profile(Surface(Bowl(), BATCHES), XSAMArguments(perturbation="stale"))
+    with (
+        pytest.raises(ValueError, match="no loss for these batches"),
+        Surface(nn.Linear(1, 1), [{"input": torch.ones(1, 1)}]).moving(),
+    ):
+        pass
+    with pytest.raises(ValueError, match="no measure 'sharp'"):
+        SharpnessCallback(None, measures=["sharp"])

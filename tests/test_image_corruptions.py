@@ -1,0 +1,114 @@
+"""Scores on corrupted images: the right files, the paper's groups, and a trained model read back."""
+
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from scripts.paper import numbers
+from tasks.image_classification import corruptions, models
+
+
+def write(folder, n=10, classes=10):
+    labels = np.arange(n) % classes
+    for at, name in enumerate(corruptions.NAMES):
+        np.save(folder / f"{name}.npy", np.full((n, 32, 32, 3), at, np.uint8))
+    np.save(folder / "labels.npy", labels)
+
+
+def test_the_groups_are_those_that_make_the_papers_overall_means():
+    assert len(set(corruptions.NAMES)) == 19
+    for setting in ("cifar100-resnet-18", "cifar10-resnet-18", "cifar100-densenet-121", "cifar10-densenet-121"):
+        for cell in numbers("table-15", setting).values():
+            weighed = sum(len(names) * cell[group].mean for group, names in corruptions.GROUPS.items()) / 19
+            assert weighed == pytest.approx(cell["corrupted"].mean, abs=0.006)
+
+
+def test_groups_are_means_of_their_corruptions(tmp_path):
+    write(tmp_path)
+    # The level of a file's pixels is its number, 0 to 18.
+    found = corruptions.score(corruptions.stored("cifar10", tmp_path), lambda x, labels: float(x[0, 0, 0, 0]) / 18)
+    assert found["groups"] == pytest.approx(
+        {"noise": 1.5 / 18, "blur": 6 / 18, "weather": 10 / 18, "digital": 15 / 18, "corrupted": 0.5}
+    )
+    assert list(found["corruptions"]) == list(corruptions.NAMES)
+
+
+class Fixed(nn.Module):
+    """Its logits are the values of the first pixels."""
+
+    def forward(self, pixel_values):
+        return type("Output", (), {"logits": pixel_values[:, 0, 0, :4].float()})
+
+
+def test_an_image_is_right_if_its_logit_is_above_all_others():
+    x = np.zeros((4, 32, 32, 3), np.uint8)
+    x[0, 0, 2], x[1, 0, 1], x[2, 0, 3] = 9, 9, 9  # the last one is a tie
+    right = corruptions.accuracy(Fixed(), torch.device("cpu"), batch=3)
+    assert right(x, np.array([2, 0, 3, 0])) == 0.5
+
+
+@pytest.mark.parametrize("name", ["vit-small", "resnet-small"])
+def test_a_finished_run_is_scored(tmp_path, name, capsys):
+    run, data = tmp_path / "seed-0", tmp_path / "CIFAR-10-C"
+    data.mkdir()
+    write(data)
+    model = models.build(name, "cifar10")
+    model.save_pretrained(run)
+    (run / "result.json").write_text(json.dumps({"dataset": "cifar10"}))
+    corruptions.main([str(run), "--data_dir", str(data)])
+    found = json.loads((run / corruptions.FILE).read_text())
+    model.eval()
+    x = torch.full((10, 3, 32, 32), 18, dtype=torch.uint8)
+    expected = (model(x).logits.argmax(1) == torch.arange(10)).float().mean().item()
+    assert found["corruptions"]["saturate"] == pytest.approx(expected) and found["made_by"] == "CIFAR-10-C"
+    assert capsys.readouterr().out.startswith("noise ")
+
+
+def test_images_are_corrupted_here_by_the_library_and_always_alike(monkeypatch):
+    """With a stand-in that has the library's signature and its two ways to draw."""
+
+    def corrupt(image, severity=1, corruption_name=None, corruption_number=-1, **seeded):
+        assert ("seed" in seeded) == (corruption_name in ("impulse_noise", "glass_blur"))
+        drawn = np.random.default_rng(seeded["seed"]).integers(256) if seeded else np.random.randint(256)
+        return np.full_like(image, drawn) if severity > 1 else image
+
+    monkeypatch.setitem(sys.modules, "imagecorruptions", types.SimpleNamespace(corrupt=corrupt))
+    test = np.arange(2 * 32 * 32 * 3, dtype=np.uint64).astype(np.uint8).reshape(2, 32, 32, 3), np.array([4, 7])
+    stream = np.random.get_state()[1].copy()
+    first, again = (dict(corruptions.made(test)) for _ in range(2))
+    assert list(first) == list(corruptions.NAMES) and (np.random.get_state()[1] == stream).all()
+    for name, (x, labels) in first.items():
+        assert x.shape == (10, 32, 32, 3) and labels.tolist() == [4, 7] * 5
+        assert (x[:2] == test[0]).all() and (x == again[name][0]).all() and len({int(of[0, 0, 0]) for of in x[2:]}) > 1
+    monkeypatch.setitem(sys.modules, "imagecorruptions", None)
+    with pytest.raises(ValueError, match="`--made` needs the package imagecorruptions-imaug"):
+        next(corruptions.made(test))
+
+
+def test_what_is_missing_is_named(tmp_path):
+    write(tmp_path)
+
+    def refused(words, call=lambda: list(corruptions.stored("cifar10", tmp_path))):
+        with pytest.raises(ValueError, match=words):
+            call()
+
+    (tmp_path / "fog.npy").write_bytes((tmp_path / "fog.npy").read_bytes()[:-5])
+    refused("fog.npy is cut off, damaged or no array")
+    np.save(tmp_path / "fog.npy", np.zeros((9, 32, 32, 3), np.uint8))
+    refused(r"fog.npy holds uint8 of \(9, 32, 32, 3\), and labels.npy 10 labels")
+    (tmp_path / "fog.npy").unlink()
+    refused("lacks fog.npy, and 1 of 20 files: give the folder CIFAR-10-C")
+    np.save(tmp_path / "fog.npy", np.zeros((10, 32, 32, 3), np.uint8))
+    np.save(tmp_path / "labels.npy", np.arange(10) * 9)
+    refused("labels.npy does not hold labels from 0 to 9: is it cifar10's?")
+    refused("is not a finished run of image classification", lambda: corruptions.load(tmp_path))
+    (tmp_path / "result.json").write_text('{"dataset": "digits"}')
+    refused(
+        "was trained on digits, and there are corrupted images of cifar10 and cifar100 only",
+        lambda: corruptions.load(tmp_path),
+    )

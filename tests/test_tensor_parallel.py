@@ -1,0 +1,56 @@
+"""Tensor parallelism: two gloo processes that share the weights of one model equal one process that has them all."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fsdp_worker import result
+from tensor_parallel_worker import SCENARIOS, run, save_model
+
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    save_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(model, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("shared")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command = [sys.executable, *launcher, str(TESTS / "tensor_parallel_worker.py"), str(model), str(directory)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return [torch.load(directory / f"rank{i}.pt", weights_only=True) for i in range(2)]
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_shared_weights_equal_whole_ones(ranks, model, tmp_path, name):
+    alone, shared = result(run(model, tmp_path, name)), ranks[0][name]
+    assert (shared["weights"] - alone["weights"]).abs().max() <= 1e-6
+    assert torch.equal(shared["weights"], ranks[1][name]["weights"])
+    history, expected = shared["history"], alone["history"]
+    assert history["xsam/alpha"] == expected["xsam/alpha"]
+    for key in ("loss", "xsam/angle", "xsam/sharpness", "xsam/grad_norm_last"):
+        assert history[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), key
+
+
+def test_scenarios_are_different_trainings(ranks):
+    found = [ranks[0][name]["weights"] for name in SCENARIOS if name != "accumulation"]  # which equals "xsam"
+    for i, one in enumerate(found):
+        for other in found[:i]:
+            assert (one - other).abs().max() > 1e-5
+
+
+def test_what_cannot_be_right_is_refused(ranks):
+    for rank in ranks:
+        assert "`ascent_scope='micro'`" in rank["refused"]["micro"]
+        assert "'expert' is a part of a weight in each process" in rank["refused"]["a part"]

@@ -1,0 +1,147 @@
+"""
+Loss surfaces, sharpness and spectra of checkpoints.
+
+    python -m xsam_hf.analysis toy
+    python -m xsam_hf.analysis hessian runs/mine/checkpoint-500 --data batches.safetensors
+    python -m xsam_hf.analysis arc runs/mine/checkpoint-500 --trainer mine.py:build --rho 0.1
+    python -m xsam_hf.analysis report SGD=runs/a/checkpoint-500 XSAM=runs/b/checkpoint-500 --trainer mine.py:build
+
+arc         the loss along XSAM's arc, for three radii (Fig. 2 of the paper)
+plane       the loss over the plane of the gradients at the weights and after the ascent (Fig. 1)
+gain        the loss along either gradient, and the share of batches in which the second leads higher (Fig. 11, Proposition 1)
+hessian     the highest eigenvalues of the Hessian and its trace (Table 16)
+sharpness   average sharpness over random directions, and the highest rise within rho (Fig. 16)
+landscape   the loss over two random directions, filter-normalised (Fig. 15)
+toy         SGD, SAM and XSAM on the paper's function of two variables (Fig. 3a); takes no checkpoint
+report      all of them and one page
+
+Each writes a picture and its numbers into --output_dir. What is there already, of the same weights, batches and settings, is not measured
+again, so that Ctrl-C costs one measure. --data is a safetensors file of tensors by the names of the model's arguments, their first dimension
+the examples; --trainer is FILE.py:FUNCTION, the function taking a checkpoint's path and returning a Trainer with its weights.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import HfArgumentParser
+
+
+@dataclass
+class AnalysisArguments:
+    """What to measure, and where to write."""
+
+    data: str | None = field(default=None, metadata={"help": "A safetensors file of the model's arguments."})
+    trainer: str | None = field(default=None, metadata={"help": "FILE.py:FUNCTION, which returns a Trainer."})
+    batch_size: int = field(default=32, metadata={"help": "Examples in a batch of --data."})
+    batches: int = field(default=4, metadata={"help": "How many batches."})
+    output_dir: str = field(default="analysis", metadata={"help": "The folder for pictures and numbers."})
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs one command."""
+    from .measures import MEASURES, Settings  # matplotlib, which is in the extra
+
+    classes: Any = (AnalysisArguments, Settings)
+    parser = HfArgumentParser(
+        classes,
+        prog="python -m xsam_hf.analysis",
+        description=__doc__,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("command", choices=[*MEASURES, "toy", "report"], help="What to look at.")
+    parser.add_argument("checkpoints", nargs="*", metavar="[NAME=]CHECKPOINT", help="Folders of models.")
+    args, settings, rest = parser.parse_args_into_dataclasses(list(argv))
+    folder = Path(args.output_dir)
+    if rest.command == "toy":
+        if rest.checkpoints:
+            raise ValueError("`toy` is a function of two variables and takes no checkpoint.")
+        _toy(folder)
+    else:
+        measures = list(MEASURES) if rest.command == "report" else [rest.command]
+        _measure(measures, _named(rest.checkpoints), args, settings, folder, argv)
+
+
+def _named(checkpoints: Sequence[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in checkpoints]
+    named = {(name if path else Path(name).name): path or name for name, _, path in pairs}
+    if not named or "" in named:
+        raise ValueError("Give one or more checkpoints, as FOLDER or NAME=FOLDER.")
+    if len(named) < len(pairs):
+        raise ValueError("Two checkpoints have the same name: give them others, NAME=FOLDER.")
+    return named
+
+
+def _measure(
+    measures: Sequence[str], named: dict[str, str], args: AnalysisArguments, settings: Any, folder: Path, argv: Sequence[str]
+) -> None:  # fmt: skip
+    from .checkpoint import load
+    from .curves import training_curves
+    from .measures import MEASURES, take
+    from .report import make_report, summarise, to_text
+
+    results: dict[str, dict[str, Any]] = {measure: {} for measure in measures}
+    for name, path in named.items():
+        model, batches = load(path, args.data, args.trainer, args.batch_size, args.batches)
+        for measure in measures:
+            print(f"{name}: {measure}", file=sys.stderr, flush=True)
+            file = folder / name / f"{measure}.json"
+            results[measure][name] = take(measure, file, model, batches, settings, path)
+    for measure in measures:
+        _save(MEASURES[measure].draw, results[measure], file=folder / f"{measure}.svg")
+    print(to_text(summarise(results)))
+    if len(measures) == 1:
+        print(f"\n{folder / measures[0]}.svg")
+        return
+    curves = {name: training_curves(path) for name, path in named.items()}
+    facts = {
+        **asdict(settings),
+        "batches": args.batches,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    command = f"python -m xsam_hf.analysis {shlex.join(argv)}"
+    page = folder / "report.html"
+    page.write_text(make_report(results, curves, command, facts), encoding="utf-8")
+    print(f"\n{page}")
+
+
+def _toy(folder: Path) -> None:
+    from . import pictures, toy
+
+    descents = {name: toy.descend(toy.START, arguments) for name, arguments in toy.METHODS.items()}
+    basins = toy.basins()
+    folder.mkdir(parents=True, exist_ok=True)
+    shares = {name: basins.share(name) for name in toy.METHODS}
+    (folder / "toy.json").write_text(json.dumps({"flat": shares}, indent=1) + "\n", encoding="utf-8")
+    _save(pictures.draw_toy, descents, basins, file=folder / "toy.svg")
+    for name, share in shares.items():
+        print(f"{name}: {share:.1%} of {basins.flat[name].numel()} starts end nearer to the flat minimum")
+    print(f"\n{folder / 'toy.svg'}")
+
+
+def _save(plot: Callable[..., Any], *results: Any, file: Path) -> None:
+    from . import svg
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    svg.write(plot, *results, file=file)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, NotImplementedError, OSError, ImportError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,155 @@
+"""A model and its batches from files: a checkpoint's folder, and tensors or a Python function that says what it was trained on."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from transformers import Trainer
+
+from .surface import batches_of
+
+
+_PEFT = {
+    "CAUSAL_LM": "CausalLM",
+    "SEQ_2_SEQ_LM": "Seq2SeqLM",
+    "SEQ_CLS": "SequenceClassification",
+    "TOKEN_CLS": "TokenClassification",
+    "QUESTION_ANS": "QuestionAnswering",
+}
+
+
+def load(
+    checkpoint: str, data: str | None, trainer: str | None, batch_size: int, batches: int
+) -> tuple[Trainer | nn.Module, list[Mapping[str, Any]]]:
+    """
+    What to measure, and on what.
+
+    Args:
+        checkpoint (`str`): a folder that `save_pretrained` or a Trainer wrote, a LoRA adapter's too.
+        data (`str`, *optional*):
+            A safetensors file of tensors by the names of the model's arguments, such as `input_ids` and `labels`; their first
+            dimension is the examples.
+        trainer (`str`, *optional*):
+            `FILE.py:FUNCTION`; the function takes the checkpoint's path and returns a [`~transformers.Trainer`] that has its weights.
+        batch_size (`int`), batches (`int`): of `data`; a trainer has a batch size of its own.
+
+    Raises:
+        `ValueError`: one of them is missing, not what it should be, or too small.
+    """
+    if batch_size < 1 or batches < 1:
+        raise ValueError(f"`batch_size` is {batch_size} and `batches` {batches}: both are 1 at least.")
+    if not Path(checkpoint).is_dir():
+        raise ValueError(f"There is no folder {checkpoint}: give one that `save_pretrained` or a Trainer wrote.")
+    if (data is None) == (trainer is None):
+        raise ValueError(
+            "Say what to measure the loss on, in one way: `--data FILE.safetensors`, or `--trainer FILE.py:FUNCTION`."
+        )
+    if trainer is not None:
+        built = _call(trainer, checkpoint)
+        return built, batches_of(built, batches)
+    model = load_model(Path(checkpoint))
+    return model, load_batches(Path(str(data)), batch_size, batches)
+
+
+def load_model(folder: Path) -> nn.Module:
+    """
+    The model of a checkpoint, in float32, its adapters trainable.
+
+    Raises:
+        `ValueError`: the folder says of no model in Transformers, or lacks weights of it.
+    """
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    if (folder / "adapter_config.json").is_file():
+        import peft  # an adapter's checkpoint needs it anyway
+
+        task = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("task_type")
+        cls = getattr(peft, f"AutoPeftModelFor{_PEFT.get(str(task), '')}", None)
+        if cls is None:
+            raise ValueError(
+                f"{folder} is an adapter whose `task_type` is {task!r}: give one of {', '.join(_PEFT)} in its config, or `--trainer`."
+            )
+        return cls.from_pretrained(str(folder), is_trainable=True, dtype=torch.float32).to(device)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} has no config.json that can be read ({error}), so that its model is not known: give `--trainer` instead."
+        ) from error
+    name = next(iter(config.get("architectures") or [""]))
+    cls = getattr(transformers, name, None)
+    if cls is None:
+        raise ValueError(
+            f"{folder} is of {name or 'no named class'}, which is not in Transformers: give `--trainer` instead."
+        )
+    model, seen = cls.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    if lost := sorted([*seen["missing_keys"], *(str(key) for key in seen["mismatched_keys"])]):
+        raise ValueError(
+            f"{folder} lacks {len(lost)} of the weights of {name} ({lost[0]} ...), which would be random: give a whole one."
+        )
+    return model.to(device)
+
+
+def load_batches(file: Path, batch_size: int, batches: int) -> list[Mapping[str, Any]]:
+    """
+    The first batches of a safetensors file.
+
+    Raises:
+        `ValueError`: there is no such file, its tensors have no or different numbers of examples, or too few.
+    """
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} cannot be read as safetensors ({error}).") from error
+    lengths = {name: len(tensor) if tensor.ndim else 0 for name, tensor in tensors.items()}
+    if len(set(lengths.values())) != 1 or 0 in lengths.values():
+        raise ValueError(f"The tensors of {file} must have the same number of examples, above 0, and have {lengths}.")
+    count = next(iter(lengths.values()))
+    if count < batch_size * batches:
+        raise ValueError(
+            f"{file} has {count} examples, and {batches} batches of {batch_size} are asked for: lower `--batches` or `--batch_size`."
+        )
+    return [
+        {name: tensor[start : start + batch_size] for name, tensor in tensors.items()}
+        for start in range(0, batches * batch_size, batch_size)
+    ]
+
+
+def fingerprint(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> str:
+    """Of weights, buffers and batches: what was measured on others is not taken for theirs."""
+    digest = hashlib.sha256()
+    tensors = [*model.state_dict().values(), *(value for batch in batches for value in batch.values())]
+    for tensor in tensors:
+        if isinstance(tensor, torch.Tensor):
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(repr(tensor).encode())
+    return digest.hexdigest()[:16]
+
+
+def _call(where: str, checkpoint: str) -> Trainer:
+    file, _, name = where.rpartition(":")
+    if not Path(file).is_file():
+        raise ValueError(
+            f"`--trainer` is {where!r}: give FILE.py:FUNCTION, a file that is there and a function in it."
+        )
+    spec = importlib.util.spec_from_file_location("trainer_to_analyse", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"{file} has no function {name!r}.")
+    built = function(checkpoint)
+    if not isinstance(built, Trainer):
+        raise ValueError(f"{where} returned {type(built).__name__}, not a Trainer.")
+    return built
