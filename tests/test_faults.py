@@ -10,18 +10,15 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
-import traceback
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from accelerate.state import AcceleratorState
+from processes import in_process, in_ranks
 from toys import Classifier, Points, build, train, weights_of
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
@@ -77,43 +74,6 @@ def faulty(update, number, fault):
             return loss
 
     return Faulty
-
-
-def start_process(work):
-    """Starts `work(report)` in a forked process; what it reports, its traceback included, can be read from a pipe."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child:
-        os.close(writing)
-        return child, reading
-    status = 1
-    try:
-        sys.stdout = open(os.devnull, "w")
-        work(lambda text: os.write(writing, text.encode()))
-        status = 0
-    except BaseException:
-        os.write(writing, traceback.format_exc().encode())
-    finally:
-        os._exit(status)
-
-
-def end_process(child, reading, seconds=300):
-    """Its exit status, negative for a signal, and its report. One that hangs fails the test."""
-    deadline = time.time() + seconds
-    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
-        if time.time() > deadline:
-            os.kill(child, signal.SIGKILL)
-            ended = os.waitpid(child, 0)
-            break
-        time.sleep(0.01)
-    with open(reading, "rb") as pipe:
-        report = pipe.read().decode()
-    assert time.time() < deadline, "it hung"
-    return os.waitstatus_to_exitcode(ended[1]), report
-
-
-def in_process(work):
-    return end_process(*start_process(work))
 
 
 def die():
@@ -346,28 +306,6 @@ def test_disk_full(tmp_path, whole, file, message):
 # --- a process of two ------------------------------------------------------------------------------------------------
 
 TWO = {**SETTINGS, "per_device_train_batch_size": 2}  # on two processes the updates of one with 4
-
-
-def start_ranks(work):
-    """Starts `work(rank, report)` in two gloo processes."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-
-    def ranked(rank):
-        def run(report):
-            os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-            os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": f"{port}"}
-            AcceleratorState._reset_state(reset_partial_state=True)
-            work(rank, report)
-
-        return run
-
-    return [start_process(ranked(rank)) for rank in range(2)]
-
-
-def in_ranks(work):
-    return [end_process(*started) for started in start_ranks(work)]
 
 
 def train_ranks(directory, resume):

@@ -29,7 +29,7 @@ def build(checkpoint: str) -> XSAMTrainer:
         raise ValueError(f"{checkpoint} is no checkpoint of tasks.image_classification: train with a `save_strategy`.")
     splits = data.load(
         of["dataset"],
-        of.get("data_dir"),
+        None,  # a checkpoint does not know where a local copy lay: from the hub, or with scikit-learn
         of["validation_share"],
         of["cutout"],
         of["seed"],
@@ -40,7 +40,7 @@ def build(checkpoint: str) -> XSAMTrainer:
     model.load_state_dict(load_file(Path(checkpoint) / "model.safetensors"))
     args = TrainingArguments(
         output_dir=str(Path(checkpoint).parent),
-        per_device_train_batch_size=of["per_device_train_batch_size"],
+        per_device_train_batch_size=of["update_batch"],
         seed=of["seed"],
         label_smoothing_factor=of["label_smoothing_factor"],
         report_to="none",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +167,7 @@ def take(
             return measure.read(numbers(kept["result"]))
     except (OSError, ValueError, KeyError, TypeError):  # not there, or cut off
         pass
-    result = measure.take(model, batches, replace(settings))
+    result = measure.take(model, batches, settings)
     file.parent.mkdir(parents=True, exist_ok=True)
     whole = file.with_suffix(".part")
     kept = {**asked, "checkpoint": checkpoint, "result": strict(asdict(result))}

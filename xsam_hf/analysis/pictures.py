@@ -176,7 +176,7 @@ def draw_toy(trajectories: Mapping[str, toy.Trajectory], basins: toy.Basins) -> 
     figure = Figure(figsize=(11, 6.4), layout="constrained")
     grid = figure.add_gridspec(2, 3, height_ratios=[1.5, 1])
     axes = figure.add_subplot(grid[0, :])
-    mu, sigma = torch.linspace(-35, 35, 141, dtype=torch.float64), torch.linspace(3, 45, 141, dtype=torch.float64)
+    mu, sigma = torch.linspace(-35, 35, 71, dtype=torch.float64), torch.linspace(3, 45, 71, dtype=torch.float64)
     surface = toy.loss(torch.stack(torch.meshgrid(mu, sigma, indexing="xy"), -1))
     filled = axes.contourf(
         mu, sigma, surface, levels=np.linspace(0.2, 2.0, 19), cmap="YlOrBr", alpha=0.8, extend="max"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,7 @@ def make_report(
             *figures,
             "<h2>How this was made</h2>",
             paragraphs(["; ".join(f"{name}: {value}" for name, value in facts.items())]),
-            f"<pre>{command}</pre>",
+            f"<pre>{escape(command)}</pre>",
         ],
     )
 

@@ -59,11 +59,6 @@ class Surface:
         self._shares = [size / sum(sizes) for size in sizes]
         self._before: PassState | None = None
 
-    @property
-    def size(self) -> int:
-        """How many examples the batches hold."""
-        return sum(_examples(batch) for batch in self.batches)
-
     @contextmanager
     def kept(self) -> Iterator[PassState]:
         """The block in which passes run. At its end all is as it was; yields what each pass starts from."""
