@@ -50,14 +50,13 @@ def excludes_all_but_the_norms(norms_alone, **_):
 
 
 # What a page's examples take for granted.
-GIVEN = {
-    "choosing_rho": """
+TRAINER = """
 from toys import Classifier, Points, arguments
 from xsam_hf import XSAMTrainer
 args = arguments("runs", rho=0.0, max_steps=2, eval_strategy="steps", eval_steps=2)
 trainer = XSAMTrainer(model_init=lambda: Classifier(), args=args, train_dataset=Points(), eval_dataset=Points())
 """
-}
+GIVEN = {"analysis": TRAINER, "choosing_rho": TRAINER}
 
 CHECKS = {
     "quick_start": learns_and_searches,
