@@ -91,6 +91,17 @@ def test_the_methods_page_has_every_method_with_its_fields():
             assert f"`{field}={value}`" in rows[row] or f"`{value}`" in rows[row], flags(name)
 
 
+def test_gains_are_those_of_the_results():
+    results = (DOCS.parent / "RESULTS.md").read_text(encoding="utf-8")
+    gains = re.findall(r"\d+\.\d+ ± \d+\.\d+", read("methods") + read("troubleshooting"))
+    assert len(gains) == 2 and all(gain in results for gain in gains)
+    shares = re.search(r"a tenth of the batch kept (\d+) %.*?stale\s+ascent (\d+) %", read("methods"), re.DOTALL)
+    (fraction,), (stale,) = (
+        re.findall(rf"^\| {name} .*\((\d+)%\)", results, re.MULTILINE) for name in ("fraction.1", "stale-sam")
+    )
+    assert shares.groups() == (fraction, stale)
+
+
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_migrating_gives_the_gradient_of_the_other_sam(adaptive):
     # As davda54/sam and pytorch_optimizer define it: ε = ρ w² g/‖w g‖ if adaptive, and ρ g/‖g‖ otherwise.
