@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from scripts import release_check
 from tasks.recipes import read
 
 
@@ -242,6 +243,26 @@ def test_the_examples_of_the_readme_run_with_the_wheel_alone(built, tmp_path):
             timeout=300,
         )
         assert done.returncode == 0, f"{block}\n{done.stderr[-2000:]}"
+
+
+# --- releases --------------------------------------------------------------------------------------------------------
+
+
+def test_a_release_names_its_version_everywhere(tmp_path):
+    (tmp_path / "xsam_hf").mkdir()
+    (tmp_path / "xsam_hf" / "__init__.py").write_text('__version__ = "1.2.0"\n')
+    (tmp_path / "CITATION.cff").write_text("cff-version: 1.2.0\nversion: 1.2.0\n")
+    changelog = tmp_path / "CHANGELOG.md"
+    changelog.write_text("# Changelog\n\n## [1.2.0] - 2026-11-25\n\n## [1.1.0] - 2026-10-01\n")
+    assert release_check.check_agreement(tmp_path) == "1.2.0"
+    for heading in ("[Unreleased]", "[1.2.1] - 2026-11-25", "[1.2.0]", "[1x2.0] - 2026-11-25"):
+        changelog.write_text(f"# Changelog\n\n## {heading}\n\n## [1.2.0] - 2026-11-25\n")
+        with pytest.raises(ValueError, match=r"CHANGELOG.md begins with .* and xsam_hf/__init__.py says 1\.2\.0"):
+            release_check.check_agreement(tmp_path)
+    changelog.write_text("## [1.2.0] - 2026-11-25\n")
+    (tmp_path / "CITATION.cff").write_text("cff-version: 1.2.0\nversion: 1.1.0\n")
+    with pytest.raises(ValueError, match=r"CITATION.cff says version 1\.1\.0"):
+        release_check.check_agreement(tmp_path)
 
 
 # --- citation --------------------------------------------------------------------------------------------------------
