@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from scripts.group import FinishedRun, check_one_method
 from scripts.paper import SETTINGS, TABLES, Number, Setting, Table, deviations, numbers, slug
 from scripts.run_seeds import OURS, ROOT, Run, is_finished, run_or_exit
 from scripts.table import to_markdown
+from tasks import recipes
 from tasks.command import Parser, run
 
 
@@ -76,8 +78,17 @@ def _run(setting: str, flags: str, seed: int, options: argparse.Namespace) -> Ru
         if value is not None:
             parts.append(f"--{name} {value:g}")
             group += f"-{name.rpartition('_')[2]}-{value:g}"
+    if options.processes > 1:
+        # An update's batch stays the paper's.
+        name = "per_device_train_batch_size" if of.task == "image_classification" else "max_tokens"
+        parts.append(f"--{name} {_recipe(of)[name] // options.processes}")
     parts.append(options.flags)
     return Run(of.task, of.recipe, group, slug(flags), seed, " ".join(filter(None, parts)))
+
+
+@cache
+def _recipe(of: Setting) -> dict[str, Any]:
+    return recipes.read(ROOT / "tasks" / of.task / "recipes" / f"{of.recipe}.yaml")
 
 
 def once(cells: Sequence[Cell]) -> list[Run]:
@@ -228,17 +239,18 @@ class Cost:
         return (self.passes * both + (self.searches + self.evaluations) * forward) / 3600
 
 
-def cost(setting: Setting, args: Any, task: Any, test: int = 10_000) -> Cost:
+def cost(setting: Setting, args: Any, task: Any, processes: int = 1, test: int = 10_000) -> Cost:
     """
     What a run does, by its arguments.
 
     Args:
         setting ([`Setting`]): the number of its examples.
         args, task: the Trainer's and the task's arguments of the run.
+        processes (`int`, *optional*, defaults to 1): that share an update's batch.
         test (`int`, *optional*, defaults to 10,000): images that every evaluation scores.
     """
     examples = getattr(task, "train_examples", None) or setting.examples
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     epoch = setting.updates or math.ceil(examples / batch)
     updates = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
     if args.rho == 0:
@@ -311,8 +323,6 @@ def parsed(of: Run) -> tuple[Any, Any]:
     Raises:
         `ValueError`: the command would refuse them.
     """
-    from tasks import recipes
-
     if of.task == "translation":
         from tasks.translation.train import TrainingArguments, TranslationArguments
 
@@ -327,8 +337,8 @@ def parsed(of: Run) -> tuple[Any, Any]:
     return task, args
 
 
-def plan(runs: Sequence[Run]) -> str:
-    """The commands of the runs that are not finished, with their passes and hours, and the hours of all."""
+def plan(runs: Sequence[Run], processes: int = 1) -> str:
+    """The commands of the runs that are not finished, with their passes and hours, and the hours of all; one of `processes` is timed."""
     paces: dict[tuple, tuple[float, float]] = {}
     lines, total = [], 0.0
     settings = {f"paper-{name}": of for name, of in SETTINGS.items()}
@@ -342,7 +352,7 @@ def plan(runs: Sequence[Run]) -> str:
         setting = next(
             s for name, s in settings.items() if re.fullmatch(rf"{name}(-examples-.*|-epochs-.*)?", of.group)
         )
-        needed = cost(setting, args, task)
+        needed = cost(setting, args, task, processes)
         hours = needed.hours(paces[key])
         total += hours
         lines.append(f"python {shlex.join(of.command)}")
@@ -414,10 +424,13 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--flags", default="", help='for all runs, such as --flags="--bf16 true"')
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; with more than one, each has one thread")
     parser.add_argument(
+        "--processes", type=int, default=1, help="GPUs that train a run together; they share an update's batch"
+    )
+    parser.add_argument(
         "--dry-run", "--dry_run", action="store_true", help="print the commands, their passes and hours"
     )
     options = parser.parse_args(argv)
-    for name in ("seeds", "jobs"):
+    for name in ("seeds", "jobs", "processes"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} starts at 1")
     _check_flags(parser, options)
@@ -432,17 +445,24 @@ def main(argv: Sequence[str]) -> None:
     foreign = [name for name in options.settings or [] if name not in table.rows]
     if foreign:
         raise ValueError(f"{options.table} has no setting {foreign[0]}: it has {', '.join(table.rows)}.")
+    for name in options.settings or table.rows:
+        batch = _recipe(SETTINGS[name]).get("per_device_train_batch_size", 0)
+        if batch % options.processes:
+            raise ValueError(
+                f"--processes is {options.processes}, and {name} has batches of {batch}, which do not divide so: give another number."
+            )
     found = cells(table, options)
     if options.examples is not None and any(SETTINGS[cell.setting].task == "translation" for cell in found):
         raise ValueError(
             "--examples is for images, and iwslt14-transformer takes all sentences: leave it out, or choose --settings."
         )
     if options.dry_run:
-        print(plan(once(found)))
+        print(plan(once(found), options.processes))
     else:
         check_data(found, table, options)
         parsed(found[0].runs[0])  # which refuses flags that no run would take
-        run_or_exit(once(found), options.jobs)
+        launch = ["-m", "accelerate.commands.launch", "--num_processes", str(options.processes)]
+        run_or_exit(once(found), options.jobs, launch if options.processes > 1 else ())
         if table.metric == "corruptions":
             score_corruptions(found, options)
     print(f"\n{options.table}: {table.title}. s: standard deviations over the seeds. {table.note}".rstrip())

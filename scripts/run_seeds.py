@@ -85,7 +85,7 @@ class Run:
     def is_finished(self) -> bool:
         return self.is_ours and is_json(ROOT / self.folder / "result.json")
 
-    def start(self, starter: Starter) -> Started:
+    def start(self, starter: Starter, launch: Sequence[str] = ()) -> Started:
         folder = ROOT / self.folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         with open(ROOT / self.log, "a") as log:
@@ -102,7 +102,7 @@ class Run:
             folder.mkdir(exist_ok=True)
             write_whole(folder / "request.json", self.request)
             (folder / "result.json").unlink(missing_ok=True)  # a damaged one: a whole one would have been kept
-            return starter.start([*self.command[1:], *resume_flags(folder)], log)
+            return starter.start([*launch, *self.command, *resume_flags(folder)][1:], log)
 
 
 def resume_flags(folder: Path) -> list[str]:
@@ -132,12 +132,12 @@ def is_finished(run: Run) -> bool:
         return False
 
 
-def run_all(runs: list[Run], jobs: int = 1) -> list[Run]:
-    """Trains the runs that are not finished, `jobs` at a time, and returns those that failed."""
+def run_all(runs: list[Run], jobs: int = 1, launch: Sequence[str] = ()) -> list[Run]:
+    """Trains the runs that are not finished, `jobs` at a time, and returns those that failed; `launch` goes before their commands."""
     waiting = [run for run in runs if not is_finished(run)]
     running: dict[Run, Started] = {}
     failed = []
-    modules = sorted({f"tasks.{run.task}.train" for run in waiting})
+    modules = [] if launch else sorted({f"tasks.{run.task}.train" for run in waiting})
     starter = Starter(ROOT, modules, {**os.environ, **({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})})
     shown = ""  # not the bar's: one that TQDM_DISABLE turns off keeps nothing
     # The clock moves on every five seconds, which a log file can bear too.
@@ -154,7 +154,7 @@ def run_all(runs: list[Run], jobs: int = 1) -> list[Run]:
                 while waiting and len(running) < jobs:
                     run = waiting.pop(0)
                     try:
-                        running[run] = run.start(starter)
+                        running[run] = run.start(starter, launch)
                     except (OSError, RuntimeError, ValueError) as error:  # of this run's files: the others go on
                         settle(run, sentence(error))
                 if (names := ", ".join(map(str, running))) != shown:
@@ -180,14 +180,14 @@ def run_all(runs: list[Run], jobs: int = 1) -> list[Run]:
     return failed
 
 
-def run_or_exit(runs: list[Run], jobs: int) -> None:
+def run_or_exit(runs: list[Run], jobs: int, launch: Sequence[str] = ()) -> None:
     """`run_all` for a command: what is left to do ends it with a sentence and status 1."""
     # A polite kill and a closed terminal stop the runs as Ctrl-C does, unless the caller (`nohup`) ignores them.
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
     try:
-        failed = run_all(runs, jobs)
+        failed = run_all(runs, jobs, launch)
     except KeyboardInterrupt:
         sys.exit("Interrupted: the same command goes on from here.")
     if failed:

@@ -186,7 +186,8 @@ def serve() -> None:
     os.close(log)
     command = json.loads(order)
     torch = sys.modules.get("torch")
-    if not forks or (torch is not None and torch.cuda._is_in_bad_fork()):  # an import has asked CUDA for its devices
+    asked = torch is not None and torch.cuda._is_in_bad_fork()  # an import has asked CUDA for its devices
+    if not forks or asked or command[0] not in sys.argv[1:]:  # a launcher of several processes, for instance
         os.execv(sys.executable, [sys.executable, "-m", *command])
     os.write(2, os.pread(said.fileno(), 1 << 20, 0))  # the imports' warnings
     said.close()

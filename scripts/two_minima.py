@@ -25,7 +25,7 @@ from xsam_hf import XSAMArguments, XSAMState, xsam_gradient
 GAUSSIANS = (((20.0, 30.0), 1.8, 0.7), ((-20.0, 10.0), 1.2, 0.3))
 FLAT, SHARP = (19.80, 29.90), (-16.80, 12.80)
 # The paper's values of these are lost.
-RATE, MOMENTUM, UPDATES, RHO, RHO_MAX, START = 5.0, 0.9, 200, 12.0, 24.0, (-10.0, 25.0)
+RATE, MOMENTUM, UPDATES, RHO, RHO_MAX, START = 5.0, 0.9, 150, 12.0, 24.0, (-20.0, 20.0)
 METHODS = {
     "SGD": XSAMArguments(rho=0.0),
     "SAM": XSAMArguments(rho=RHO, alpha=1.0),
@@ -66,7 +66,7 @@ def end(points: np.ndarray) -> str:
     In whose basin a path ends, `flat` or `sharp`: the minimum that SGD reaches from its last point; `none` if it left the domain. A climb
     of length ρ at every update keeps SAM and XSAM from a minimum itself.
     """
-    mean, deviation = path(METHODS["SGD"], tuple(points[-1]), 150)[-1] if np.isfinite(points[-1]).all() else points[-1]
+    mean, deviation = path(METHODS["SGD"], tuple(points[-1]), 100)[-1] if np.isfinite(points[-1]).all() else points[-1]
     if not (math.isfinite(mean) and math.isfinite(deviation) and deviation > 0):
         return "none"
     near = [math.dist((mean, deviation), minimum) for minimum in (FLAT, SHARP)]
@@ -75,7 +75,7 @@ def end(points: np.ndarray) -> str:
 
 def main(argv: Sequence[str]) -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("--grid", type=int, default=6, help="starts along each of the two parameters")
+    parser.add_argument("--grid", type=int, default=5, help="starts along each of the two parameters")
     args = parser.parse_args(argv)
     if args.grid < 2:
         parser.error("--grid starts at 2")

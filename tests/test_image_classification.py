@@ -25,10 +25,10 @@ from safetensors.torch import load_file
 from transformers import Trainer
 from transformers import TrainingArguments as HFArguments
 
-from tasks import metric, recipes
+from tasks import metric, recipes, runs
 from tasks.image_classification import archives, data, models
 from tasks.image_classification.top_k_accuracy import TopKAccuracy
-from tasks.image_classification.train import ImageArguments, TrainingArguments, best_epoch, train
+from tasks.image_classification.train import ImageArguments, TrainingArguments, best_epoch, last_five_epochs, train
 from tasks.methods import METHODS, flags, name_of
 from xsam_hf import XSAMTrainer, XSAMTrainingArguments
 
@@ -431,6 +431,38 @@ def test_the_best_epoch_is_the_first_of_the_highest_test_accuracy():
     ]
     assert best_epoch(history) == {"accuracy": 0.9, "top5_accuracy": 1.0, "loss": 2.0, "epoch": 2.0}
     assert best_epoch(history[:1]) == {}
+
+
+def test_the_last_five_epochs_are_those_at_the_end_and_whole():
+    scored = [
+        {"epoch": e, "eval_test_accuracy": e / 10, "eval_test_top5_accuracy": 1.0, "eval_test_loss": 2 * e}
+        for e in range(1, 8)
+    ]
+    part = {"epoch": 2.5, "eval_test_accuracy": 9.0, "eval_test_top5_accuracy": 9.0, "eval_test_loss": 9.0}
+    history = [{"epoch": 7.0, "loss": 1.0}, part, *scored]
+    assert last_five_epochs(history) == pytest.approx({"accuracy": 0.5, "top5_accuracy": 1.0, "loss": 10.0})
+    assert last_five_epochs(history[:6]) == {} == last_five_epochs([])
+
+
+def test_every_weight_decays_where_that_is_asked_for(tmp_path, monkeypatch):
+    class Started(Exception):
+        pass
+
+    def start(trainer, identity):
+        raise Started(trainer)
+
+    monkeypatch.setattr(runs, "start", start)
+    for scope, biases in (([], 0), (["--weight_decay_scope", "all"], 10)):
+        flags = [*SHORT, "--model", "resnet-small", "--weight_decay", "0.1", "--output_dir", str(tmp_path), *scope]
+        with pytest.raises(Started) as started:
+            train(*parse(*flags))
+        trainer = started.value.args[0]
+        trainer.create_optimizer()
+        decaying = [p for group in trainer.optimizer.param_groups if group["weight_decay"] for p in group["params"]]
+        # Of one dimension are the weights of nine BatchNorms, which decay by default too, and the biases of these and of the head.
+        assert sum(len(p.shape) == 1 for p in decaying) == 9 + biases, scope
+    with pytest.raises(ValueError, match="`weight_decay_scope` is some: give all, or leave it out"):
+        parse("--weight_decay_scope", "some")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tasks.command import sentence
 from tasks.image_classification import train
 
 
-OPTIONS = {"data": None, "seeds": 1, "settings": None, "examples": None, "epochs": None, "flags": ""}
+OPTIONS = {"data": None, "seeds": 1, "settings": None, "examples": None, "epochs": None, "flags": "", "processes": 1}
 
 
 def options(**changes):
@@ -230,6 +230,17 @@ def test_passes_are_counted_as_the_runs_make_them():
     assert part.hours((3600, 360)) == pytest.approx(32 + 4.6)
 
 
+def test_several_processes_share_an_updates_batch(monkeypatch):
+    started = []
+    monkeypatch.setattr(reproduce, "run_or_exit", lambda runs, jobs, launch: started.append((runs, launch)))
+    reproduce.main(["table-3", "--settings", "cifar100-vit-ti", "--processes", "4", "--seeds", "1"])
+    runs, launch = started[0]
+    assert launch == ["-m", "accelerate.commands.launch", "--num_processes", "4"]
+    assert [run.flags.split()[-2:] for run in runs] == [["--per_device_train_batch_size", "64"]] * 2
+    translation = reproduce.cells(TABLES["table-3"], options(settings=["iwslt14-transformer"], processes=2))[0].runs[0]
+    assert translation.flags.endswith("--max_tokens 2048")
+
+
 def test_runs_are_named_by_what_they_are_and_made_once():
     assert slug("--method xsam --rho 0.15 --rho_max 0.3") == "xsam-rho-0.15-rho_max-0.3"
     assert all(re.fullmatch(run_seeds.NAME, run.name) for run in every_run())
@@ -250,6 +261,7 @@ def test_runs_are_named_by_what_they_are_and_made_once():
         (["table-99"], "there is no 'table-99': choose one of table-1"),
         ([], "a table is missing: --list names all"),
         (["2", "--seeds", "0"], "--seeds starts at 1"),
+        (["2", "--processes", "4"], "--processes is 4, and cifar10-vgg-11 has batches of 125, which do not divide so"),
         (["table-16"], "table-16 is not made of trainings"),
         (["2", "--settings", "cifar100-vit-ti"], "table-2 has no setting cifar100-vit-ti: it has cifar10-vgg-11"),
         (["3", "--settings", "iwslt14-transformer", "--examples", "500"], "--examples is for images"),
