@@ -259,7 +259,7 @@ TABLES: dict[str, Table] = {
     ),
     "figure-17": Table(
         "Gradient scales",
-        {RESNET: _xsam({s: {"gradient_scale": s} for s in ("first", "last", "mean", "max", "slope", "slope_max")})},
+        {RESNET: _xsam({"last": {}, **{s: {"gradient_scale": s} for s in ("first", "mean", "max", "slope", "slope_max")}})},
         note="The formulas of two simple extensions are lost; mean and max here.",
     ),
     "wsam-grid": Table(
