@@ -20,12 +20,12 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from transformers import TrainerCallback
 
-from scripts import svg
 from scripts.run_seeds import ROOT
 from tasks import recipes
 from tasks.command import Parser, run
 from tasks.files import write_whole
 from xsam_hf import RangeTest, find_rho
+from xsam_hf.analysis import svg
 from xsam_hf.trainer.range_test import RISE
 
 

@@ -109,6 +109,13 @@ SETTINGS = {
         flags="--no_aug false",
         seeds=5,
     ),
+    "cifar100": Setting(  # not run by us: the base optimizer takes a day and a half on a CPU core
+        "cifar-cnn",
+        "CIFAR-100, CNN",
+        "CIFAR-100, 10,000 images with flips, crops and cutout, right labels, ResNet-18, SGD",
+        flags="--train_examples 10000 --validation_share 0.1 --save_strategy no",
+        seeds=5,
+    ),
     "fashion-noise-vit": Setting(
         "fashion-mnist-noise-vit-small",
         "Fashion-MNIST, ViT",

@@ -21,12 +21,12 @@ import torch
 import yaml
 from PIL import Image
 from processes import run_command
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Trainer
 from transformers import TrainingArguments as HFArguments
 
 from tasks import metric, recipes, runs
-from tasks.image_classification import archives, data, models
+from tasks.image_classification import archives, data, models, surface
 from tasks.image_classification.top_k_accuracy import TopKAccuracy
 from tasks.image_classification.train import ImageArguments, TrainingArguments, best_epoch, last_five_epochs, train
 from tasks.methods import METHODS, flags, name_of
@@ -266,7 +266,10 @@ def test_bad_input_is_named(tmp_path):
         ({"name": "digits", "train_examples": 9}, "`train_examples` is 9: give 10 or more and fewer than the 1293"),
         ({"name": "digits", "train_examples": 5000}, "`train_examples` is 5000: give 10"),
         ({"name": "digits", "cutout": 9}, "`cutout` is 9.*8 pixels"),
-        ({"name": "digits", "cutout": 2, "no_aug": True}, "`cutout` is 2, and `no_aug` leaves the images as they are"),
+        (
+            {"name": "digits", "cutout": 2, "no_aug": True},
+            "`no_aug` leaves the images as they are: leave it out, or `cutout`",
+        ),
         ({"name": "cifar10", "data_dir": "/nowhere"}, "`data_dir` is /nowhere, which does not exist"),
         ({"name": "cifar10", "data_dir": str(tmp_path)}, "no files of cifar10 were found"),
     ]:
@@ -640,3 +643,19 @@ def test_two_processes(tmp_path):
     assert two["processes"] == 2
     assert all(two["passes"][name] == one["passes"][name] for name in ("forward", "backward"))
     assert sum(len(line) > 0 for line in (tmp_path / "two" / "xsam_search.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_analysis_opens_a_checkpoint_with_its_runs_images(tmp_path):
+    model = models.build("resnet-small", "digits")
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    of = {"task": "image_classification", "dataset": "digits", "model": "resnet-small", "validation_share": 0.25, "cutout": 0,
+          "seed": 3, "train_examples": None, "label_noise": 0.3, "update_batch": 64, "label_smoothing_factor": 0.0}  # fmt: skip
+    state = {"stateful_callbacks": {"RunIdentity": {"attributes": {"whole": of}}}}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    trainer = surface.build(str(tmp_path))
+    assert all(torch.equal(w, trainer.model.state_dict()[name]) for name, w in model.state_dict().items())
+    splits = data.load("digits", validation_share=0.25, label_noise=0.3)
+    assert trainer.train_dataset.fingerprint == splits["train"].fingerprint and trainer.args.train_batch_size == 64
+    assert splits["train"].fingerprint != data.load("digits", validation_share=0.25)["train"].fingerprint
+    with pytest.raises(ValueError, match="no checkpoint of tasks.image_classification"):
+        surface.build(str(tmp_path / "nowhere"))
