@@ -36,6 +36,7 @@ def build(checkpoint: str) -> XSAMTrainer:
         of["seed"],
         train_examples=of["train_examples"],
         label_noise=of["label_noise"],
+        no_aug=bool(of.get("no_aug")),
         **{name: of.get(name) for name in ("cutout_probability", "random_erasing", "padding_mode")},
     )
     model = models.build(of["model"], of["dataset"])
