@@ -86,9 +86,9 @@ class Table:
     Args:
         title (`str`): what it shows.
         rows (`Mapping[str, Rows]`): by setting.
-        metric (`str`): `score`, `hours` or `corruptions`.
+        metric (`str`): `score`, `hours`, `corruptions`, or `eigenvalues`, which the other command tells.
         note (`str`): what the paper's text does not tell, and what stands for it here.
-        other (`str`): the command that makes it, or draws it from the runs, if it is not this one; what is missing, if nothing does.
+        other (`str`): the command that makes it, from the runs if there are any.
     """
 
     title: str
@@ -154,8 +154,9 @@ CNNS = [name for name in SETTINGS if name.startswith(("cifar10-", "cifar100-", "
 EPOCH = 400  # updates: 50,000 images in batches of 125
 ONE_STEP = {0.1: 1.57, 0.2: 1.15, 0.3: 0.92}  # ρ, and the α of WSAM for it (appendix D)
 K_LOST = f"How many ascent steps is lost; {STEPS} here."
-NO_ANALYSIS = "nothing here: it needs the loss around trained weights"
-SEARCHES = f"scripts/run report runs/paper-{RESNET} draws the searches"
+BUILD = "--trainer tasks/image_classification/surface.py:build"
+SHARPEST = "cifar10-resnet-18"  # tables and figures of how flat the end of training is
+SEARCHES = f"scripts/run report runs/paper-{RESNET}"
 
 TABLES: dict[str, Table] = {
     "table-1": Table("Hours of a training", {s: rows_of(s, "SAM", "XSAM") for s in CNNS}, metric="hours"),
@@ -188,10 +189,19 @@ TABLES: dict[str, Table] = {
         },
         metric="corruptions",
     ),
-    "table-16": Table("Largest eigenvalues of the Hessian", other=NO_ANALYSIS),
-    "figure-1": Table("The loss around the weights (also figures 5 to 10)", other=NO_ANALYSIS),
+    "table-16": Table(
+        "Largest eigenvalues of the Hessian",
+        {SHARPEST: rows_of(SHARPEST, "SGD", "SAM", "XSAM")},
+        metric="eigenvalues",
+        other=f"python -m xsam_hf.analysis hessian SGD=CHECKPOINT SAM=CHECKPOINT XSAM=CHECKPOINT {BUILD}",
+    ),
+    "figure-1": Table(
+        "The loss around the weights (also figures 5 to 10)",
+        {RESNET: rows_of(RESNET, "SAM")},
+        other=f"python -m xsam_hf.analysis plane CHECKPOINT {BUILD} --rho 0.15",
+    ),
     "figure-2": Table("α over training", {RESNET: rows_of(RESNET, "XSAM")}, other=SEARCHES),
-    "figure-3a": Table("Paths on a function of two parameters", other="scripts/run two_minima"),
+    "figure-3a": Table("Paths on a function of two parameters", other="python -m xsam_hf.analysis toy"),
     "figure-3b": Table(
         "Accuracy by ρ, one step",
         {
@@ -216,11 +226,15 @@ TABLES: dict[str, Table] = {
         },
         note="The figure's values are lost.",
     ),
-    "figure-11": Table("The loss along g_0 and g_1 (also figure 12)", other=NO_ANALYSIS),
+    "figure-11": Table(
+        "The loss along g_0 and g_1 (also figure 12)",
+        {RESNET: rows_of(RESNET, "SAM")},
+        other=f"python -m xsam_hf.analysis gain CHECKPOINT {BUILD} --rho 0.15",
+    ),
     "figure-13": Table(
         "α over training, other models",
         {s: rows_of(s, "XSAM") for s in CNNS if s != RESNET},
-        other="scripts/run report runs/paper-SETTING draws the searches",
+        other="scripts/run report runs/paper-SETTING",
     ),
     "figure-14a": Table(
         "Accuracy by ρ_max",
@@ -231,12 +245,21 @@ TABLES: dict[str, Table] = {
     "figure-14c": Table(
         "‖g_0‖ and ‖g_k‖ over training, three steps",
         {RESNET: {"XSAM, k = 3": _steps(RESNET, ("XSAM",))["XSAM, k = 3"]}},
-        other="xsam/grad_norm_first and xsam/grad_norm_last in the runs' trainer_state.json",
+        note="xsam/grad_norm_first and xsam/grad_norm_last are in the runs' trainer_state.json.",
     ),
-    "figure-15": Table("The loss around the end of training (also figure 16)", other=NO_ANALYSIS),
+    "figure-15": Table(
+        "The loss around the end of training",
+        {SHARPEST: rows_of(SHARPEST, "SGD", "SAM", "XSAM")},
+        other=f"python -m xsam_hf.analysis landscape SGD=CHECKPOINT SAM=CHECKPOINT XSAM=CHECKPOINT {BUILD}",
+    ),
+    "figure-16": Table(
+        "Average sharpness at the end of training",
+        {SHARPEST: rows_of(SHARPEST, "SGD", "SAM", "XSAM")},
+        other=f"python -m xsam_hf.analysis sharpness SGD=CHECKPOINT SAM=CHECKPOINT XSAM=CHECKPOINT {BUILD}",
+    ),
     "figure-17": Table(
         "Gradient scales",
-        {RESNET: _xsam({s: {"gradient_scale": s} for s in ("first", "last", "mean", "max", "slope", "slope_max")})},
+        {RESNET: _xsam({"last": {}, **{s: {"gradient_scale": s} for s in ("first", "mean", "max", "slope", "slope_max")}})},
         note="The formulas of two simple extensions are lost; mean and max here.",
     ),
     "wsam-grid": Table(

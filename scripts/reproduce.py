@@ -158,8 +158,11 @@ def results_of(cell: Cell) -> list[dict]:
 
 def show(name: str, table: Table, found: Sequence[Cell]) -> str:
     """The table, a line for each row: what the paper says, and what the finished runs do, with the distance from it."""
-    kinds = {"hours": ["hours"], "corruptions": list(GROUPS)}.get(table.metric, list(KINDS))
-    lines = [["setting", "row", *([] if table.metric == "corruptions" else ["paper"]), *kinds, "seeds"]]
+    kinds = {"hours": ["hours"], "corruptions": list(GROUPS), "eigenvalues": ["λ_1", "λ_1/λ_5"]}.get(
+        table.metric, list(KINDS)
+    )
+    nested = table.metric in ("corruptions", "eigenvalues")
+    lines = [["setting", "row", *([] if nested else ["paper"]), *kinds, "seeds"]]
     hours: dict[tuple[str, str], float] = {}
     for cell in found:
         paper: Any = numbers(name, cell.setting).get(cell.row)
@@ -171,13 +174,13 @@ def show(name: str, table: Table, found: Sequence[Cell]) -> str:
             if results and table.metric == "corruptions":
                 runs = [run for run in cell.finished if (ROOT / run.folder / "corruptions.json").is_file()]
                 values = corruption_scores(runs) if runs else {}
-            elif results:
+            elif results and table.metric != "eigenvalues":
                 values = scores(cell, table.metric, results)
             of = {kind: paper.get(kind) if isinstance(paper, Mapping) else paper for kind in kinds}
             texts = [_text(values.get(kind), of[kind], isinstance(paper, Mapping)) for kind in kinds]
             if "hours" in values:
                 hours[cell.setting, cell.row] = statistics.mean(values["hours"])
-        printed = [] if table.metric == "corruptions" else ["" if paper is None else str(paper)]
+        printed = [] if nested else ["" if paper is None else str(paper)]
         lines.append([cell.setting, cell.row, *printed, *texts, f"{len(results)} of {len(cell.runs)}"])
     if table.metric == "hours":
         lines = _with_ratios(name, lines, hours)
@@ -216,7 +219,7 @@ def overview(options: argparse.Namespace) -> str:
     for name, table in TABLES.items():
         runs = once(cells(table, options))
         done = sum(map(is_finished, runs))
-        remark = " ".join(filter(None, [table.note, f"{table.other}." if table.other else ""]))
+        remark = " ".join(filter(None, [table.note, f"`{table.other}`" if table.other else ""]))
         lines.append([name, table.title, str(len(runs) or ""), str(done) if runs else "", remark])
     return to_markdown(lines)
 
@@ -441,7 +444,7 @@ def main(argv: Sequence[str]) -> None:
         parser.error("a table is missing: --list names all")
     table = TABLES[options.table]
     if not table.rows:
-        raise ValueError(f"{options.table} is not made of trainings. It is made by {table.other}.")
+        raise ValueError(f"{options.table} is not made of trainings: {table.other} makes it.")
     foreign = [name for name in options.settings or [] if name not in table.rows]
     if foreign:
         raise ValueError(f"{options.table} has no setting {foreign[0]}: it has {', '.join(table.rows)}.")
@@ -473,7 +476,7 @@ def main(argv: Sequence[str]) -> None:
     print()
     print(show(options.table, table, found))
     if table.other:
-        print(f"\n{table.other}.")
+        print(f"\nThen: {table.other}")
 
 
 def _check_flags(parser: Parser, options: argparse.Namespace) -> None:

@@ -199,6 +199,9 @@ def test_random_directions_are_as_long_as_the_weights_filters_and_leave_biases()
     torch.testing.assert_close(filters.flatten(1).norm(dim=1), weights[0].flatten(1).norm(dim=1))
     assert not bias.any() and torch.equal(before, torch.get_rng_state())
     assert not torch.equal(filters, random_direction(weights, "filter", 1)[0])
+    elements, _ = random_direction(weights, "element", 0)
+    plain = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(elements, plain * weights[0])
 
 
 def test_the_landscape_of_a_quadratic():
@@ -281,6 +284,15 @@ def test_weights_gradients_buffers_modes_and_random_numbers_come_back(tmp_path, 
         assert str(first) == str(second)  # also of the dropout's masks
     assert len(calls) >= 6
     assert_same(before, everything(trainer))
+
+
+def test_every_pass_draws_the_same_masks(tmp_path):
+    trainer = build(tmp_path, Classifier(dropout=0.5))
+    batches = batches_of(trainer, 2)
+    with Surface(trainer, batches, training=True).moving() as theta:
+        losses = {theta.loss, theta.loss_at(), theta.loss_at(), theta.gradient_at()[0]}
+    with Surface(trainer, batches).moving() as theta:
+        assert len(losses) == 1 and theta.loss not in losses  # without dropout it is another
 
 
 class Watch(TrainerCallback):

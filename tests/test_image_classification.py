@@ -21,12 +21,12 @@ import torch
 import yaml
 from PIL import Image
 from processes import run_command
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Trainer
 from transformers import TrainingArguments as HFArguments
 
 from tasks import metric, recipes, runs
-from tasks.image_classification import archives, data, models
+from tasks.image_classification import archives, data, models, surface
 from tasks.image_classification.top_k_accuracy import TopKAccuracy
 from tasks.image_classification.train import ImageArguments, TrainingArguments, best_epoch, last_five_epochs, train
 from tasks.methods import METHODS, flags, name_of
@@ -643,3 +643,19 @@ def test_two_processes(tmp_path):
     assert two["processes"] == 2
     assert all(two["passes"][name] == one["passes"][name] for name in ("forward", "backward"))
     assert sum(len(line) > 0 for line in (tmp_path / "two" / "xsam_search.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_analysis_opens_a_checkpoint_with_its_runs_images(tmp_path):
+    model = models.build("resnet-small", "digits")
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    of = {"task": "image_classification", "dataset": "digits", "model": "resnet-small", "validation_share": 0.25, "cutout": 0,
+          "seed": 3, "train_examples": None, "label_noise": 0.3, "update_batch": 64, "label_smoothing_factor": 0.0}  # fmt: skip
+    state = {"stateful_callbacks": {"RunIdentity": {"attributes": {"whole": of}}}}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    trainer = surface.build(str(tmp_path))
+    assert all(torch.equal(w, trainer.model.state_dict()[name]) for name, w in model.state_dict().items())
+    splits = data.load("digits", validation_share=0.25, label_noise=0.3)
+    assert trainer.train_dataset.fingerprint == splits["train"].fingerprint and trainer.args.train_batch_size == 64
+    assert splits["train"].fingerprint != data.load("digits", validation_share=0.25)["train"].fingerprint
+    with pytest.raises(ValueError, match="no checkpoint of tasks.image_classification"):
+        surface.build(str(tmp_path / "nowhere"))

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from scripts import release_check
 from tasks.recipes import read
 
 
@@ -37,7 +38,13 @@ EXTRAS = {
 
 
 def test_every_dependency_has_a_lower_bound_that_is_run():
-    for name, found in {**NEEDED, **EXTRAS["analysis"], **EXTRAS["checkout"], **EXTRAS["test"]}.items():
+    for name, found in {
+        **NEEDED,
+        **EXTRAS["analysis"],
+        **EXTRAS["checkout"],
+        **EXTRAS["docs"],
+        **EXTRAS["test"],
+    }.items():
         pinned = name == "hessian-eigenthings"  # an alpha
         assert [part.operator for part in found.specifier] == ["==" if pinned else ">="], name
 
@@ -47,7 +54,11 @@ def test_every_dependency_has_a_lower_bound_that_is_run():
     [
         (["xsam_hf"], {}, ["xsam_hf"]),
         (["xsam_hf/analysis"], EXTRAS["analysis"], ["xsam_hf"]),
-        (["tasks", "scripts"], EXTRAS["analysis"] | EXTRAS["checkout"], ["xsam_hf", "tasks", "scripts"]),
+        (
+            ["tasks", "scripts"],
+            EXTRAS["analysis"] | EXTRAS["checkout"] | EXTRAS["docs"],
+            ["xsam_hf", "tasks", "scripts"],
+        ),
     ],
 )
 def test_what_is_imported_is_declared(folders, extra, ours):
@@ -58,6 +69,8 @@ def test_what_is_imported_is_declared(folders, extra, ours):
         "ruamel": "ruamel.yaml",
         "subword_nmt": "subword-nmt",
         "hessian_eigenthings": "hessian-eigenthings",
+        "mkdocs": "mkdocs-material",
+        "griffe": "mkdocstrings-python",
     }
     # Peers and tools of scripts that say so, and what comes with others.
     others = {"pytorch_optimizer", "composer", "fairseq", "imagecorruptions", "lxml", "setuptools", "tqdm", "peft"}
@@ -122,7 +135,14 @@ def test_metadata(metadata):
     classifiers = metadata.get_all("Classifier")
     assert "Typing :: Typed" in classifiers and f"Programming Language :: Python :: 3.{lowest}" in classifiers
     assert f"Programming Language :: Python :: 3.{sys.version_info.minor}" in classifiers
-    assert set(metadata.get_all("Provides-Extra")) == {"analysis", "checkout", "fairseq", "test"}
+    assert set(metadata.get_all("Provides-Extra")) == {
+        "analysis",
+        "checkout",
+        "corruptions",
+        "docs",
+        "fairseq",
+        "test",
+    }
 
 
 def test_no_link_of_the_description_leads_into_the_repository(metadata):
@@ -223,6 +243,26 @@ def test_the_examples_of_the_readme_run_with_the_wheel_alone(built, tmp_path):
             timeout=300,
         )
         assert done.returncode == 0, f"{block}\n{done.stderr[-2000:]}"
+
+
+# --- releases --------------------------------------------------------------------------------------------------------
+
+
+def test_a_release_names_its_version_everywhere(tmp_path):
+    (tmp_path / "xsam_hf").mkdir()
+    (tmp_path / "xsam_hf" / "__init__.py").write_text('__version__ = "1.2.0"\n')
+    (tmp_path / "CITATION.cff").write_text("cff-version: 1.2.0\nversion: 1.2.0\n")
+    changelog = tmp_path / "CHANGELOG.md"
+    changelog.write_text("# Changelog\n\n## [1.2.0] - 2026-11-25\n\n## [1.1.0] - 2026-10-01\n")
+    assert release_check.check_agreement(tmp_path) == "1.2.0"
+    for heading in ("[Unreleased]", "[1.2.1] - 2026-11-25", "[1.2.0]", "[1x2.0] - 2026-11-25"):
+        changelog.write_text(f"# Changelog\n\n## {heading}\n\n## [1.2.0] - 2026-11-25\n")
+        with pytest.raises(ValueError, match=r"CHANGELOG.md begins with .* and xsam_hf/__init__.py says 1\.2\.0"):
+            release_check.check_agreement(tmp_path)
+    changelog.write_text("## [1.2.0] - 2026-11-25\n")
+    (tmp_path / "CITATION.cff").write_text("cff-version: 1.2.0\nversion: 1.1.0\n")
+    with pytest.raises(ValueError, match=r"CITATION.cff says version 1\.1\.0"):
+        release_check.check_agreement(tmp_path)
 
 
 # --- citation --------------------------------------------------------------------------------------------------------

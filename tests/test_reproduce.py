@@ -210,6 +210,8 @@ def test_hours_and_corruptions_are_the_same_trainings_in_other_units(root):
     lines = lines_of("table-15", corrupted)
     assert lines["SAM"]["noise"] == "50.00 (paper 25.58)" and lines["SAM"]["corrupted"] == "50.00 (paper 51.45)"
     assert lines["XSAM"]["noise"] == "(paper 25.44)"
+    hessian = lines_of("table-16", reproduce.cells(TABLES["table-16"], options()))
+    assert hessian["SAM"]["λ_1"] == "(paper 36.15)" and hessian["XSAM"]["λ_1/λ_5"] == "(paper 1.59)"
 
 
 def test_passes_are_counted_as_the_runs_make_them():
@@ -262,7 +264,7 @@ def test_runs_are_named_by_what_they_are_and_made_once():
         ([], "a table is missing: --list names all"),
         (["2", "--seeds", "0"], "--seeds starts at 1"),
         (["2", "--processes", "4"], "--processes is 4, and cifar10-vgg-11 has batches of 125, which do not divide so"),
-        (["table-16"], "table-16 is not made of trainings"),
+        (["figure-3a"], "figure-3a is not made of trainings: python -m xsam_hf.analysis toy makes it"),
         (["2", "--settings", "cifar100-vit-ti"], "table-2 has no setting cifar100-vit-ti: it has cifar10-vgg-11"),
         (["3", "--settings", "iwslt14-transformer", "--examples", "500"], "--examples is for images"),
         (["3"], "imagenet-resnet-50 needs a local copy of its data: give the folder that holds imagenet as --data"),

@@ -959,13 +959,9 @@ def test_scripts_run_names_the_scripts_there_are(shell):
 def test_scripts_test_runs_every_part_and_names_those_that_failed(shell):
     done, asked = shell(shell.root / "scripts/test", "-k", "xsam", STUB_FAIL="ruff")
     assert done.returncode == 1 and done.stderr.splitlines()[-1] == "failed: lint format"
-    tests = [
-        "-m ruff check .",
-        "-m ruff format --check .",
-        "-m mypy xsam_hf",
-        "-m pytest -n 2 --dist worksteal -k xsam",
-    ]
-    assert asked[-4:] == tests
+    tests = ["-m ruff check .", "-m ruff format --check .", "-m mypy xsam_hf"]
+    tests += ["-m mkdocs build --strict --config-file scripts/mkdocs.yml", "-m pytest -n 2 --dist worksteal -k xsam"]
+    assert asked[-5:] == tests
     done, asked = shell(shell.root / "scripts/test")
     assert done.returncode == 0 and asked[-1] == "-m pytest -n 2 --dist worksteal"
     assert shell(shell.root / "scripts/test", STUB_FAIL="-m pytest")[0].returncode == 1

@@ -45,8 +45,8 @@ def xsam_gradient(
     loss_scaling: bool = False,
     measure: bool = True,
 ) -> XSAMUpdate:
-    r"""
-    Puts XSAM's direction $\|g_k\|\,v(\alpha)$ (Eq. 8) into `p.grad`, for the base optimizer to step against.
+    """
+    Puts XSAM's direction ‖g_k‖ v(α) (Eq. 8) into `p.grad`, for the base optimizer to step against.
 
     The weights come back bit for bit, also when a pass raises, and the random-number streams stand where the first pass
     left them. No host synchronisation outside a search, one extra parameter-sized buffer outside a search, two during one;

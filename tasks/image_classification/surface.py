@@ -7,13 +7,14 @@ What `python -m xsam_hf.analysis` needs to look at a run of this task: its model
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from tasks.image_classification import data, models
-from tasks.runs import identity_of_checkpoint
+from tasks.runs import RESULT, identity_of_checkpoint
 from xsam_hf import XSAMTrainer
 
 
@@ -29,12 +30,13 @@ def build(checkpoint: str) -> XSAMTrainer:
         raise ValueError(f"{checkpoint} is no checkpoint of tasks.image_classification: train with a `save_strategy`.")
     splits = data.load(
         of["dataset"],
-        None,  # a checkpoint does not know where a local copy lay: from the hub, or with scikit-learn
+        _data_dir(Path(checkpoint).parent),
         of["validation_share"],
         of["cutout"],
         of["seed"],
         train_examples=of["train_examples"],
         label_noise=of["label_noise"],
+        **{name: of.get(name) for name in ("cutout_probability", "random_erasing", "padding_mode")},
     )
     model = models.build(of["model"], of["dataset"])
     model.load_state_dict(load_file(Path(checkpoint) / "model.safetensors"))
@@ -46,3 +48,9 @@ def build(checkpoint: str) -> XSAMTrainer:
         report_to="none",
     )
     return XSAMTrainer(model=model, args=args, train_dataset=splits["train"])
+
+
+def _data_dir(folder: Path) -> str | None:
+    """Where the local copy of the data lay, as a finished run tells; a checkpoint does not know. Else the hub, or scikit-learn."""
+    result = folder / RESULT
+    return json.loads(result.read_bytes())["arguments"].get("data_dir") if result.is_file() else None

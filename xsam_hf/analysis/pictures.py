@@ -1,4 +1,4 @@
-"""The pictures: each takes results by name, such as SGD, SAM and XSAM, and shows them side by side on the same scale."""
+"""The pictures: each takes results by name, such as SGD, SAM and XSAM, and shows them side by side; heights have one scale."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ FIRST, LAST, BEST = "#0072B2", "#009E73", "#D55E00"  # g_0, g_1 (SAM) and v(α*)
 _MARKS: Any = {"alpha": 0.9, "bbox": {"facecolor": "white", "edgecolor": "none", "alpha": 0.6, "pad": 0.6}}
 
 
-def _panels(count: int, height: float = 3.8, rows: int = 1) -> tuple[Figure, np.ndarray]:
+def _panels(count: int, height: float = 3.8, rows: int = 1, share: bool = False) -> tuple[Figure, np.ndarray]:
     figure = Figure(figsize=(max(3.4 * count, 5), height * rows), layout="constrained")
-    return figure, figure.subplots(rows, count, squeeze=False)
+    return figure, figure.subplots(rows, count, squeeze=False, sharey=share)
 
 
 def draw_arcs(profiles: Mapping[str, ArcProfile]) -> Figure:
     """Fig. 2: the rise of the loss along the arc, a line for each radius, with α* and SAM's and the ascent's directions."""
-    figure, (panels,) = _panels(len(profiles))
+    figure, (panels,) = _panels(len(profiles), share=True)
     for axes, (name, profile) in zip(panels, profiles.items(), strict=True):
         for search, color in zip(profile.searches, COLORS * len(profile.searches), strict=False):
             rise = np.array(search.losses) - profile.loss
@@ -85,8 +85,10 @@ def draw_landscapes(planes: Mapping[str, Plane]) -> Figure:
     """Fig. 15: the rise of the loss over two filter-normalised random directions, in the same colours for all."""
     figure, (panels,) = _panels(len(planes))
     rises = {name: np.array(found.losses) - found.loss for name, found in planes.items()}
-    finite = np.concatenate([rise[np.isfinite(rise)] for rise in rises.values()])
-    levels = np.linspace(min(finite.min(), 0), max(finite.max(), 1e-12), 15)
+    # One sharp checkpoint would leave the others white: what is above the scale has the darkest colour.
+    heights = [rise[np.isfinite(rise)] for rise in rises.values()]
+    top = float(np.median([height.max() for height in heights]))
+    levels = np.linspace(min(min(height.min() for height in heights), 0), max(top, 1e-12), 15)
     for axes, (name, found) in zip(panels, planes.items(), strict=True):
         axes.set(title=name, xlabel="random direction 1, in filter norms", ylabel="random direction 2")
         _contours(figure if axes is panels[-1] else None, axes, found, rises[name], "$L - L(θ_0)$", levels)
@@ -97,7 +99,9 @@ def draw_landscapes(planes: Mapping[str, Plane]) -> Figure:
 def _contours(
     figure: Figure | None, axes: Axes, found: Plane, height: np.ndarray, label: str, levels: np.ndarray | int = 15
 ) -> None:
-    filled = axes.contourf(found.x, found.y, np.ma.masked_invalid(height), levels=levels, cmap="YlOrBr", alpha=0.85)
+    extend: Any = "neither" if isinstance(levels, int) else "max"
+    shown = np.ma.masked_invalid(height)
+    filled = axes.contourf(found.x, found.y, shown, levels=levels, cmap="YlOrBr", alpha=0.85, extend=extend)
     axes.set(aspect="equal")
     axes.grid(False)
     if figure is not None:
@@ -112,7 +116,7 @@ def _arrow(axes: Axes, start: np.ndarray, direction: np.ndarray, color: str) -> 
 def draw_gains(gains: Mapping[str, DirectionGain]) -> Figure:
     """Fig. 11 and 12: the mean rise of the loss over the distance, along g_0, g_1 and v(α*), a column for each ρ."""
     columns = max(len(gain.rhos) for gain in gains.values())
-    figure, panels = _panels(columns, height=3.2, rows=len(gains))
+    figure, panels = _panels(columns, height=3.2, rows=len(gains), share=True)
     for row, (name, gain) in zip(panels, gains.items(), strict=True):
         for i, (axes, rho) in enumerate(zip(row, gain.rhos, strict=False)):
             for direction, color, label in (
