@@ -20,6 +20,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "stale-sam": {"perturbation": "stale", "alpha": 1.0},
     "stale-xsam": {"perturbation": "stale"},
     "xsam": {},
+    "xsam-tenth": {"ascent_fraction": 0.1},
     "xsam+asam": {"perturbation": "asam"},
 }
 
@@ -42,7 +43,7 @@ def name_of(args: Any) -> str:
         return args.optim.value.split("_")[0]
     name = args.direction if args.direction != "arc" else {None: "xsam", 1.0: "sam"}.get(args.alpha, "wsam")
     if args.perturbation == "sam":
-        return name
+        return "xsam-tenth" if name == "xsam" and args.ascent_fraction == 0.1 else name
     if args.perturbation == "stale":
         return f"stale-{name}"
     return args.perturbation if name == "sam" else f"{name}+{args.perturbation}"
@@ -50,4 +51,4 @@ def name_of(args: Any) -> str:
 
 def is_method(name: str, args: Any) -> bool:
     """Whether some arguments still are the method of that name, whatever else they tune."""
-    return args.rho == 0 if name == "sgd" else name_of(args) == name
+    return args.rho == 0 if name == "sgd" else name_of(args) in (name, f"{name}-tenth")

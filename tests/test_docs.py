@@ -97,7 +97,7 @@ def test_gains_are_those_of_the_results():
     assert len(gains) == 2 and all(gain in results for gain in gains)
     shares = re.search(r"a tenth of the batch kept (\d+) %.*?stale\s+ascent (\d+) %", read("methods"), re.DOTALL)
     (fraction,), (stale,) = (
-        re.findall(rf"^\| {name} .*\((\d+)%\)", results, re.MULTILINE) for name in ("fraction.1", "stale-sam")
+        re.findall(rf"^\| {name} .*?\((\d+)%\)", results, re.MULTILINE) for name in ("fraction.1", "stale-sam")
     )
     assert shares.groups() == (fraction, stale)
 
