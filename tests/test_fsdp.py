@@ -62,4 +62,4 @@ def test_reductions_are_counted(ranks, name, reductions):
     """What docs/scaling.md says: k + 3 an update, and one more for an average or a sum."""
     seen = ranks[0][name]["reductions"]
     assert len(seen) == 8 * reductions - (name == "vasso")  # the average begins as the first gradient, without a norm
-    assert sum(seen) == len(seen) + 8  # the angle's are two numbers
+    assert sum(seen) == len(seen)  # the angle's is one number on a CPU, where it is acute
