@@ -995,6 +995,9 @@ def test_demo_shows_what_each_method_costs_and_learns(root):
     tuned(root, **{"sam": 0.5, "xsam": 0.45, "stale-sam": 0.6})
     done = script(root, "demo")
     assert done.returncode == 0, done.stderr
+    calls = [json.loads(line) for line in (root / "calls.jsonl").read_text().splitlines()]
+    # The base's best epoch is compared with, so that every epoch of it is looked at.
+    assert len(calls) == 25 and all(("--eval_steps" in call) != ("sgd" in call) for call in calls)
     lines = [[text.strip() for text in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
     columns = [lines[0].index(name) for name in ("method", "test accuracy", "wrong labels learnt", "passes")]
     # The toy's accuracy is 95 % without wrong labels, plus 0, 1 or 2 by the seed.
