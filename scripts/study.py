@@ -126,14 +126,15 @@ SETTINGS = {
 }
 
 
-def flags(setting: str, method: str, rho: float | None) -> str:
-    """All that a method's runs in a setting are told."""
+def flags(setting: str, method: str, rho: float | None, share: float = 1.0) -> str:
+    """All that a method's runs in a setting are told, with a share of the recipe's epochs."""
     of, what = SETTINGS[setting], METHODS[method]
     parts = [what.flags, of.flags]
     if what.stretch is None:
         parts.append(of.base_flags)
-    if what.epochs > 1:
-        parts.append(f"--num_train_epochs {what.epochs * recipe(setting)['num_train_epochs']:g}")
+    epochs = what.epochs * share
+    if epochs != 1:
+        parts.append(f"--num_train_epochs {epochs * recipe(setting)['num_train_epochs']:g}")
     if rho is not None:
         parts.append(f"--rho {rho:g}")
     return " ".join(filter(None, parts))

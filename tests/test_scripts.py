@@ -37,7 +37,7 @@ parser.add_argument("--output_dir", type=Path)
 parser.add_argument("--resume_from_checkpoint")
 parser.add_argument("--rho", type=float, default=0.05)
 parser.add_argument("--alpha", type=float)
-parser.add_argument("--num_train_epochs", type=int, default=2)
+parser.add_argument("--num_train_epochs", type=float, default=2)
 parser.add_argument("--then", default="finish")
 parser.add_argument("--method")
 parser.add_argument("--ascent_fraction", type=float, default=1)
@@ -62,7 +62,7 @@ if args.then == "sleep":
 if args.then == "nothing":
     sys.exit()
 
-passes = 10 * args.num_train_epochs * (2 if args.rho and args.method != "stale-sam" else 1)
+passes = int(10 * args.num_train_epochs) * (2 if args.rho and args.method != "stale-sam" else 1)
 accuracy = 0.9 + 0.01 * args.seed
 result = {
     "task": "fake", "dataset": "digits", "model": "tiny", "method": {}, "metrics": {"test": {"accuracy": accuracy}},
@@ -996,6 +996,10 @@ def test_demo_shows_what_each_method_costs_and_learns(root):
     done = script(root, "demo")
     assert done.returncode == 0, done.stderr
     calls = [json.loads(line) for line in (root / "calls.jsonl").read_text().splitlines()]
+    assert sorted({tuple(call[call.index("--num_train_epochs") :][:2]) for call in calls}) == [
+        ("--num_train_epochs", "1.5"),
+        ("--num_train_epochs", "3"),
+    ]
     # The base's best epoch is compared with, so that every epoch of it is looked at.
     assert len(calls) == 25 and all(("--eval_steps" in call) != ("sgd" in call) for call in calls)
     lines = [[text.strip() for text in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
