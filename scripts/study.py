@@ -115,6 +115,7 @@ SETTINGS = {
         "CIFAR-10, CNN",
         "CIFAR-10, 500 images with flips and crops, right labels, residual CNN, SGD",
         seeds=5,
+        tuning_seeds=(100,),
     ),
     "cifar100": Setting(  # not run by us: the base optimizer takes a day and a half on a CPU core
         "cifar-cnn",
