@@ -47,7 +47,7 @@ METHODS = {
 }
 
 
-def vit(name: str, dataset: str, batch: int):
+def image_model(name: str, dataset: str, batch: int):
     model = models.build(name, dataset)
     size, channels = model.config.image_size, model.config.num_channels
     labels = torch.randint(model.config.num_labels, (batch,))
@@ -68,8 +68,12 @@ def translation(batch: int, length: int):
 
 # GPT-2's have few tokens for their weights, so that arithmetic on the weights is what takes the time.
 CONFIGURATIONS = {
-    "vit-ti": lambda: vit("vit-ti", "cifar100", 32),
-    "vit-small": lambda: vit("vit-small", "digits", 64),
+    "vit-ti": lambda: image_model("vit-ti", "cifar100", 32),
+    "vit-small": lambda: image_model("vit-small", "digits", 64),
+    # The CNNs of the XSAM paper, with few images: enough to compare updates by.
+    "vgg-11-mlp": lambda: image_model("vgg-11-mlp", "cifar10", 8),
+    "resnet-18": lambda: image_model("resnet-18", "cifar10", 8),
+    "densenet-121": lambda: image_model("densenet-121", "cifar10", 4),
     "translation-small": lambda: translation(32, 24),
     "gpt2-1m": lambda: gpt2(2, 16, n_embd=128, n_layer=4, n_head=4, vocab_size=2000),
     "gpt2-10m": lambda: gpt2(2, 16, n_embd=384, n_layer=5, n_head=6, vocab_size=2000),
