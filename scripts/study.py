@@ -230,7 +230,7 @@ def tune(setting: str, method: str, jobs: int, more: str = "") -> None:
                     f"{setting}-tuning",
                     f"{method}-rho-{rho:g}",
                     seed,
-                    flags(setting, method, rho, f"{QUICK} {more}".rstrip()),
+                    flags(setting, method, rho, more=f"{QUICK} {more}".rstrip()),
                 )
                 for seed in of.tuning_seeds
             ]
@@ -277,7 +277,7 @@ def main(argv: Sequence[str]) -> None:
                     args.setting,
                     method,
                     seed,
-                    flags(args.setting, method, rhos.get(method), args.flags),
+                    flags(args.setting, method, rhos.get(method), more=args.flags),
                 )
                 for method in args.methods
             ],
