@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from test_trl import SIZE, sentence, tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel, RobertaConfig
@@ -198,5 +199,8 @@ def test_trls_script_trains_adapters(tmp_path):
     assert len(logs) == 2 and all(entry["xsam/alpha"] == 1 and entry["xsam/sharpness"] > 0 for entry in logs)
     assert XSAMArguments.of(trainer.args).rho == 0.01
     assert any("lora_B" in name for name in load_file(tmp_path / "run" / "adapter_model.safetensors"))
+    trainer.create_model_card("name", None, "points")
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert {"xsam", "sharpness-aware", "points", "trl"} <= set(card.data.tags) and "| rho | 0.01 |" in card.text
     with pytest.raises(ValueError, match="`dataset_name` is missing: give a folder, or a name of the hub"):
         sft.train(*recipes.parse(sft.ARGUMENTS, ["--bf16", "false", "--use_cpu", "true"], ""))
