@@ -49,6 +49,19 @@ def excludes_all_but_the_norms(norms_alone, **_):
     assert [bool(re.search(pattern, name)) for name in names] == [False, False, False, True, True]
 
 
+def races_each_rho_once(best, rhos, found, **_):
+    assert rhos == [found.rho / 2, found.rho, 2 * found.rho]
+    assert best.hyperparameters["rho"] in rhos and best.objective > 0
+
+
+def shows_what_is_reported(saved, loaded, fresh, refused, whole, goes_on, taken, wordpiece, bytes_in_pairs, **_):
+    assert torch.equal(loaded, fresh) and not torch.equal(loaded, saved)
+    assert "half/checkpoint-4" in str(refused)
+    assert not torch.equal(whole, goes_on)
+    assert set(taken) == {"lr", "betas", "eps"} and taken["betas"] == (0.9, 0.999)
+    assert wordpiece > 1 == bytes_in_pairs
+
+
 # What a page's examples take for granted.
 TRAINER = """
 from toys import Classifier, Points, arguments
@@ -63,6 +76,8 @@ CHECKS = {
     "loops": train,
     "language_models": trains_adapters_by_sam,
     "methods": excludes_all_but_the_norms,
+    "choosing_rho": races_each_rho_once,
+    "upstream": shows_what_is_reported,
 }
 
 
