@@ -49,8 +49,8 @@ def excludes_all_but_the_norms(norms_alone, **_):
     assert [bool(re.search(pattern, name)) for name in names] == [False, False, False, True, True]
 
 
-def races_each_rho_once(best, rhos, found, **_):
-    assert rhos == [found.rho / 2, found.rho, 2 * found.rho]
+def races_each_rho_once(best, rhos, found, tried, **_):
+    assert sorted(tried) == rhos == [found.rho / 2, found.rho, 2 * found.rho]
     assert best.hyperparameters["rho"] in rhos and best.objective > 0
 
 
@@ -69,7 +69,15 @@ from xsam_hf import XSAMTrainer
 args = arguments("runs", rho=0.0, max_steps=2, eval_strategy="steps", eval_steps=2)
 trainer = XSAMTrainer(model_init=lambda: Classifier(), args=args, train_dataset=Points(), eval_dataset=Points())
 """
-GIVEN = {"analysis": TRAINER, "choosing_rho": TRAINER}
+TRIED = """
+from transformers import TrainerCallback
+tried = []
+class Tried(TrainerCallback):
+    def on_train_begin(self, args, state, control, **kwargs):
+        tried.append(args.rho)
+trainer.add_callback(Tried())
+"""
+GIVEN = {"analysis": TRAINER, "choosing_rho": TRAINER + TRIED}
 
 CHECKS = {
     "quick_start": learns_and_searches,
