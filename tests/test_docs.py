@@ -49,6 +49,19 @@ def excludes_all_but_the_norms(norms_alone, **_):
     assert [bool(re.search(pattern, name)) for name in names] == [False, False, False, True, True]
 
 
+def races_each_rho_once(best, rhos, found, tried, **_):
+    assert sorted(tried) == rhos == [found.rho / 2, found.rho, 2 * found.rho]
+    assert best.hyperparameters["rho"] in rhos and best.objective > 0
+
+
+def shows_what_is_reported(saved, loaded, fresh, refused, whole, goes_on, taken, wordpiece, bytes_in_pairs, **_):
+    assert torch.equal(loaded, fresh) and not torch.equal(loaded, saved)
+    assert "half/checkpoint-4" in str(refused)
+    assert not torch.equal(whole, goes_on)
+    assert set(taken) == {"lr", "betas", "eps"} and taken["betas"] == (0.9, 0.999)
+    assert wordpiece > 1 == bytes_in_pairs
+
+
 # What a page's examples take for granted.
 TRAINER = """
 from toys import Classifier, Points, arguments
@@ -56,13 +69,23 @@ from xsam_hf import XSAMTrainer
 args = arguments("runs", rho=0.0, max_steps=2, eval_strategy="steps", eval_steps=2)
 trainer = XSAMTrainer(model_init=lambda: Classifier(), args=args, train_dataset=Points(), eval_dataset=Points())
 """
-GIVEN = {"analysis": TRAINER, "choosing_rho": TRAINER}
+TRIED = """
+from transformers import TrainerCallback
+tried = []
+class Tried(TrainerCallback):
+    def on_train_begin(self, args, state, control, **kwargs):
+        tried.append(args.rho)
+trainer.add_callback(Tried())
+"""
+GIVEN = {"analysis": TRAINER, "choosing_rho": TRAINER + TRIED}
 
 CHECKS = {
     "quick_start": learns_and_searches,
     "loops": train,
     "language_models": trains_adapters_by_sam,
     "methods": excludes_all_but_the_norms,
+    "choosing_rho": races_each_rho_once,
+    "upstream": shows_what_is_reported,
 }
 
 

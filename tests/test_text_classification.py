@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from huggingface_hub import ModelCard
+from processes import in_ranks
 from safetensors.torch import load_file
 from test_trl import SIZE, sentence, tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel, RobertaConfig
@@ -139,9 +141,10 @@ def test_files_that_are_not_whole_are_refused(tmp_path, name, content, words):
 
 def test_splits(tmp_path):
     rows = "".join(f"text {i},{'yes' if i % 4 else 'no'}\n" for i in range(80))
-    corpus = load(tmp_path, "a.csv", "text,label\n" + rows, validation_share=0.1)
+    corpus = load(tmp_path, "a.csv", "text,label\n" + rows, validation_share=0.25)
     train_texts, held_out = (corpus.splits[name] for name in ("train", "validation"))
-    assert len(train_texts) == 72 and sorted(held_out["label"]) == ["no"] * 2 + ["yes"] * 6
+    assert sorted(train_texts["label"]) == ["no"] * 15 + ["yes"] * 45
+    assert sorted(held_out["label"]) == ["no"] * 5 + ["yes"] * 15
     assert not set(train_texts["text"]) & set(held_out["text"])
     with pytest.raises(ValueError, match="`validation_share` is 0.9999, of 80 training texts"):
         load(tmp_path, "a.csv", "text,label\n" + rows, validation_share=0.9999)
@@ -167,20 +170,42 @@ def test_pairs_are_two_segments(tmp_path):
 # --- without the Trainer, and trl's script ---------------------------------------------------------------------------
 
 
-def test_the_loop_without_the_trainer(languages, tmp_path, capsys):
+def loop(languages, folder, **method):
+    torch.set_num_threads(1)
+    changes = {"rho": 0.05, "num_train_epochs": 1, "learning_rate": 0.003, "output_dir": str(folder), **method}
     task = parse("--train_file", languages)[0]
-    arguments = {"num_train_epochs": 2, "learning_rate": 0.003}
-    losses = {}
+    return train_no_trainer.train(task, train_no_trainer.LoopArguments(**changes), Accelerator(cpu=True))
+
+
+def test_the_loop_without_the_trainer(languages, tmp_path, capsys):
+    ends = []
     for name, method in {"plain": {"rho": 0.0}, "sam": {"alpha": 1.0}, "xsam": {}}.items():
-        folder = tmp_path / name
-        loop = train_no_trainer.LoopArguments(**{"rho": 0.05, "output_dir": str(folder), **arguments, **method})
-        accuracy = train_no_trainer.train(task, loop, Accelerator(cpu=True))
-        assert 0.5 <= accuracy <= 1
-        losses[name] = load_file(folder / "model.safetensors")["classifier.out_proj.weight"]
-        said = re.findall(r"sharpness (-?[\d.]+)", capsys.readouterr().out)
-        assert len(said) == 2 and all((float(rise) > 0) == (name != "plain") for rise in said)
-        assert AutoTokenizer.from_pretrained(folder)("a")["input_ids"]
-    assert len({tuple(weight.flatten().tolist()) for weight in losses.values()}) == 3
+        assert 0 <= loop(languages, tmp_path / name, **method) <= 1
+        (rise,) = re.findall(r"sharpness (-?[\d.]+)", capsys.readouterr().out)
+        assert (float(rise) > 0) == (name != "plain")
+        words, model = (kind.from_pretrained(tmp_path / name) for kind in (AutoTokenizer, AutoModelForSequenceClassification))  # fmt: skip
+        assert words("a")["input_ids"] and model.config.label2id == {"de": 0, "en": 1}
+        ends.append(model.classifier.out_proj.weight.flatten().tolist())
+    assert all(one != other for i, one in enumerate(ends) for other in ends[:i])
+
+
+def test_the_loop_in_two_processes(languages, tmp_path):
+    def work(rank, report):
+        updates, scored = [], []
+        update, gather = train_no_trainer.xsam_gradient, Accelerator.gather_for_metrics
+        train_no_trainer.xsam_gradient = lambda *args, **kw: updates.append(update(*args, **kw)) or updates[-1]
+        Accelerator.gather_for_metrics = lambda self, right: scored.append(gather(self, right)) or scored[-1]
+        accuracy = loop(languages, tmp_path / "run", alpha_samples=61, per_device_train_batch_size=8)
+        assert accuracy == torch.cat(scored).float().mean()
+        report(
+            json.dumps([len(updates), updates[-1].alpha, updates[-1].grad_norm_last.item(), len(torch.cat(scored))])
+        )
+
+    (one, first), (other, second) = in_ranks(work)
+    assert (one, other) == (0, 0), first + second
+    assert first == second  # the finer grid tells the two apart if each of them searches alone
+    updates, _, _, scored = json.loads(first)
+    assert updates == 7 and scored == 12  # 108 texts in shares of 54, and each of those held out once
 
 
 def test_trls_script_trains_adapters(tmp_path):
@@ -198,5 +223,8 @@ def test_trls_script_trains_adapters(tmp_path):
     assert len(logs) == 2 and all(entry["xsam/alpha"] == 1 and entry["xsam/sharpness"] > 0 for entry in logs)
     assert XSAMArguments.of(trainer.args).rho == 0.01
     assert any("lora_B" in name for name in load_file(tmp_path / "run" / "adapter_model.safetensors"))
+    trainer.create_model_card("name", None, "points")
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert {"xsam", "sharpness-aware", "points", "trl"} <= set(card.data.tags) and "| rho | 0.01 |" in card.text
     with pytest.raises(ValueError, match="`dataset_name` is missing: give a folder, or a name of the hub"):
         sft.train(*recipes.parse(sft.ARGUMENTS, ["--bf16", "false", "--use_cpu", "true"], ""))
