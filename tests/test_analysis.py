@@ -384,10 +384,20 @@ def test_report_is_one_page_and_nothing_is_measured_twice(files, tmp_path, capsy
         ),
         ("arc {gpt2} {gpt2} --data {data}", "same name"),
         ("arc {gpt2} --trainer nowhere.py:build", "a file that is there"),
+        ("arc {gpt2} --trainer {mine}:build", "has to take one argument, the checkpoint's path: too many"),
+        (
+            "arc {run} --data {data}",
+            "run is no checkpoint but holds some: give one of them, such as .*checkpoint-10[.]",
+        ),
+        ("landscape {gpt2} --data {data} --samples 0", "`samples` is 0: give 2 or more"),
     ],
 )
 def test_bad_input_gets_one_sentence(files, tmp_path, line, sentence):
-    argv = line.format(gpt2=files / "gpt2", data=files / "data.safetensors").split()
+    for folder in ("checkpoint-9", "checkpoint-10"):
+        (files / "run" / folder).mkdir(parents=True, exist_ok=True)
+    (files / "mine.py").write_text("def build(): pass\n")
+    names = {"gpt2": "gpt2", "data": "data.safetensors", "run": "run", "mine": "mine.py"}
+    argv = line.format(**{name: files / file for name, file in names.items()}).split()
     with pytest.raises(ValueError, match=sentence):
         main([*argv, "--output_dir", str(tmp_path)])
     assert not list(tmp_path.iterdir())
