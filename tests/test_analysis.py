@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import oracle
@@ -401,6 +402,12 @@ def test_bad_input_gets_one_sentence(files, tmp_path, line, sentence):
     with pytest.raises(ValueError, match=sentence):
         main([*argv, "--output_dir", str(tmp_path)])
     assert not list(tmp_path.iterdir())
+
+
+def test_what_the_extra_brings_is_named_where_it_lacks(monkeypatch):
+    monkeypatch.setitem(sys.modules, "xsam_hf.analysis.measures", None)
+    with pytest.raises(ImportError, match=r"pip install 'xsam_hf\[analysis\]'"):
+        main(["toy"])
 
 
 def test_what_cannot_be_measured_is_refused():
