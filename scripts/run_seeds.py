@@ -28,6 +28,7 @@ from tqdm import tqdm
 from scripts.starter import Started, Starter
 from tasks.command import Parser, run, sentence
 from tasks.files import write_whole
+from tasks.methods import METHODS
 from tasks.secret import without_secret_flags
 
 
@@ -203,7 +204,8 @@ def parse_method(text: str) -> tuple[str, str]:
     A method of the command line: its name and its flags.
 
     Raises:
-        `argparse.ArgumentTypeError`: the name is not fit for a folder, a quotation mark is not closed, or a flag is ours to give.
+        `argparse.ArgumentTypeError`: the name is not fit for a folder, or has no flags and is none of the tasks' methods; a quotation
+            mark is not closed; a flag is ours to give.
     """
     name, equals, flags = text.partition("=")
     if not re.fullmatch(NAME, name):
@@ -220,6 +222,10 @@ def parse_method(text: str) -> tuple[str, str]:
             raise argparse.ArgumentTypeError(
                 f"{flag} stands among the flags of {name}, and run_seeds gives it to each run"
             )
+    if not equals and name not in METHODS:
+        raise argparse.ArgumentTypeError(
+            f'{name!r} is no method of the tasks: give one of {", ".join(METHODS)}, or NAME="--flag value ..."'
+        )
     return name, flags if equals else f"--method {name}"
 
 

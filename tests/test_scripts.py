@@ -350,6 +350,7 @@ def test_an_interruption_stops_the_runs_and_their_children(root, number):
     [
         (["fake", "missing", "SAM="], "there is no recipe tasks/fake/recipes/missing.yaml"),
         (["fake", "tiny", "a b"], "should read NAME="),
+        (["fake", "tiny", "samm"], "'samm' is no method of the tasks: give one of sgd, sam,"),
         (["fake", "tiny", "a/b=--rho 0"], "should read NAME="),
         (["fake", "tiny", "SAM=", "--jobs", "0"], "--jobs starts at 1"),
         (["fake", "tiny", "SAM=", "SAM=--rho 1"], "two methods have the same name"),
@@ -948,10 +949,9 @@ def test_scripts_run_names_the_scripts_there_are(shell):
     for arguments in ((), ("nowhere",), ("table",), ("../setup",), ("demo.py",), ("--help",)):
         done, asked = shell(shell.root / "scripts/run", *arguments)
         assert done.returncode == 2 and asked == []
-        assert (
-            done.stderr
-            == "error: scripts/run takes the name of a script and then its arguments; there are: demo run_seeds.\n"
-        )
+        named = f"there is no script '{arguments[0]}': " if arguments else ""
+        there_are = "scripts/run takes the name of a script and then its arguments; there are: demo run_seeds."
+        assert done.stderr == f"error: {named}{there_are}\n"
     done, asked = shell(shell.root / "scripts/run", "run_seeds", "a b", "--group", "x")
     assert done.returncode == 0 and asked[-1] == f"{shell.root}/scripts/run_seeds.py a b --group x"
 

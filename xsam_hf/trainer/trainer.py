@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import Seq2SeqTrainer, Trainer
+from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
@@ -48,7 +48,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
     other pass, it is L(θ_0 + ε).
 
     Raises:
-        `ValueError`: the model has no trainable weights.
+        `ValueError`: the model has no trainable weights, or `args` is an [`XSAMArguments`] without the Trainer's fields.
         `NotImplementedError`: the training set-up steps inside the backward pass, shards the batch's sequences or hides its
             gradients (DeepSpeed, FSDP1, layer-wise optimizers, ...); the message names the way out. As soon as the training step
             generates its data. At the first update: the first pass changes what cannot be put back for the others; the optimizer
@@ -58,6 +58,12 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
     _xsam_optimizer: Optimizer | None = None  # that the names below were collected for
 
     def __init__(self, *args, **kwargs):
+        for given in (*args, *kwargs.values()):
+            if isinstance(given, XSAMArguments) and not isinstance(given, TrainingArguments):
+                raise ValueError(
+                    f"`args` is {type(given).__name__}, which has the method's fields alone: give XSAMTrainingArguments, which has the "
+                    "Trainer's as well."
+                )
         super().__init__(*args, **kwargs)
         self._xsam_begin_anew()
         check_supported(self, self.xsam_arguments)
