@@ -64,9 +64,13 @@ class Run:
         return Path("tasks", self.task, "recipes", f"{self.recipe}.yaml")
 
     @property
+    def module(self) -> str:
+        return f"tasks.{self.task}.train"
+
+    @property
     def command(self) -> list[str]:
         own = ["--seed", str(self.seed), "--output_dir", str(self.folder)]
-        return ["-m", f"tasks.{self.task}.train", str(self.recipe_file), *own, *shlex.split(self.flags)]
+        return ["-m", self.module, str(self.recipe_file), *own, *shlex.split(self.flags)]
 
     @property
     def request(self) -> bytes:
@@ -138,7 +142,7 @@ def run_all(runs: list[Run], jobs: int = 1, launch: Sequence[str] = ()) -> list[
     waiting = [run for run in runs if not is_finished(run)]
     running: dict[Run, Started] = {}
     failed = []
-    modules = [] if launch else sorted({f"tasks.{run.task}.train" for run in waiting})
+    modules = [] if launch else sorted({run.module for run in waiting})
     starter = Starter(ROOT, modules, {**os.environ, **({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})})
     shown = ""  # not the bar's: one that TQDM_DISABLE turns off keeps nothing
     # The clock moves on every five seconds, which a log file can bear too.

@@ -25,11 +25,13 @@ from xsam_hf.analysis import (
     hessian_spectrum,
     landscape,
     m_sharpness,
+    pictures,
     plane,
     training_curves,
 )
 from xsam_hf.analysis.__main__ import main
 from xsam_hf.analysis.random_directions import random_direction
+from xsam_hf.analysis.svg import COLORS
 
 
 class Bowl(nn.Module):
@@ -330,6 +332,15 @@ def test_the_callback_measures_logs_and_changes_nothing(tmp_path):
     curves = training_curves(tmp_path / "watched")  # nothing was saved there
     run.state.save_to_json(str(tmp_path / "watched" / "trainer_state.json"))
     assert curves == {} and training_curves(tmp_path / "watched")["xsam/alpha"][0] == [1, 2, 3, 4, 5, 6]
+
+
+def test_curves_stand_two_in_a_row_in_the_colours_of_the_other_pictures():
+    curves = {f"xsam/{key}": ([1, 2], [0.5, 1.0]) for key in ("alpha", "angle", "grad_norm_first")}
+    figure = pictures.draw_curves({"SGD": {}, "SAM": curves, "XSAM": {"xsam/alpha": ([1], [1.0])}})
+    grid = figure.axes[0].get_gridspec()
+    assert (len(figure.axes), grid.nrows, grid.ncols) == (3, 2, 2)
+    assert [line.get_color() for line in figure.axes[0].lines] == COLORS[1:3]  # SGD, which logs nothing, has the first
+    assert [axes.get_ylabel() for axes in figure.axes[:2]] == ["position on the arc, α", "angle ψ, radians"]
 
 
 # --- the commands ----------------------------------------------------------------------------------------------------

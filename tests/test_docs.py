@@ -55,8 +55,18 @@ def writes_batches_that_can_be_read(**_):
     assert [batch["labels"].shape for batch in batches] == [(32,)] * 4
 
 
-def chooses_one_of_three(best, rhos, **_):
-    assert len(set(rhos)) == 3 and best.hyperparameters["rho"] in rhos
+def races_each_rho_once(best, rhos, found, tried, **_):
+    assert rhos == [found.rho / 2, found.rho, 2 * found.rho]
+    assert tried[0] == 0 and sorted(tried[1:]) == rhos
+    assert best.hyperparameters["rho"] in rhos and best.objective > 0
+
+
+def shows_what_is_reported(saved, loaded, fresh, refused, whole, goes_on, taken, wordpiece, bytes_in_pairs, **_):
+    assert torch.equal(loaded, fresh) and not torch.equal(loaded, saved)
+    assert "half/checkpoint-4" in str(refused)
+    assert not torch.equal(whole, goes_on)
+    assert set(taken) == {"lr", "betas", "eps"} and taken["betas"] == (0.9, 0.999)
+    assert wordpiece > 1 == bytes_in_pairs
 
 
 # What a page's examples take for granted.
@@ -66,15 +76,24 @@ from xsam_hf import XSAMTrainer
 args = arguments("runs", rho=0.0, max_steps=2, eval_strategy="steps", eval_steps=2)
 trainer = XSAMTrainer(model_init=lambda: Classifier(), args=args, train_dataset=Points(128), eval_dataset=Points())
 """
-GIVEN = {"analysis": TRAINER, "choosing_rho": TRAINER}
+TRIED = """
+from transformers import TrainerCallback
+tried = []
+class Tried(TrainerCallback):
+    def on_train_begin(self, args, state, control, **kwargs):
+        tried.append(args.rho)
+trainer.add_callback(Tried())
+"""
+GIVEN = {"analysis": TRAINER, "choosing_rho": TRAINER + TRIED}
 
 CHECKS = {
     "analysis": writes_batches_that_can_be_read,
-    "choosing_rho": chooses_one_of_three,
     "quick_start": learns_and_searches,
     "loops": train,
     "language_models": trains_adapters_by_sam,
     "methods": excludes_all_but_the_norms,
+    "choosing_rho": races_each_rho_once,
+    "upstream": shows_what_is_reported,
 }
 
 
@@ -116,7 +135,7 @@ def test_gains_are_those_of_the_results():
         )
     ]
     told = re.search(r"standard deviation of ([\d.]+) to ([\d.]+) points", read("troubleshooting"))
-    assert told.groups() == (f"{min(deviations):.1f}", f"{max(deviations):.1f}") and len(deviations) == 6
+    assert told.groups() == (f"{min(deviations):.1f}", f"{max(deviations):.1f}") and len(deviations) == 7
     shares = re.search(r"a tenth of the batch kept (\d+) %.*?stale\s+ascent (\d+) %", read("methods"), re.DOTALL)
     (fraction,), (stale,) = (
         re.findall(rf"^\| {name} .*?\((\d+)%\)", results, re.MULTILINE) for name in ("fraction.1", "stale-sam")

@@ -31,7 +31,7 @@ from .checkpoint import CheckpointMixin
 from .compatibility import check_supported
 from .logs import UpdateSums
 from .micro_batch import MicroBatch
-from .model_card import add_section
+from .model_card import add_section, with_tags
 from .replay import ReplayMixin
 
 
@@ -281,9 +281,13 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
         super().log(logs, start_time)
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Writes the Trainer's model card, which `push_to_hub` publishes, and adds the method's fields to it."""
-        super().create_model_card(*args, **kwargs)
+        """Writes the model card, which `push_to_hub` publishes, with tags and a section of the method's."""
         arguments = self.xsam_arguments
+        if arguments.rho > 0 and len(args) > 2:  # the third one is `tags`, in the Trainer's signature and in trl's
+            args = (*args[:2], with_tags(args[2]), *args[3:])
+        elif arguments.rho > 0:
+            kwargs["tags"] = with_tags(kwargs.get("tags"))
+        super().create_model_card(*args, **kwargs)
         card = Path(str(self.args.output_dir)) / "README.md"
         if self.is_world_process_zero() and arguments.rho > 0 and card.is_file():
             add_section(card, arguments)
