@@ -1190,8 +1190,11 @@ def test_readme_says_what_results_do():
     settings = {setting: summary.named(rows) for setting, rows in summary.rows_of_settings().items()}
     digits = settings["digits-noise"]
     said = [table.paired_difference(digits["xsam"], digits["sam"])]
+    table_of = ("sam", "xsam", "fraction.1", "stale-sam")
     for setting, methods in {
-        "digits-noise": ("sam", "xsam", "fraction.1", "stale-sam"),
+        "digits-noise": table_of,
+        "digits-noise-vit": table_of,
+        "fashion-noise": table_of,
         "fashion-noise-vit": ("sam", "xsam"),
     }.items():
         rows = settings[setting]
@@ -1200,6 +1203,10 @@ def test_readme_says_what_results_do():
         assert f"{difference.mean:+.1f} ± {difference.margin:.1f}" in readme
     for name in ("base", "base-2x", "base, best epoch"):
         assert f"{digits[name].mean:.1f} %" in readme
+    late, whole = (
+        table.paired_difference(digits[name], summary.equal_base(digits[name], digits)) for name in ("late.3", "xsam")
+    )
+    assert f"keeps {late.mean / whole.mean:.0%}".replace("%", " %") in readme
 
 
 def test_the_benchmark_times_all_on_the_same_batch_and_says_what_is_our_own(tmp_path, monkeypatch):
