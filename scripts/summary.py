@@ -135,7 +135,7 @@ def summary() -> str:
     picture = "![Points above the base at equal passes, against passes](docs/gain.svg)"
     sections = [section(setting, rows) for setting, rows in settings.items()]
     if rounded := buried.results_in(ROOT / "results"):
-        sections.append(buried.section(rounded))
+        sections.append(buried.section(rounded, study.results(buried.FLOAT32)))
     return "\n\n".join([table, picture, *sections])
 
 
