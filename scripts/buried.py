@@ -47,8 +47,8 @@ def name_of(method: str, offset: float) -> str:
     return f"{method}-offset-{offset:g}"
 
 
-def runs(seed: int) -> list[RoundedRun]:
-    """Those of one seed."""
+def runs(offset: float, seed: int) -> list[RoundedRun]:
+    """Those that are compared with each other."""
     return [
         RoundedRun(
             "image_classification",
@@ -58,7 +58,6 @@ def runs(seed: int) -> list[RoundedRun]:
             seed,
             f"--offset {offset:g} {flags} --eval_strategy no",
         )
-        for offset in reversed(OFFSETS)
         for method, flags in METHODS.items()
     ]
 
@@ -109,9 +108,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; with more than one, each has one thread")
     args = parser.parse_args(argv)
-    for seed in args.seeds:  # outside: an interrupted comparison holds pairs
-        run_or_exit(runs(seed), args.jobs)
-        keep(ROOT / "runs" / GROUP)
+    for offset in reversed(OFFSETS):  # the deepest first
+        for seed in args.seeds:
+            run_or_exit(runs(offset, seed), args.jobs)
+            keep(ROOT / "runs" / GROUP)
 
 
 if __name__ == "__main__":
