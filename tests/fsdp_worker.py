@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -68,6 +69,18 @@ def result(trainer):
     }
 
 
+def note_policies():
+    """What accelerate tells PyTorch of the shards' dtype and place, as a list that grows with each sharded module."""
+    original, policies = fsdp.fully_shard, []
+
+    def fully_shard(*args, **kwargs):
+        policies.append((kwargs["mp_policy"].param_dtype, type(kwargs["offload_policy"]).__name__))
+        return original(*args, **kwargs)
+
+    fsdp.fully_shard = fully_shard
+    return policies
+
+
 def seen_of(place):
     """What is measured of an ascent whose half on the one process is seen well and on the other hardly."""
     torch.manual_seed(0)
@@ -116,16 +129,21 @@ def count_reductions():
 def main(directory):
     pretend_that_accelerate_shards_on_cpu()
     batch, reductions, results = 16 // int(os.environ["WORLD_SIZE"]), count_reductions(), {}
-    for name in SCENARIOS:
+    policies = note_policies()
+    for name in (*SCENARIOS, "bf16 policy"):
         reductions.clear()
-        results[name] = {**result(run(directory, name, batch)), "reductions": list(reductions)}
+        policies.clear()
+        results[name] = {
+            **result(run(directory, name, batch)),
+            "reductions": list(reductions),
+            "policies": list(policies),
+        }
     for name in ("xsam", "vasso", "stale"):
         settings = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "learning_rate": 0.01}
         whole = run(directory / "whole", name, batch, **settings)
         checkpoint = str(directory / "whole" / name / "checkpoint-3")
         again = run(directory / "again", name, batch, resume=checkpoint, **{**settings, "save_strategy": "no"})
         results[f"resume {name}"] = (result(whole)["weights"], result(again)["weights"])
-    results["bf16 policy"] = result(run(directory, "bf16 policy", batch))
     results["seen"] = seen_of(sharded)
     torch.save(results, directory / f"rank{dist.get_rank()}.pt")
     dist.destroy_process_group()

@@ -55,6 +55,13 @@ def test_scenarios_differ(whole):
         assert all((weights - other).abs().max() > 1e-4 for n, other in found.items() if n != name), name
 
 
+def test_policies_reach_the_shards(ranks):
+    float32, half = (None, "OffloadPolicy"), (torch.bfloat16, "OffloadPolicy")
+    expected = {"sam": float32, "offloaded": (None, "CPUOffloadPolicy"), "bf16 policy": half}
+    for name, policy in expected.items():
+        assert set(ranks[0][name]["policies"]) == {policy}, name
+
+
 def test_a_policy_in_half_precision_is_near_whole_weights_in_float32(ranks, whole):
     found, full, start = ranks[0]["bf16 policy"]["weights"], whole("xsam")["weights"], flat(tiny_gpt2())
     assert 1e-5 < (found - full).norm() / (full - start).norm() < 0.02
