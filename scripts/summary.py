@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from scripts import study
+from scripts import buried, study
 from scripts.run_seeds import ROOT
 from scripts.table import (
     BEST_EPOCH,
@@ -133,7 +133,10 @@ def summary() -> str:
     settings = rows_of_settings()
     table = overview({setting: named(rows) for setting, rows in settings.items()})
     picture = "![Points above the base at equal passes, against passes](docs/gain.svg)"
-    return "\n\n".join([table, picture, *(section(setting, rows) for setting, rows in settings.items())])
+    sections = [section(setting, rows) for setting, rows in settings.items()]
+    if rounded := buried.results_in(ROOT / "results"):
+        sections.append(buried.section(rounded, study.results(buried.FLOAT32)))
+    return "\n\n".join([table, picture, *sections])
 
 
 def replaced(text: str) -> str:
