@@ -14,7 +14,20 @@ from pathlib import Path
 
 import pytest
 
-from scripts import benchmark, demo, epoch_cost, group, growth, run_seeds, study, summarize, summary, sweep, table
+from scripts import (
+    benchmark,
+    demo,
+    epoch_cost,
+    group,
+    growth,
+    run_seeds,
+    spectra,
+    study,
+    summarize,
+    summary,
+    sweep,
+    table,
+)
 from scripts import report as report_script
 from tasks import command, identity
 
@@ -1233,6 +1246,31 @@ def test_an_epoch_of_xsam_by_arithmetic():
     found = epoch_cost.costs(rows, batch=10)
     assert found.kept == pytest.approx([1.2, 1.2]) and (found.own, found.search) == pytest.approx((0.2, 3.0))
     assert found.epoch(updates=300, batch=100) == pytest.approx(1 + 0.02 + 0.01)
+
+
+def test_spectra_of_several_seeds_are_kept_and_compared_in_pairs(root, monkeypatch):
+    monkeypatch.setattr(spectra, "ROOT", root)
+    assert spectra.section() == ""
+    for seed in (0, 1, 2):
+        for method, trace in zip(spectra.METHODS, (10.0, 4.0, 2.0 / 2**seed, 8.0), strict=True):
+            folder = root / f"seen-{seed}" / method
+            folder.mkdir(parents=True)
+            found = {"eigenvalues": [4.0 + seed, 3, 2, 1.5, 1.0], "trace": trace}
+            (folder / "hessian.json").write_text(json.dumps({"measure": "hessian", "result": found}))
+    (root / "results").mkdir()
+    folders = [f"{seed}={root}/seen-{seed}" for seed in (0, 1, 2)]
+    spectra.main(folders)
+    lines = {}
+    for line in spectra.section().splitlines():
+        name, *cells = [text.strip() for text in line.split("|")[1:-1]]
+        lines[name] = cells
+    assert lines["trace"][:3] == ["10, 10, 10", "4, 4, 4", "2, 1, 0.5"] and lines["λ_1"][0] == "4, 5, 6"
+    # The logarithms of XSAM / SAM are -1, -2 and -3 times log 2: mean -2, margin 4.303 / √3.
+    assert lines["trace"][4:] == ["0.40", "0.25 (0.04 to 1.40)", "0.10 (0.02 to 0.56)", "0.80"]
+    (root / "seen-2" / "SAM" / "hessian.json").unlink()
+    assert "seen-2/SAM/hessian.json: python -m xsam_hf.analysis hessian SAM=CHECKPOINT" in refusal(
+        spectra.main, *folders
+    )
 
 
 def test_results_md_says_what_results_do():
