@@ -55,6 +55,16 @@ class Sweep:
 
 
 SWEEPS = {
+    "digits-noise-searches": Sweep(
+        "digits-noise",
+        "How often α is searched (the paper's figure 4)",
+        {f"search-{share:g}": Variant("xsam", f"--alpha_search_steps {share:g}") for share in (0.5, 0.2, 0.02)},
+    ),
+    "digits-noise-rho-max": Sweep(
+        "digits-noise",
+        "The radius of the search (the paper's figure 14a)",
+        {f"rho-max-{ratio:g}": Variant("xsam", rho_max=ratio) for ratio in (0.5, 2, 4)},
+    ),
     "cifar10-steps": Sweep(
         "cifar10",
         "One to four ascent steps of one length together (the paper's tables 4 and 12 to 14)",
