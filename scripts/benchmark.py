@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import random
+import resource
 import statistics
 import tempfile
 import time
@@ -46,7 +47,7 @@ METHODS = {
 }
 
 
-def vit(name: str, dataset: str, batch: int):
+def image_model(name: str, dataset: str, batch: int):
     model = models.build(name, dataset)
     size, channels = model.config.image_size, model.config.num_channels
     labels = torch.randint(model.config.num_labels, (batch,))
@@ -67,8 +68,12 @@ def translation(batch: int, length: int):
 
 # GPT-2's have few tokens for their weights, so that arithmetic on the weights is what takes the time.
 CONFIGURATIONS = {
-    "vit-ti": lambda: vit("vit-ti", "cifar100", 32),
-    "vit-small": lambda: vit("vit-small", "digits", 64),
+    "vit-ti": lambda: image_model("vit-ti", "cifar100", 32),
+    "vit-small": lambda: image_model("vit-small", "digits", 64),
+    # The CNNs of the XSAM paper, with few images: enough to compare updates by.
+    "vgg-11-mlp": lambda: image_model("vgg-11-mlp", "cifar10", 8),
+    "resnet-18": lambda: image_model("resnet-18", "cifar10", 8),
+    "densenet-121": lambda: image_model("densenet-121", "cifar10", 4),
     "translation-small": lambda: translation(32, 24),
     "gpt2-1m": lambda: gpt2(2, 16, n_embd=128, n_layer=4, n_head=4, vocab_size=2000),
     "gpt2-10m": lambda: gpt2(2, 16, n_embd=384, n_layer=5, n_head=6, vocab_size=2000),
@@ -213,13 +218,15 @@ def main(argv: Sequence[str]) -> None:
                 except ImportError:
                     print(f"{peer.package} is not installed, and so not timed.")
         seconds: dict[str, list[float]] = {name: [] for name in steps}
+        faults: dict[str, list[int]] = {name: [] for name in steps}
         for round_ in range(args.warm_up + args.steps):
             # What one leaves in the caches and in the allocator is the next one's.
             for name in random.Random(round_).sample([*steps], len(steps)):
-                start = time.perf_counter()
+                pages, start = _page_faults(), time.perf_counter()
                 steps[name]()
                 if round_ >= args.warm_up:
                     seconds[name].append(time.perf_counter() - start)
+                    faults[name].append(_page_faults() - pages)
 
     if int(os.environ.get("RANK", 0)) > 0:
         return
@@ -228,6 +235,8 @@ def main(argv: Sequence[str]) -> None:
         name: {
             "median_seconds": statistics.median(times),
             "median_ratio": statistics.median(t / p for t, p in zip(times, plain, strict=True)),
+            # Memory that the allocator gave back to the kernel, and that comes back page by page.
+            "median_page_faults": statistics.median(faults[name]),
             "seconds": times,
         }
         for name, times in seconds.items()
@@ -244,6 +253,7 @@ def main(argv: Sequence[str]) -> None:
         "accumulation": args.accumulation,
         "copied_bytes_per_second": copy_bandwidth(),
         "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
+        "malloc": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "rows": rows,
@@ -252,6 +262,10 @@ def main(argv: Sequence[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(result, indent=1) + "\n")
     print(table([result]))
+
+
+def _page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def load(path: Path) -> dict:

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from transformers import ViTConfig, ViTForImageClassification, default_data_collator
 
-from scripts.benchmark import TrainerStep, gpt2, vit
+from scripts.benchmark import TrainerStep, gpt2, image_model
 from scripts.checks import TOLD, Expected, Found, Skip, at_least, at_most, each, exactly, needs_a_gpu
 from scripts.gpu_numbers import METHODS, network
 from scripts.gpu_training import language_model_training
@@ -198,7 +198,7 @@ def median_of(step: Callable[[], Any], device: str, rounds: int = 10) -> float:
 OWN: dict[str, tuple[Callable[[], nn.Module], Expected, Expected]] = {
     # A small model's time is that of launching kernels. tests/test_gpu.py counts 36 reads and writes of each weight where α and the
     # angle are kept; AdamW's step has 7.
-    "ViT-Ti": (lambda: vit("vit-ti", "cifar100", 1)[0], at_most(1.5), TOLD),
+    "ViT-Ti": (lambda: image_model("vit-ti", "cifar100", 1)[0], at_most(1.5), TOLD),
     "ViT-L": (lambda: vit_large(), TOLD, at_most(36 / 7 * 1.2)),
     "GPT-2 124M": (lambda: gpt2(1, 1)[0], TOLD, at_most(36 / 7 * 1.2)),
 }
@@ -263,9 +263,9 @@ def _speed(device: str, name: str, build: Callable[[], tuple[nn.Module, dict]], 
 
 def speed_of_a_small_vit(device: str) -> Found:
     if device == "cpu":
-        yield from _speed(device, "vit-small b64", lambda: vit("vit-small", "digits", 64), TOLD)
+        yield from _speed(device, "vit-small b64", lambda: image_model("vit-small", "digits", 64), TOLD)
     else:
-        yield from _speed(device, "ViT-Ti b256 bf16", lambda: vit("vit-ti", "cifar100", 256), at_most(2.1))
+        yield from _speed(device, "ViT-Ti b256 bf16", lambda: image_model("vit-ti", "cifar100", 256), at_most(2.1))
 
 
 def speed_of_vit_large(device: str) -> Found:

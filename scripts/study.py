@@ -52,6 +52,7 @@ METHODS = {
     "stale-xsam": Method("--method stale-xsam", stretch=1.4),
     "fraction.1": Method("--method xsam --ascent_fraction 0.1", stretch=2),
     "fraction.25": Method("--method xsam --ascent_fraction 0.25", stretch=1.4),
+    "wsam.5": Method("--method wsam --alpha 0.5", stretch=1),  # the paper's α for ResNet-18 on CIFAR-10
     "late.3": Method("--method xsam --sharpness_start 0.7", stretch=1.4),
     "xsam+asam": Method("--method xsam+asam", stretch=8),
 }
@@ -109,6 +110,13 @@ SETTINGS = {
         flags="--no_aug false",
         seeds=5,
     ),
+    "cifar10": Setting(
+        "cifar10-resnet-small",
+        "CIFAR-10, CNN",
+        "CIFAR-10, 500 images with flips and crops, right labels, residual CNN, SGD",
+        seeds=5,
+        tuning_seeds=(100,),
+    ),
     "cifar100": Setting(  # not run by us: the base optimizer takes a day and a half on a CPU core
         "cifar-cnn",
         "CIFAR-100, CNN",
@@ -126,16 +134,18 @@ SETTINGS = {
 }
 
 
-def flags(setting: str, method: str, rho: float | None) -> str:
-    """All that a method's runs in a setting are told."""
+def flags(setting: str, method: str, rho: float | None, share: float = 1.0, more: str = "") -> str:
+    """All that a method's runs in a setting are told, with a share of the recipe's epochs; `more` at the end."""
     of, what = SETTINGS[setting], METHODS[method]
     parts = [what.flags, of.flags]
     if what.stretch is None:
         parts.append(of.base_flags)
-    if what.epochs > 1:
-        parts.append(f"--num_train_epochs {what.epochs * recipe(setting)['num_train_epochs']:g}")
+    epochs = what.epochs * share
+    if epochs != 1:
+        parts.append(f"--num_train_epochs {epochs * recipe(setting)['num_train_epochs']:g}")
     if rho is not None:
         parts.append(f"--rho {rho:g}")
+    parts.append(more)
     return " ".join(filter(None, parts))
 
 
@@ -206,8 +216,8 @@ def chosen(setting: str) -> dict[str, float]:
     return {method: best_rho(scores) for method, scores in tuning(setting).items()}
 
 
-def tune(setting: str, method: str, jobs: int) -> None:
-    """Trains until the best `rho` stands inside its grid."""
+def tune(setting: str, method: str, jobs: int, more: str = "") -> None:
+    """Trains until the best `rho` stands inside its grid; `more` are flags for all runs."""
     of, start = SETTINGS[setting], METHODS[method].stretch * recipe(setting)["rho"]
     ends, before = (-1, 1), None
     while ends != before:
@@ -220,7 +230,7 @@ def tune(setting: str, method: str, jobs: int) -> None:
                     f"{setting}-tuning",
                     f"{method}-rho-{rho:g}",
                     seed,
-                    f"{flags(setting, method, rho)} {QUICK}",
+                    flags(setting, method, rho, more=f"{QUICK} {more}".rstrip()),
                 )
                 for seed in of.tuning_seeds
             ]
@@ -245,12 +255,13 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: 0, 1 and so on, as many as the setting has")
     parser.add_argument("--tune_only", action="store_true")
+    parser.add_argument("--flags", default="", help='for all runs, such as --flags="--data_dir DATA/cifar10"')
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; with more than one, each has one thread")
     args = parser.parse_args(argv)
     of = SETTINGS[args.setting]
     for method in args.methods:
         if METHODS[method].stretch is not None:
-            tune(args.setting, method, args.jobs)
+            tune(args.setting, method, args.jobs, args.flags)
             keep(ROOT / "runs" / f"{args.setting}-tuning")
     if args.tune_only:
         return
@@ -260,7 +271,14 @@ def main(argv: Sequence[str]) -> None:
     for seed in seeds:
         run_or_exit(
             [
-                Run(TASK, of.recipe, args.setting, method, seed, flags(args.setting, method, rhos.get(method)))
+                Run(
+                    TASK,
+                    of.recipe,
+                    args.setting,
+                    method,
+                    seed,
+                    flags(args.setting, method, rhos.get(method), more=args.flags),
+                )
                 for method in args.methods
             ],
             args.jobs,

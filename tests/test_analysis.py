@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import oracle
@@ -24,11 +25,13 @@ from xsam_hf.analysis import (
     hessian_spectrum,
     landscape,
     m_sharpness,
+    pictures,
     plane,
     training_curves,
 )
 from xsam_hf.analysis.__main__ import main
 from xsam_hf.analysis.random_directions import random_direction
+from xsam_hf.analysis.svg import COLORS
 
 
 class Bowl(nn.Module):
@@ -331,6 +334,15 @@ def test_the_callback_measures_logs_and_changes_nothing(tmp_path):
     assert curves == {} and training_curves(tmp_path / "watched")["xsam/alpha"][0] == [1, 2, 3, 4, 5, 6]
 
 
+def test_curves_stand_two_in_a_row_in_the_colours_of_the_other_pictures():
+    curves = {f"xsam/{key}": ([1, 2], [0.5, 1.0]) for key in ("alpha", "angle", "grad_norm_first")}
+    figure = pictures.draw_curves({"SGD": {}, "SAM": curves, "XSAM": {"xsam/alpha": ([1], [1.0])}})
+    grid = figure.axes[0].get_gridspec()
+    assert (len(figure.axes), grid.nrows, grid.ncols) == (3, 2, 2)
+    assert [line.get_color() for line in figure.axes[0].lines] == COLORS[1:3]  # SGD, which logs nothing, has the first
+    assert [axes.get_ylabel() for axes in figure.axes[:2]] == ["position on the arc, α", "angle ψ, radians"]
+
+
 # --- the commands ----------------------------------------------------------------------------------------------------
 
 
@@ -384,13 +396,29 @@ def test_report_is_one_page_and_nothing_is_measured_twice(files, tmp_path, capsy
         ),
         ("arc {gpt2} {gpt2} --data {data}", "same name"),
         ("arc {gpt2} --trainer nowhere.py:build", "a file that is there"),
+        ("arc {gpt2} --trainer {mine}:build", "has to take one argument, the checkpoint's path: too many"),
+        (
+            "arc {run} --data {data}",
+            "run is no checkpoint but holds some: give one of them, such as .*checkpoint-10[.]",
+        ),
+        ("landscape {gpt2} --data {data} --samples 0", "`samples` is 0: give 2 or more"),
     ],
 )
 def test_bad_input_gets_one_sentence(files, tmp_path, line, sentence):
-    argv = line.format(gpt2=files / "gpt2", data=files / "data.safetensors").split()
+    for folder in ("checkpoint-9", "checkpoint-10"):
+        (files / "run" / folder).mkdir(parents=True, exist_ok=True)
+    (files / "mine.py").write_text("def build(): pass\n")
+    names = {"gpt2": "gpt2", "data": "data.safetensors", "run": "run", "mine": "mine.py"}
+    argv = line.format(**{name: files / file for name, file in names.items()}).split()
     with pytest.raises(ValueError, match=sentence):
         main([*argv, "--output_dir", str(tmp_path)])
     assert not list(tmp_path.iterdir())
+
+
+def test_what_the_extra_brings_is_named_where_it_lacks(monkeypatch):
+    monkeypatch.setitem(sys.modules, "xsam_hf.analysis.measures", None)
+    with pytest.raises(ImportError, match=r"pip install 'xsam_hf\[analysis\]'"):
+        main(["toy"])
 
 
 def test_what_cannot_be_measured_is_refused():

@@ -1,5 +1,8 @@
 """The paper's two-dimensional function, and the descents on it."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -41,3 +44,5 @@ def test_the_basin_map():
     # 33 of SAM's hover at the saddle between the two, and count for the nearer one.
     lost = {method: int(found.flat[method].isnan().sum()) for method in toy.METHODS}
     assert lost == {"SGD": 0, "SAM": 19 - 2, "XSAM": 18 - 1}
+    kept = json.loads((Path(__file__).parents[1] / "results" / "toy.json").read_text())
+    assert found.as_json() == kept and [len(kept["flat"]["SAM"]), *map(len, kept["flat"]["SAM"])] == [25, *[15] * 25]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from scripts import reproduce, run_seeds
+from scripts.cost import Cost, cost, parsed
 from scripts.paper import SETTINGS, TABLES, Number, deviations, numbers, slug
 from tasks import recipes
 from tasks.command import sentence
@@ -57,7 +58,7 @@ def test_every_command_is_read_as_the_paper_has_it():
     for run, places in runs.items():
         if places[0][1] != "cifar100-resnet-18" and places[0][2] not in ("XSAM", "WSAM"):
             continue  # as those of ResNet-18, and a parser takes its time
-        task, args = reproduce.parsed(run)
+        task, args = parsed(run)
         of = SETTINGS[places[0][1]]
         assert args.rho == 0 or args.perturbation == "asam" or args.rho == of.rho or places[0][0] in (
             "table-12", "figure-3b", "figure-3c"
@@ -218,17 +219,17 @@ def test_passes_are_counted_as_the_runs_make_them():
     def counted(table, row, **changes):
         chosen = options(settings=["cifar100-resnet-18"], **changes)
         run = next(cell for cell in reproduce.cells(TABLES[table], chosen) if cell.row == row).runs[0]
-        task, args = reproduce.parsed(run)
-        return reproduce.cost(SETTINGS["cifar100-resnet-18"], args, task)
+        task, args = parsed(run)
+        return cost(SETTINGS["cifar100-resnet-18"], args, task)
 
     # 400 updates an epoch; 10,000 test images are 80 batches of 125.
-    assert counted("table-2", "SGD") == reproduce.Cost(80_000, 80_000, 0, 16_000)
-    assert counted("table-2", "XSAM") == reproduce.Cost(80_000, 160_000, 200 * 21, 16_000)
+    assert counted("table-2", "SGD") == Cost(80_000, 80_000, 0, 16_000)
+    assert counted("table-2", "XSAM") == Cost(80_000, 160_000, 200 * 21, 16_000)
     assert counted("table-4", "XSAM, k = 3").passes == 4 * 80_000 and counted("table-4", "MSAM, k = 2").searches == 0
     assert counted("figure-4", "every 100 updates").searches == 800 * 21
     assert counted("figure-17", "slope_max").searches == 200 * 21 + 80_000
     part = counted("table-2", "XSAM", examples=1000, epochs=2, flags="--test_examples 250")
-    assert part == reproduce.Cost(16, 32, 42, 4)
+    assert part == Cost(16, 32, 42, 4)
     assert part.hours((3600, 360)) == pytest.approx(32 + 4.6)
 
 

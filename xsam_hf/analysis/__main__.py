@@ -49,7 +49,10 @@ class AnalysisArguments:
 
 def main(argv: Sequence[str]) -> None:
     """Runs one command."""
-    from .measures import MEASURES, Settings  # matplotlib, which is in the extra
+    try:
+        from .measures import MEASURES, Settings
+    except ModuleNotFoundError as error:  # matplotlib, for instance
+        raise ImportError(f"{error}: the analysis needs its extra, `pip install 'xsam_hf[analysis]'`.") from error
 
     classes: Any = (AnalysisArguments, Settings)
     parser = HfArgumentParser(
@@ -122,10 +125,10 @@ def _toy(folder: Path) -> None:
     descents = {name: toy.descend(toy.START, arguments) for name, arguments in toy.METHODS.items()}
     basins = toy.basins()
     folder.mkdir(parents=True, exist_ok=True)
-    shares = {name: basins.share(name) for name in toy.METHODS}
-    (folder / "toy.json").write_text(json.dumps({"flat": shares}, indent=1) + "\n", encoding="utf-8")
+    found = basins.as_json()
+    (folder / "toy.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
     _save(pictures.draw_toy, descents, basins, file=folder / "toy.svg")
-    for name, share in shares.items():
+    for name, share in found["share"].items():
         print(f"{name}: {share:.1%} of {basins.flat[name].numel()} starts end nearer to the flat minimum")
     print(f"\n{folder / 'toy.svg'}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,12 @@ from .svg import COLORS, TEXT_COLOR
 
 
 FIRST, LAST, BEST = "#0072B2", "#009E73", "#D55E00"  # g_0, g_1 (SAM) and v(α*) (XSAM), in all pictures
+_LOGGED = {
+    "xsam/alpha": "position on the arc, α",
+    "xsam/angle": "angle ψ, radians",
+    "xsam/grad_norm_first": "$‖g_0‖$",
+    "xsam/grad_norm_last": "$‖g_k‖$",
+}
 _MARKS: Any = {"alpha": 0.9, "bbox": {"facecolor": "white", "edgecolor": "none", "alpha": 0.6, "pad": 0.6}}
 
 
@@ -163,14 +170,17 @@ def draw_spectra(found: Mapping[str, HessianSpectrum]) -> Figure:
 
 
 def draw_curves(runs: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]) -> Figure:
-    """Fig. 13 and 14: what runs logged over training, a panel for each key; see [`training_curves`]."""
+    """Fig. 13 and 14: what runs logged over training, a panel for each key; see [`training_curves`]. A run without any keeps its colour."""
     keys = list(dict.fromkeys(key for curves in runs.values() for key in curves))
-    figure, (panels,) = _panels(len(keys), height=3.2)
-    for axes, key in zip(panels, keys, strict=True):
+    columns = 2 if len(keys) > 1 else 1  # four in a row would be too small to read at the width of a page
+    figure, grid = _panels(columns, height=2.8, rows=math.ceil(len(keys) / columns))
+    for axes in grid.flat[len(keys) :]:
+        axes.remove()
+    for axes, key in zip(grid.flat, keys, strict=False):
         for (name, curves), color in zip(runs.items(), COLORS * len(runs), strict=False):
             if key in curves:
-                axes.plot(*curves[key], color=color, lw=1.2, label=name)
-        axes.set(xlabel="update", title=key)
+                axes.plot(*curves[key], color=color, lw=1.4, label=name)
+        axes.set(xlabel="update", ylabel=_LOGGED.get(key, ""), title=key)
         axes.legend(fontsize=8)
     return figure
 

@@ -86,12 +86,11 @@ def make_report(
         to_figure(_HEADINGS[measure], draw(MEASURES[measure].draw, found), MEASURES[measure].caption)
         for measure, found in results.items()
     ]
-    logged = {name: found for name, found in curves.items() if found}
-    if logged:
+    if any(curves.values()):
         caption = (
             "What the runs logged: position on the arc, angle ψ in radians, norms of the first and the last gradient."
         )
-        figures.append(to_figure("Over training", draw(pictures.draw_curves, logged), caption))
+        figures.append(to_figure("Over training", draw(pictures.draw_curves, curves), caption))
     return make_page(
         "Loss surfaces: " + ", ".join(names),
         "Measured by xsam_hf.analysis, all checkpoints on the same batches and random directions.",

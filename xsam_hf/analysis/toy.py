@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -152,6 +153,17 @@ class Basins:
     def share(self, method: str) -> float:
         """How many of all starts end at the flat minimum."""
         return float(self.flat[method].nan_to_num(0).mean())
+
+    def as_json(self) -> dict[str, Any]:
+        """
+        The map: `mu`, `sigma`; by method `share`, and `flat`, whose rows are those of one μ: 1, 0, or null off the domain.
+        """
+        ends = {
+            name: [[None if math.isnan(end) else int(end) for end in row] for row in of.tolist()]
+            for name, of in self.flat.items()
+        }
+        share = {name: self.share(name) for name in self.flat}
+        return {"mu": self.mu.tolist(), "sigma": self.sigma.tolist(), "share": share, "flat": ends}
 
 
 def basins(columns: int = 25, rows: int = 15, steps: int = STEPS) -> Basins:

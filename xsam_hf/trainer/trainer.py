@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import Seq2SeqTrainer, Trainer
+from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
@@ -31,7 +31,7 @@ from .checkpoint import CheckpointMixin
 from .compatibility import check_supported
 from .logs import UpdateSums
 from .micro_batch import MicroBatch
-from .model_card import add_section
+from .model_card import add_section, with_tags
 from .replay import ReplayMixin
 
 
@@ -48,7 +48,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
     other pass, it is L(θ_0 + ε).
 
     Raises:
-        `ValueError`: the model has no trainable weights.
+        `ValueError`: the model has no trainable weights, or `args` is an [`XSAMArguments`] without the Trainer's fields.
         `NotImplementedError`: the training set-up steps inside the backward pass, shards the batch's sequences or hides its
             gradients (FSDP1, layer-wise optimizers, most settings of DeepSpeed, ...); the message names the way out. As soon as
             the training step generates its data. At the first update: the first pass changes what cannot be put back for the
@@ -59,6 +59,12 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
     _xsam_optimizer: Optimizer | None = None  # that the names below were collected for
 
     def __init__(self, *args, **kwargs):
+        for given in (*args, *kwargs.values()):
+            if isinstance(given, XSAMArguments) and not isinstance(given, TrainingArguments):
+                raise ValueError(
+                    f"`args` is {type(given).__name__}, which has the method's fields alone: give XSAMTrainingArguments, which has the "
+                    "Trainer's as well."
+                )
         super().__init__(*args, **kwargs)
         self._xsam_begin_anew()
         check_supported(self, self.xsam_arguments)
@@ -279,9 +285,13 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
         super().log(logs, start_time)
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Writes the Trainer's model card, which `push_to_hub` publishes, and adds the method's fields to it."""
-        super().create_model_card(*args, **kwargs)
+        """Writes the model card, which `push_to_hub` publishes, with tags and a section of the method's."""
         arguments = self.xsam_arguments
+        if arguments.rho > 0 and len(args) > 2:  # the third one is `tags`, in the Trainer's signature and in trl's
+            args = (*args[:2], with_tags(args[2]), *args[3:])
+        elif arguments.rho > 0:
+            kwargs["tags"] = with_tags(kwargs.get("tags"))
+        super().create_model_card(*args, **kwargs)
         card = Path(str(self.args.output_dir)) / "README.md"
         if self.is_world_process_zero() and arguments.rho > 0 and card.is_file():
             add_section(card, arguments)
