@@ -280,6 +280,40 @@ def test_a_name_that_is_gone_is_refused(trainer, monkeypatch):
         check_supported(trainer, trainer.xsam_arguments)
 
 
+@pytest.mark.parametrize(
+    "engine, optimizer, changes, message",
+    [
+        ("PipelineEngine", "DeepSpeedZeroOptimizer", {}, "PipelineEngine.*FSDP2"),
+        ("DeepSpeedEngine", "BF16_Optimizer", {}, "BF16_Optimizer.*FSDP2"),
+        ("DeepSpeedEngine", "DeepSpeedZeroOptimizer", {"has_moe_layers": True}, "experts.*FSDP2"),
+        ("DeepSpeedEngine", "DeepSpeedZeroOptimizer", {"loss_scale": 2.0}, "loss scaling.*FSDP2"),
+        (
+            "DeepSpeedEngine",
+            "DeepSpeedZeroOptimizer",
+            {"left_out": 1},
+            "does not step the trainable weight 'first.weight'",
+        ),
+        ("DeepSpeedEngine", "DeepSpeedZeroOptimizer", {"outside": 1}, "steps weights outside the model"),
+        ("DeepSpeedEngine", "DeepSpeedZeroOptimizer_Stage3", {}, "'fp16_groups'.*FSDP2"),
+    ],
+)
+def test_engines_that_were_not_tried_are_refused(engine, optimizer, changes, message):
+    changes = {"has_moe_layers": False, "loss_scale": 1.0, "left_out": 0, "outside": 0, **changes}
+    module = Network()
+    for parameter in module.parameters():
+        parameter._hp_mapping = None
+    group = [*list(module.parameters())[changes["left_out"] :], *map(torch.zeros, range(changes["outside"]))]
+    names = {
+        "averaged_gradients": {},
+        "bit16_groups": [group],
+        "dp_process_group": None,
+        "loss_scale": changes["loss_scale"],
+    }
+    parts = {"module": module, "optimizer": type(optimizer, (), names)(), "has_moe_layers": changes["has_moe_layers"]}
+    with pytest.raises(NotImplementedError, match=message):
+        deepspeed.ZeROWeights(type(engine, (), parts)())
+
+
 def test_find_rho_runs_without_deepspeed(trainer):
     trainer.accelerator.num_processes, trainer.is_deepspeed_enabled = 1, True
     with pytest.raises(NotImplementedError, match="without DeepSpeed"):

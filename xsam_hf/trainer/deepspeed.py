@@ -216,6 +216,11 @@ class ZeROWeights:
         self._parameters = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
         self._shards: _Slices | _Partitions = _Partitions(optimizer) if "Stage3" in kind else _Slices(optimizer)
         stepped = {id(parameter) for group in self._shards.groups for parameter in group}
+        if stepped - {id(parameter) for parameter in self._parameters.values()}:
+            raise NotImplementedError(
+                "DeepSpeed's optimizer steps weights outside the model, such as a loss's own, which XSAM would not move: make them a "
+                "part of the model, or set `rho` to 0."
+            )
         for name, parameter in self._parameters.items():
             if id(parameter) not in stepped:
                 raise NotImplementedError(
