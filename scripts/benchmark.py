@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -66,14 +67,14 @@ def translation(batch: int, length: int):
     return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids, "labels": ids}
 
 
+# The CNNs of the XSAM paper, and the images of a batch: few, but enough to compare updates by.
+CNNS = {"vgg-11-mlp": 8, "resnet-18": 8, "densenet-121": 4}
+
 # GPT-2's have few tokens for their weights, so that arithmetic on the weights is what takes the time.
 CONFIGURATIONS = {
     "vit-ti": lambda: image_model("vit-ti", "cifar100", 32),
     "vit-small": lambda: image_model("vit-small", "digits", 64),
-    # The CNNs of the XSAM paper, with few images: enough to compare updates by.
-    "vgg-11-mlp": lambda: image_model("vgg-11-mlp", "cifar10", 8),
-    "resnet-18": lambda: image_model("resnet-18", "cifar10", 8),
-    "densenet-121": lambda: image_model("densenet-121", "cifar10", 4),
+    **{name: partial(image_model, name, "cifar10", images) for name, images in CNNS.items()},
     "translation-small": lambda: translation(32, 24),
     "gpt2-1m": lambda: gpt2(2, 16, n_embd=128, n_layer=4, n_head=4, vocab_size=2000),
     "gpt2-10m": lambda: gpt2(2, 16, n_embd=384, n_layer=5, n_head=6, vocab_size=2000),

@@ -5,7 +5,7 @@ Trains a recipe of the image task while bfloat16 buries the ascent: `scripts/run
 
 Every forward pass sees bf16(w + o) − o in place of a matrix or convolution w. The frozen o lies between `offset` and twice that, another
 one for each weight: what is rounded is as large beside the ascent as weights are in a large model, and w itself decays, steps and
-climbs as ever. With offset 0 the weights are left alone, and with `--bf16 true` the pass rounds them itself.
+climbs as ever. With offset 0 the weights are left alone.
 
 `result.json` says, as means over the training, what a pass saw of ε at these weights: seen = c(θ + ε) − c(θ).
 """
@@ -87,22 +87,19 @@ def main(argv: Sequence[str]) -> None:
         model, generator = original(*arguments), torch.Generator().manual_seed(torch.initial_seed())
         cast = {}
         for module in list(model.modules()):
-            if not isinstance(module, nn.Linear | nn.Conv2d):
-                continue
-            if args.offset:
+            if args.offset and isinstance(module, nn.Linear | nn.Conv2d):
                 rounded = Rounded(module.weight, args.offset, generator)
                 parametrize.register_parametrization(module, "weight", rounded)
                 cast[module.parametrizations.weight.original] = rounded
-            else:
-                cast[module.weight] = lambda weight: weight.to(torch.bfloat16)
-        looks.append(Seen(cast))
-        model.register_forward_pre_hook(looks[0])
+        if cast:
+            looks.append(Seen(cast))
+            model.register_forward_pre_hook(looks[0])
         return model
 
     models.build = build
     path = train.train(*recipes.parse(train.ARGUMENTS, flags, __doc__, "runs/rounded_training"))
     result = json.loads(path.read_bytes())
-    if result["arguments"]["rho"] > 0 and (args.offset or result["arguments"]["bf16"]):
+    if result["arguments"]["rho"] > 0 and looks:
         result["seen"] = {name: fmean(numbers) for name, numbers in looks[0].found.items()}
     write_whole(Path(path), json.dumps({**result, "offset": args.offset}, indent=2) + "\n")
 

@@ -130,7 +130,15 @@ def result(trainer):
         zero3 = hasattr(own[0], "ds_id")
     with deepspeed.zero.GatheredParameters(own) if zero3 else nullcontext():
         own = flat(own)
-    keys = ("loss", "xsam/alpha", "xsam/angle", "xsam/sharpness", "xsam/grad_norm_last")
+    keys = (
+        "loss",
+        "xsam/alpha",
+        "xsam/angle",
+        "xsam/sharpness",
+        "xsam/grad_norm_last",
+        "xsam/seen_share",
+        "xsam/seen_cosine",
+    )
     return {
         "weights": flat(weights),
         "model's own": own,

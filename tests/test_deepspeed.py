@@ -112,6 +112,11 @@ def test_bfloat16_is_as_far_from_float64_as_in_plain_training(ranks, exact, name
     assert distance(found, exact[0.3]) <= plain < 0.01 < 0.1 < distance(found, exact[0.0])
     assert found["history"]["xsam/alpha"] == exact[0.3]["history"]["xsam/alpha"]
     assert torch.equal(found["weights"], ranks[1][stage, name]["weights"])
+    # The ascent is long beside bfloat16's spacing. It is the same at all stages, so that its parts are added up rightly.
+    for key, most in (("xsam/seen_share", 1.01), ("xsam/seen_cosine", 1)):
+        assert found["history"][key] == pytest.approx(ranks[0][2, "bf16"]["history"][key], abs=1e-3)
+        assert len(found["history"][key]) == 1 and 0.99 < found["history"][key][0] < most
+    assert not ranks[0][stage, "xsam"]["history"]["xsam/seen_cosine"]
     for rank in ranks:
         assert torch.equal(rank[stage, name]["model's own"], found["weights"].bfloat16().double())
 

@@ -34,8 +34,9 @@ def learns_and_searches(trainer, **_):
     assert history[-1]["eval_accuracy"] > 0.8
 
 
-def train(seen, state, **_):
-    assert seen.loss < 0.4 and state.updates == 5 * 8 + 4 + 8
+def train(seen, state, told, **_):
+    assert seen.loss < 0.4 and state.updates == 5 * 8 + 4 + 8 + 1
+    assert 0.9 < told["cosine"] < 1 < told["length"]
 
 
 def trains_adapters_by_sam(trainer, **_):

@@ -14,7 +14,20 @@ from pathlib import Path
 
 import pytest
 
-from scripts import benchmark, demo, group, growth, run_seeds, study, summarize, summary, table
+from scripts import (
+    benchmark,
+    demo,
+    epoch_cost,
+    group,
+    growth,
+    run_seeds,
+    spectra,
+    study,
+    summarize,
+    summary,
+    sweep,
+    table,
+)
 from scripts import report as report_script
 from tasks import command, identity
 
@@ -1181,6 +1194,89 @@ def test_an_earlier_study_counts_where_the_new_one_has_no_result(root, monkeypat
     assert study.chosen("fashion-noise-vit") == {"sam": 0.1, "xsam": 0.3}
 
 
+# --- one argument varied ---------------------------------------------------------------------------------------------
+
+
+SWEEP = sweep.Sweep(
+    "digits-noise",
+    "steps",
+    {"sam-2-steps": sweep.Variant("sam", "--ascent_steps 2"), "wide": sweep.Variant("xsam", rho_max=2)},
+    seeds=2,
+)
+
+
+def test_a_sweep_takes_the_studys_rho_and_changes_one_argument(summarized, monkeypatch):
+    monkeypatch.setattr(sweep, "ROOT", summarized)
+    monkeypatch.setattr(sweep, "SWEEPS", {"digits-noise-steps": SWEEP})
+    trained = []
+    monkeypatch.setattr(sweep, "run_or_exit", lambda runs, jobs: trained.extend(runs))
+    monkeypatch.setattr(sweep, "keep", lambda group: None)
+    assert "xsam has no `rho` in digits-noise yet" in refusal(sweep.main, "digits-noise-steps")
+    write_results(
+        summarized / "results", "digits-noise", {"sam": (20, [0.9])}, {"sam": {0.4: 0.9}, "xsam": {0.3: 0.9}}
+    )
+    sweep.main(["digits-noise-steps", "--flags=--threads 1"])
+    assert [(run.name, run.seed) for run in trained] == [(n, s) for s in (0, 1) for n in SWEEP.variants]
+    assert trained[0].flags == "--method sam --rho 0.4 --ascent_steps 2 --threads 1"
+    assert trained[1].flags == "--method xsam --rho 0.3 --rho_max 0.6 --threads 1"
+    assert "digits-noise-steps has no variant narrow: choose among sam-2-steps, wide" in refusal(
+        sweep.main, "digits-noise-steps", "--variants", "narrow"
+    )
+
+
+def test_a_sweep_is_shown_beside_the_methods_that_it_varies_at_the_same_seeds(summarized, monkeypatch):
+    monkeypatch.setattr(sweep, "ROOT", summarized)
+    monkeypatch.setattr(sweep, "SWEEPS", {"digits-noise-steps": SWEEP})
+    assert sweep.results("digits-noise-steps") == {}
+    write_results(summarized / "results", "digits-noise-steps", {"sam-2-steps": (30, [0.90, 0.90])}, {})
+    found = sweep.results("digits-noise-steps")
+    assert {name: [run["seed"] for run in runs] for name, runs in found.items()} == dict.fromkeys(
+        ["sam", "xsam", "sam-2-steps"], [0, 1]
+    )
+    summary.main([])
+    text = (summarized / "RESULTS.md").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("| sam-2-steps"))
+    # 1 and 2 points below SAM's 91 and 92: t is 12.71, the standard deviation .707.
+    assert "| 90.00 ± 0.00 " in line and "| -1.50 ± 6.35 " in line and "| 1.50 " in line
+    assert "`scripts/run sweep digits-noise-steps`" in text
+
+
+def test_an_epoch_of_xsam_by_arithmetic():
+    rows = {
+        "sam": {"seconds": [1.0, 2.0], "median_seconds": 1.5, "median_own_seconds": 0.1},
+        "xsam, alpha kept": {"seconds": [1.2, 2.4], "median_seconds": 1.8, "median_own_seconds": 0.4},
+        "xsam, search": {"seconds": [4.2, 8.4], "median_seconds": 6.3, "median_own_seconds": 0.9},
+    }
+    found = epoch_cost.costs(rows, batch=10)
+    assert found.kept == pytest.approx([1.2, 1.2]) and (found.own, found.search) == pytest.approx((0.2, 3.0))
+    assert found.epoch(updates=300, batch=100) == pytest.approx(1 + 0.02 + 0.01)
+
+
+def test_spectra_of_several_seeds_are_kept_and_compared_in_pairs(root, monkeypatch):
+    monkeypatch.setattr(spectra, "ROOT", root)
+    assert spectra.section() == ""
+    for seed in (0, 1, 2):
+        for method, trace in zip(spectra.METHODS, (10.0, 4.0, 2.0 / 2**seed, 8.0), strict=True):
+            folder = root / f"seen-{seed}" / method
+            folder.mkdir(parents=True)
+            found = {"eigenvalues": [4.0 + seed, 3, 2, 1.5, 1.0], "trace": trace}
+            (folder / "hessian.json").write_text(json.dumps({"measure": "hessian", "result": found}))
+    (root / "results").mkdir()
+    folders = [f"{seed}={root}/seen-{seed}" for seed in (0, 1, 2)]
+    spectra.main(folders)
+    lines = {}
+    for line in spectra.section().splitlines():
+        name, *cells = [text.strip() for text in line.split("|")[1:-1]]
+        lines[name] = cells
+    assert lines["trace"][:3] == ["10, 10, 10", "4, 4, 4", "2, 1, 0.5"] and lines["λ_1"][0] == "4, 5, 6"
+    # The logarithms of XSAM / SAM are -1, -2 and -3 times log 2: mean -2, margin 4.303 / √3.
+    assert lines["trace"][4:] == ["0.40", "0.25 (0.04 to 1.40)", "0.10 (0.02 to 0.56)", "0.80"]
+    (root / "seen-2" / "SAM" / "hessian.json").unlink()
+    assert "seen-2/SAM/hessian.json: python -m xsam_hf.analysis hessian SAM=CHECKPOINT" in refusal(
+        spectra.main, *folders
+    )
+
+
 def test_results_md_says_what_results_do():
     summary.main(["--check"])
 
@@ -1190,8 +1286,11 @@ def test_readme_says_what_results_do():
     settings = {setting: summary.named(rows) for setting, rows in summary.rows_of_settings().items()}
     digits = settings["digits-noise"]
     said = [table.paired_difference(digits["xsam"], digits["sam"])]
+    table_of = ("sam", "xsam", "fraction.1", "stale-sam")
     for setting, methods in {
-        "digits-noise": ("sam", "xsam", "fraction.1", "stale-sam"),
+        "digits-noise": table_of,
+        "digits-noise-vit": table_of,
+        "fashion-noise": table_of,
         "fashion-noise-vit": ("sam", "xsam"),
     }.items():
         rows = settings[setting]
@@ -1200,6 +1299,10 @@ def test_readme_says_what_results_do():
         assert f"{difference.mean:+.1f} ± {difference.margin:.1f}" in readme
     for name in ("base", "base-2x", "base, best epoch"):
         assert f"{digits[name].mean:.1f} %" in readme
+    late, whole = (
+        table.paired_difference(digits[name], summary.equal_base(digits[name], digits)) for name in ("late.3", "xsam")
+    )
+    assert f"keeps {late.mean / whole.mean:.0%}".replace("%", " %") in readme
 
 
 def test_the_benchmark_times_all_on_the_same_batch_and_says_what_is_our_own(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ Fine-tunes a language model with trl's SFTTrainer, LoRA and XSAM: trl's own scri
     python -m tasks.language_modeling.sft --model_name_or_path FOLDER --dataset_name FOLDER --use_peft --rho 0.001 --method sam
 
 `dataset_name` is a folder of .json, .csv or .parquet files in one of trl's formats, or a data set of the hub. --help lists all flags,
-trl's among them.
+trl's among them. It needs `pip install trl peft`.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from transformers import Trainer
 from ..arguments import XSAMArguments
 from ..state import XSAMUpdate
 from ..xsam import xsam_gradient
+from .precision import HALF
 
 
 TRIED = ("0.19.8",)  # the versions of DeepSpeed that tests/test_deepspeed.py has passed with
@@ -240,6 +241,11 @@ class ZeROWeights:
         return DTensor.from_local(
             column, self._mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=(1,) * len(shape)
         )
+
+    def taken_in_half(self) -> dict[Tensor, torch.dtype]:
+        """What the model has these weights in, if it is half precision; see [`SeenAscent`]."""
+        kinds = {self.weights[name]: parameter.dtype for name, parameter in self._parameters.items()}
+        return {weight: dtype for weight, dtype in kinds.items() if dtype in HALF}
 
     @contextmanager
     def step_held(self) -> Iterator[None]:

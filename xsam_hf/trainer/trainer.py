@@ -23,6 +23,7 @@ from ..arithmetic import copy_
 from ..geometry import together
 from ..pass_state import RandomState
 from ..schedule import ascends_at
+from ..seen import SeenAscent
 from ..stale import climbed
 from ..weights import MovableWeights, drop_gradients, weights_of
 from ..xsam import xsam_gradient
@@ -32,6 +33,7 @@ from .compatibility import check_supported
 from .logs import UpdateSums
 from .micro_batch import MicroBatch
 from .model_card import add_section, with_tags
+from .precision import taken_in_half, warning_of
 from .replay import ReplayMixin
 
 
@@ -82,6 +84,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
         """Forgets what a training that was stopped between two micro-batches left behind."""
         self._xsam_micro_batches: list[MicroBatch] = []  # of the current update
         self._xsam_sums = UpdateSums()
+        self._xsam_seen: SeenAscent | None = None
         self._xsam_follower, self._xsam_optimizer, self._xsam_shards = None, None, None
         self._xsam_named: dict[str, Tensor] = {}
         self._xsam_ran = self._xsam_warned = False
@@ -102,6 +105,9 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
             if self.accelerator.sync_gradients:
                 self._xsam_sums.add(passes=1)
             return super().training_step(model, inputs, num_items_in_batch)
+        if self._xsam_seen is None:  # the first update with an ascent
+            zero = self._xsam_zero
+            self._xsam_seen = SeenAscent(taken_in_half(self) if zero is None else zero.taken_in_half())
         try:
             if arguments.ascent_scope == "micro":
                 return self._xsam_micro_step(model, inputs, num_items_in_batch, arguments)
@@ -127,7 +133,8 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
         weights, _ = self._xsam_weights()
         self._xsam_read_average({**self._xsam_named, **weights})
         state = self._xsam_callback.xsam
-        with climbed(MovableWeights(weights, arguments, state.updates, state.memory), arguments, state) as stoppable:
+        theta = MovableWeights(weights, arguments, state.updates, state.memory, self._xsam_seen)
+        with climbed(theta, arguments, state) as stoppable:
             return stoppable(first_pass)
 
     @property
@@ -184,6 +191,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
                 before=micro_batches[0].before,
                 loss_scaling=self.accelerator.scaler is not None,
                 measure=arguments.searches or self._xsam_is_logged,
+                seen=self._xsam_seen,
             )
         callback.step_due = True
         if end is not None:
@@ -276,6 +284,10 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
             seen = self._xsam_sums.read(
                 arguments, self._xsam_callback.xsam, lambda x: self.accelerator.reduce(x, reduction="mean")
             )
+            if self._xsam_seen is not None and (measure := self._xsam_seen.read()):
+                seen |= {f"xsam/seen_{name}": value for name, value in measure.items()}
+                if warning := warning_of(measure):
+                    logger.warning(warning)
             logs |= seen
             if "xsam/fallbacks" in seen:
                 logger.warning_once(
