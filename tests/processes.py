@@ -51,7 +51,7 @@ def in_process(work):
     return end_process(*start_process(work))
 
 
-def in_ranks(work, number=2):
+def in_ranks(work, number=2, seconds=300):
     """The exit status and the report of `work(rank, report)` in each of some gloo processes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -68,7 +68,7 @@ def in_ranks(work, number=2):
         return run
 
     started = [start_process(ranked(rank)) for rank in range(number)]
-    return [end_process(*process) for process in started]
+    return [end_process(*process, seconds) for process in started]
 
 
 @functools.cache

@@ -204,5 +204,5 @@ def test_accelerate_takes_the_configs(name, processes, expected):
 
 def test_every_config_is_tested_and_told_of():
     names = {file.stem for file in (SCRIPTS / "accelerate").glob("*.yaml")}
-    assert names == {"ddp", "fsdp2", "fsdp2_64_gpus", "hsdp"}
+    assert names == {"ddp", "fsdp2", "fsdp2_64_gpus", "hsdp", "zero2", "zero3"}
     assert all(f"../scripts/accelerate/{name}.yaml" in read("several_gpus") for name in names)

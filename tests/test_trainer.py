@@ -586,7 +586,6 @@ def test_promise_7_generating_trainers(tmp_path, place):
 @pytest.mark.parametrize(
     "kind, version, scope, message",
     [
-        ("DEEPSPEED", None, "update", "DeepSpeed steps inside backward.*DDP or FSDP2"),
         ("FSDP", 1, "update", "FSDP1's flat parameters.*FSDP2"),
         ("FSDP", 2, "micro", "ascent_scope='micro'.*FSDP2"),
         ("MEGATRON_LM", None, "update", "MEGATRON_LM.*DDP or FSDP2"),

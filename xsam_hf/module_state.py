@@ -38,10 +38,12 @@ class _Place:
     kind: str
     owner: str = ""
     names: frozenset[str] | None = None  # those that are followed; all of them by default
+    left_alone: Callable[[str, Any], bool] | None = None  # but for these
 
     def items(self) -> Iterable[tuple[str, Any]]:
         if self.names is None:
-            return [(name, value) for name, value in self.values.items() if name not in _OF_EVERY_MODULE]
+            things = [(name, value) for name, value in self.values.items() if name not in _OF_EVERY_MODULE]
+            return [thing for thing in things if not self.left_alone(*thing)] if self.left_alone else things
         return [(name, self.values[name]) for name in self.names if name in self.values]
 
     def called(self, name: str) -> str:
@@ -112,6 +114,8 @@ class StateFollower:
         others (sequence of `dict`): attributes of other objects, in which the same things are followed.
         trained (`Callable`, *optional*):
             Gives the weights that an update moves. Those of the roots that require a gradient by default.
+        left_alone (`Callable`, *optional*):
+            Of a name and a thing of a module, whether it is another library's, which moves it about and puts it back itself.
     """
 
     def __init__(
@@ -119,9 +123,11 @@ class StateFollower:
         modules: Sequence[nn.Module],
         others: Sequence[dict[str, Any]] = (),
         trained: Callable[[], Iterable[Tensor]] | None = None,
+        left_alone: Callable[[str, Any], bool] | None = None,
     ):
         self._owners: dict[nn.Module, str] = {}
         self._places: list[_Place] = []
+        self._left_alone = left_alone
         self._trained = trained or (lambda: [weight for root in modules for weight in root.parameters()])
         for root in modules:
             self._follow(root)
@@ -135,7 +141,8 @@ class StateFollower:
                 self._owners[module] = owner
                 kinds = ("buffers", module._buffers), ("parameters", module._parameters), ("modules", module._modules)
                 self._places += [
-                    _Place(values, kind, owner) for kind, values in (*kinds, ("attributes", vars(module)))
+                    _Place(values, kind, owner, left_alone=self._left_alone)
+                    for kind, values in (*kinds, ("attributes", vars(module)))
                 ]
 
     def capture(self, by_content: bool = False) -> ModuleState:

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..arguments import XSAMArguments
 from ..weights import perturbed_and_excluded
+from .deepspeed import check_deepspeed
 
 
 logger = logging.get_logger(__name__)
@@ -44,7 +45,7 @@ def check_supported(trainer: Trainer, arguments: XSAMArguments) -> None:
     """
     if arguments.rho == 0:
         return
-    _check_distribution(trainer, arguments.ascent_scope)
+    _check_distribution(trainer, arguments)
     _check_compilation(trainer.args)
     _check_optimizer(trainer)
     rescaled = {"perturbation": arguments.perturbation, "gradient_scale": arguments.gradient_scale}
@@ -67,19 +68,16 @@ def generates(trainer: Trainer) -> NotImplementedError:
     )
 
 
-def _check_distribution(trainer: Trainer, ascent_scope: str) -> None:
-    kind = trainer.accelerator.distributed_type
+def _check_distribution(trainer: Trainer, arguments: XSAMArguments) -> None:
+    kind, ascent_scope = trainer.accelerator.distributed_type, arguments.ascent_scope
     if trainer.args.n_gpu > 1:
         raise NotImplementedError(
             f"The Trainer would spread each batch over {trainer.args.n_gpu} devices by DataParallel, whose dropout masks cannot "
             "be repeated: start with `torchrun` or `accelerate launch`, make one device visible, or set `rho` to 0."
         )
     if kind == DistributedType.DEEPSPEED:
-        raise NotImplementedError(
-            "XSAM needs several backward passes before the optimizer's step, and DeepSpeed steps inside backward: "
-            "use DDP or FSDP2 (`fsdp_version: 2`), or set `rho` to 0."
-        )
-    if kind == DistributedType.FSDP:
+        check_deepspeed(trainer, arguments)
+    elif kind == DistributedType.FSDP:
         if trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
             raise NotImplementedError(
                 "XSAM moves weights shard by shard, which FSDP1's flat parameters do not allow: "

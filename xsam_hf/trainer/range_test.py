@@ -95,7 +95,7 @@ def find_rho(trainer: Trainer, *, batches: int = 4, rhos: Sequence[float] = RHOS
 
     Raises:
         `ValueError`: an argument is out of range, the trainer has no XSAM, is training, or measures `rho` in other units (`asam`).
-        `NotImplementedError`: several processes, a GradScaler, or what [`XSAMMixin`] refuses in training.
+        `NotImplementedError`: several processes, DeepSpeed, a GradScaler, or what [`XSAMMixin`] refuses in training.
     """
     rhos = list(rhos)
     if not isinstance(trainer, XSAMMixin):
@@ -155,9 +155,9 @@ def _check(trainer: XSAMMixin, batches: int, rhos: Sequence[float]) -> None:
         raise ValueError(
             "`perturbation` is 'asam', whose `rho` is a share of the weights' size: a range test of lengths says nothing."
         )
-    if trainer.accelerator.num_processes > 1 or trainer.accelerator.scaler is not None:
+    if trainer.accelerator.num_processes > 1 or trainer.accelerator.scaler is not None or trainer.is_deepspeed_enabled:
         raise NotImplementedError(
-            "`find_rho` runs in one process and without fp16's GradScaler: test so, with bf16 if need be."
+            "`find_rho` runs in one process, without DeepSpeed and without fp16's GradScaler: test so, with bf16 if need be."
         )
 
 

@@ -18,6 +18,7 @@ from ..module_state import StateFollower, items_of, parts_of
 from ..pass_state import PassState
 from ..weights import weights_of
 from .compatibility import generates, tensor_parallel_size
+from .deepspeed import ZeROWeights, engine_of, is_deepspeeds_own
 from .micro_batch import MicroBatch, copy_of, random_subset
 
 
@@ -55,6 +56,15 @@ class ReplayMixin(_Trainer):
     _xsam_generator: Any = None  # the model, without wrappers
     _xsam_micro_batches_seen = 0  # of the current update
     _xsam_replaying = False
+    _xsam_shards: ZeROWeights | None = None
+
+    @property
+    def _xsam_zero(self) -> ZeROWeights | None:
+        """The weights that DeepSpeed shards; `None` without it."""
+        engine = engine_of(self)
+        if engine is not None and (self._xsam_shards is None or self._xsam_shards.engine is not engine):
+            self._xsam_shards = ZeROWeights(engine)
+        return self._xsam_shards
 
     def _xsam_first_pass(
         self,
@@ -87,7 +97,8 @@ class ReplayMixin(_Trainer):
             micro_batch.subset, micro_batch.share = random_subset(inputs, arguments.ascent_fraction, key)
         if micro_batch.subset is not None:
             inputs, num_items_in_batch = micro_batch.inputs(whole=False)
-        with self._xsam_generation_refused():
+        zero = self._xsam_zero
+        with self._xsam_generation_refused(), zero.step_held() if zero else nullcontext():
             micro_batch.loss = super().training_step(model, inputs, num_items_in_batch)
         micro_batch.before.learn()
         self._xsam_micro_batches_seen = 0 if self.accelerator.sync_gradients else self._xsam_micro_batches_seen + 1
@@ -96,7 +107,8 @@ class ReplayMixin(_Trainer):
     def _xsam_replay(self, model: nn.Module, micro_batches: Sequence[MicroBatch], whole: bool) -> Tensor:
         """The passes over an update batch once more, the first of them from the state that stands; returns the loss."""
         loss = torch.zeros((), device=self.args.device)
-        each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+        # DeepSpeed reduces gradients by itself, and the Trainer lets it.
+        each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False) or self._xsam_zero
         for micro_batch in micro_batches:
             last = micro_batch is micro_batches[-1]
             self.accelerator.sync_gradients = last
@@ -198,9 +210,11 @@ def follower_of(trainer: Trainer) -> StateFollower:
     ]
     holders = [vars(thing) for thing in {id(thing): thing for thing in plain}.values()]
     held = [inner for values in holders for value in values.values() for inner in items_of(value)]
-    modules = [thing for thing in (trainer.model, *loss, *held) if isinstance(thing, nn.Module)]
+    engine = engine_of(trainer)  # around the model, with books of its own
+    things = [thing for thing in (trainer.model, *loss, *held) if thing is not engine]
+    modules = [thing for thing in things if isinstance(thing, nn.Module)]
 
     def trained() -> list[Tensor]:
         return [*cast(nn.Module, trainer.model).parameters(), *weights_of(trainer.optimizer)]
 
-    return StateFollower(modules, holders, trained)
+    return StateFollower(modules, holders, trained, None if engine is None else is_deepspeeds_own)

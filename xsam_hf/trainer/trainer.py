@@ -52,9 +52,10 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
     Raises:
         `ValueError`: the model has no trainable weights, or `args` is an [`XSAMArguments`] without the Trainer's fields.
         `NotImplementedError`: the training set-up steps inside the backward pass, shards the batch's sequences or hides its
-            gradients (DeepSpeed, FSDP1, layer-wise optimizers, ...); the message names the way out. As soon as the training step
-            generates its data. At the first update: the first pass changes what cannot be put back for the others; the optimizer
-            steps weights outside the model, such as a loss's own, in several processes. In one they are perturbed.
+            gradients (FSDP1, layer-wise optimizers, most settings of DeepSpeed, ...); the message names the way out. As soon as
+            the training step generates its data. At the first update: the first pass changes what cannot be put back for the
+            others; the optimizer steps weights outside the model, such as a loss's own, in several processes. In one they are
+            perturbed.
     """
 
     _xsam_optimizer: Optimizer | None = None  # that the names below were collected for
@@ -84,7 +85,8 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
         self._xsam_micro_batches: list[MicroBatch] = []  # of the current update
         self._xsam_sums = UpdateSums()
         self._xsam_seen: SeenAscent | None = None
-        self._xsam_follower, self._xsam_optimizer = None, None
+        self._xsam_follower, self._xsam_optimizer, self._xsam_shards = None, None, None
+        self._xsam_named: dict[str, Tensor] = {}
         self._xsam_ran = self._xsam_warned = False
         self._xsam_micro_batches_seen = self._xsam_updates = 0
         if self.xsam_arguments.rho == 0:  # the plain Trainer, list of callbacks included
@@ -104,7 +106,8 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
                 self._xsam_sums.add(passes=1)
             return super().training_step(model, inputs, num_items_in_batch)
         if self._xsam_seen is None:  # the first update with an ascent
-            self._xsam_seen = SeenAscent(taken_in_half(self))
+            zero = self._xsam_zero
+            self._xsam_seen = SeenAscent(taken_in_half(self) if zero is None else zero.taken_in_half())
         try:
             if arguments.ascent_scope == "micro":
                 return self._xsam_micro_step(model, inputs, num_items_in_batch, arguments)
@@ -178,7 +181,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
         )  # every first pass has been looked at
         stale = arguments.perturbation == "stale"  # it has climbed already, and repeats no pass
         with self._xsam_unheard(model):
-            update = xsam_gradient(
+            update = (xsam_gradient if self._xsam_zero is None else self._xsam_zero.update)(
                 weights,
                 gradient,
                 lambda: self._xsam_probe(model, micro_batches),
@@ -238,6 +241,8 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
             `ValueError`: the optimizer steps none of the model's trainable weights.
             `NotImplementedError`: it steps weights outside the model, such as a loss's own, in several processes.
         """
+        if self._xsam_zero is not None:
+            return dict(self._xsam_zero.weights), []
         optimizer: Any = self.optimizer
         if self._xsam_optimizer is not optimizer:
             self._xsam_optimizer, model = optimizer, self.model

@@ -1,0 +1,337 @@
+"""
+DeepSpeed's ZeRO 1, 2 and 3: two gloo processes equal one that has all weights, in float64.
+
+All but the refusals need DeepSpeed, the extra `deepspeed`, and g++: with them, `pytest tests/test_deepspeed.py` runs all. The
+first time DeepSpeed compiles a part of itself, for minutes.
+"""
+
+import ast
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from deepspeed_worker import BF16, SCENARIOS, STAGES, Network, build, everything, flat, main, result, run
+from processes import in_ranks
+from safetensors.torch import load_file
+from toys import tiny_gpt2
+
+from xsam_hf import find_rho
+from xsam_hf.trainer import deepspeed
+from xsam_hf.trainer.compatibility import check_supported
+
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None,
+    reason="needs DeepSpeed (the extra `deepspeed`) and g++",
+)
+in_all_stages = pytest.mark.parametrize("stage", STAGES)
+
+
+def in_two_processes(directory, work):
+    results = in_ranks(lambda rank, report: main(rank, directory, work), seconds=590)
+    assert results == [(0, "")] * 2, results
+    return [torch.load(directory / f"rank{i}.pt", weights_only=True) for i in range(2)]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return in_two_processes(tmp_path_factory.mktemp("zero"), everything)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return {name: result(run(tmp_path_factory.mktemp("alone"), name)) for name in SCENARIOS}
+
+
+@needs_deepspeed
+@in_all_stages
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_sharded_weights_equal_whole_ones(ranks, alone, stage, name):
+    sharded, expected = ranks[0][stage, name], alone[name]
+    assert (sharded["weights"] - expected["weights"]).abs().max() <= 1e-6
+    for rank in ranks:
+        assert torch.equal(rank[stage, name]["model's own"], sharded["weights"])
+    assert sharded["history"]["xsam/alpha"] == expected["history"]["xsam/alpha"]
+    for key in ("loss", "xsam/angle", "xsam/sharpness", "xsam/grad_norm_last"):
+        assert sharded["history"][key] == pytest.approx(expected["history"][key], rel=1e-4, abs=1e-6, nan_ok=True), key
+
+
+@needs_deepspeed
+def test_scenarios_are_different_trainings(alone):
+    found = [alone[name]["weights"] for name in SCENARIOS]
+    for i, one in enumerate(found):
+        for other in found[:i]:
+            assert len(one) != len(other) or (one - other).abs().max() > 1e-4
+
+
+@needs_deepspeed
+@in_all_stages
+def test_an_update_that_deepspeed_skips_leaves_all_weights_alone(ranks, tmp_path, stage):
+    expected = result(run(tmp_path, "first not finite", alpha=1.5))["weights"]
+    assert torch.isfinite(expected).all()
+    for rank in ranks:
+        skipped = rank[stage, "first not finite"]
+        assert (skipped["weights"] - expected).abs().max() <= 1e-6
+        assert torch.equal(skipped["model's own"], skipped["weights"])
+
+
+def rounded():
+    """DeepSpeed rounds the model before it copies the float32 weights from it."""
+    return tiny_gpt2(layers=1).bfloat16().float()
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("exact")
+    return {
+        rho: result(run(directory, f"{rho}", model=rounded(), **{**BF16, "bf16": False}, rho=rho))
+        for rho in (0.0, 0.3)
+    }
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    "name, stage", [*(("bf16", stage) for stage in STAGES), *(("bf16, sums in fp32", s) for s in (2, 3))]
+)
+def test_bfloat16_is_as_far_from_float64_as_in_plain_training(ranks, exact, name, stage):
+    start = flat(rounded().parameters())
+
+    def distance(one, other):
+        return (one["weights"] - other["weights"]).norm() / (one["weights"] - start).norm()
+
+    plain = max(distance(ranks[0]["plain bf16", accumulation], exact[0.0]) for accumulation in (1, 2))
+    found = ranks[0][stage, name]
+    assert distance(found, exact[0.3]) <= plain < 0.01 < 0.1 < distance(found, exact[0.0])
+    assert found["history"]["xsam/alpha"] == exact[0.3]["history"]["xsam/alpha"]
+    assert torch.equal(found["weights"], ranks[1][stage, name]["weights"])
+    # The ascent is long beside bfloat16's spacing. It is the same at all stages, so that its parts are added up rightly.
+    for key, most in (("xsam/seen_share", 1.01), ("xsam/seen_cosine", 1)):
+        assert found["history"][key] == pytest.approx(ranks[0][2, "bf16"]["history"][key], abs=1e-3)
+        assert len(found["history"][key]) == 1 and 0.99 < found["history"][key][0] < most
+    assert not ranks[0][stage, "xsam"]["history"]["xsam/seen_cosine"]
+    for rank in ranks:
+        assert torch.equal(rank[stage, name]["model's own"], found["weights"].bfloat16().double())
+
+
+@needs_deepspeed
+@in_all_stages
+def test_resumed_runs_equal_uninterrupted_ones(ranks, stage):
+    for rank in ranks:
+        whole, resumed = rank[stage, "whole"], rank[stage, "resumed"]
+        assert torch.equal(whole["weights"], resumed["weights"]) and torch.equal(
+            whole["model's own"], whole["weights"]
+        )
+        assert (
+            whole["history"]["xsam/alpha"] == resumed["history"]["xsam/alpha"]
+            and 1 not in whole["history"]["xsam/alpha"]
+        )
+
+
+@needs_deepspeed
+@in_all_stages
+def test_after_an_exception_the_masters_are_whole_and_the_model_is_refused(ranks, tmp_path, stage):
+    expected = result(run(tmp_path, "first only", max_steps=1, alpha=1.5))["weights"]
+    parts = zip(*(rank[stage, "interrupted"]["masters"] for rank in ranks), strict=True)
+    assert (flat([torch.cat(some) for some in parts]) - expected).abs().max() <= 1e-6
+    for rank in ranks:
+        said = rank[stage, "interrupted"]["said"]
+        assert len(said) == 3 and all("start again from the last checkpoint" in text for text in said), said
+
+
+@needs_deepspeed
+@in_all_stages
+def test_collectives_are_counted(ranks, stage):
+    for rank in ranks:
+        plain, xsam, search = (rank[stage, "collectives", name] for name in ("plain", "xsam", "a search"))
+        assert plain["gathered"] >= plain["reduced"] >= sum(weight.numel() for weight in Network().parameters())
+        assert xsam["reduced"] == search["reduced"] == 2 * plain["reduced"] + 12  # numbers of the log
+        assert xsam["gathered"] == 2 * plain["gathered"] and search["gathered"] == (2 + 9) * plain["gathered"]
+
+
+@needs_deepspeed
+def test_deepspeeds_own_adamw_steps_against_the_same_direction(ranks):
+    for rank in ranks:
+        own, torchs = rank["own"], rank[2, "whole"]
+        assert (own["weights"] - torchs["weights"]).abs().max() <= 1e-6
+        assert own["history"]["xsam/alpha"] == torchs["history"]["xsam/alpha"]
+
+
+@needs_deepspeed
+def test_accelerate_configs_start(tmp_path):
+    found, start = {}, flat(tiny_gpt2(layers=1).parameters())
+    for stage in (2, 3):
+        config = SCRIPTS / "accelerate" / f"zero{stage}.yaml"
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2"]
+        worker = [str(Path(__file__).parent / "deepspeed_worker.py"), str(tmp_path / f"{stage}")]
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(SCRIPTS.parent), *sys.path]),
+        }
+        command = [sys.executable, *launcher, "--main_process_port", "0", *worker]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr[-5000:]
+        found = torch.load(tmp_path / f"{stage}" / "found.pt", weights_only=True)
+        assert found["stage"] == stage and len(found["history"]["xsam/angle"]) == 2
+        saved = load_file(tmp_path / f"{stage}" / "saved" / "model.safetensors")
+        written = {name: tensor for name, tensor in saved.items() if "lm_head" not in name}
+        assert sum(tensor.numel() for tensor in written.values()) == len(start)
+        assert (found["weights"] - start).abs().max() > 1e-3
+
+
+# --- what needs no DeepSpeed
+
+
+def config(stage=2, zero=None, **settings):
+    return {"zero_optimization": {"stage": stage, **(zero or {})}, **settings}
+
+
+@pytest.mark.parametrize(
+    "settings, precision, message",
+    [
+        (config(), "fp16", "loss scaling.*`bf16=True`"),
+        (config(fp16={"enabled": True}), "no", "loss scaling.*`bf16=True`"),
+        (config(stage=0), "no", "stage 0.*use DDP"),
+        (config(3, {"offload_param": {"device": "cpu"}}), "no", "`zero_optimization.offload_param`"),
+        (config(2, {"offload_optimizer": {"device": "cpu"}}), "no", "`zero_optimization.offload_optimizer`"),
+        (config(3, {"zero_quantized_weights": True}), "no", "`zero_optimization.zero_quantized_weights`"),
+        (config(3, {"zero_quantized_gradients": True}), "no", "`zero_optimization.zero_quantized_gradients`"),
+        (config(3, {"zero_hpz_partition_size": 8}), "no", "`zero_optimization.zero_hpz_partition_size`"),
+        (config(3, {"mics_shard_size": 4}), "no", "`zero_optimization.mics_shard_size`"),
+        (config(2, {"zenflow": {"topk_ratio": 0.1}}), "no", "`zero_optimization.zenflow`"),
+        (config(bf16={"enabled": True, "check_grad_overflow": True}), "bf16", "`bf16.check_grad_overflow`"),
+        (config(1, data_types={"grad_accum_dtype": "fp32"}), "bf16", "ZeRO-1 with `data_types`.*stage 2 or 3"),
+        (config(torch_autocast={"enabled": True}), "no", "`torch_autocast`"),
+        (config(compile={"deepcompile": True}), "no", "`compile`"),
+        (config(tensor_parallel={"autotp_size": 2}), "no", "`tensor_parallel`"),
+        (config(scheduler={"type": "WarmupLR"}), "no", "`scheduler`"),
+        (config(optimizer={"type": "OneBitAdam"}), "no", "'OneBitAdam'.*AdamW"),
+        (config(optimizer={"type": "Muon"}), "no", "'Muon'.*AdamW"),
+    ],
+)
+def test_settings_that_were_not_tried_are_refused(settings, precision, message):
+    with pytest.raises(NotImplementedError, match=message) as refused:
+        deepspeed.check_settings(settings, precision)
+    assert "DDP" in str(refused.value) or "FSDP2" in str(refused.value)
+
+
+def test_settings_that_ask_for_nothing_are_let_through():
+    nowhere = {"device": "none", "nvme_path": None}
+    zero = {"offload_optimizer": nowhere, "offload_param": nowhere, "zero_hpz_partition_size": 1, "overlap_comm": True}
+    rest = {"fp16": {"enabled": False, "loss_scale": 0}, "train_batch_size": "auto", "optimizer": {"type": "AdamW"}}
+    for stage in STAGES:
+        deepspeed.check_settings(config(stage, zero, **rest), "bf16")
+
+
+@pytest.fixture
+def trainer(tmp_path, monkeypatch):
+    """As it would be built under DeepSpeed."""
+    monkeypatch.setattr(deepspeed, "version", lambda name: deepspeed.TRIED[-1])
+    monkeypatch.setattr(deepspeed, "METHODS", {})
+    trainer = build(tmp_path, "refused", rho=0.0)
+    plugin = types.SimpleNamespace(deepspeed_config=config())
+    trainer.accelerator = types.SimpleNamespace(
+        scaler=None,
+        distributed_type=DistributedType.DEEPSPEED,
+        state=types.SimpleNamespace(deepspeed_plugin=plugin),
+        parallelism_config=None,
+        mixed_precision="bf16",
+    )
+    trainer.args.rho = 0.1
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("ascent_scope", "micro", "each process's own gradient"),
+        ("perturbation", "vasso", "'vasso'.*not written into DeepSpeed's checkpoints"),
+        ("perturbation", "fsam", "'fsam'.*not written into DeepSpeed's checkpoints"),
+        ("perturbation", "stale", "'stale'.*not written into DeepSpeed's checkpoints"),
+        ("perturbation_dtype", "stochastic", "rounds the moved weights itself"),
+        ("torch_compile", True, "`torch_compile`"),
+    ],
+)
+def test_arguments_that_cannot_be_right_are_refused(trainer, name, value, message):
+    trainer.args.gradient_scale = "last"
+    check_supported(trainer, trainer.xsam_arguments)
+    setattr(trainer.args, name, value)
+    with pytest.raises(NotImplementedError, match=message + ".*FSDP2"):
+        check_supported(trainer, trainer.xsam_arguments)
+    trainer.args.rho = 0.0
+    check_supported(trainer, trainer.xsam_arguments)
+
+
+@pytest.mark.parametrize("version", ["0.19.7", "0.19.9", "0.20.0"])
+def test_other_versions_are_refused(trainer, monkeypatch, version):
+    monkeypatch.setattr(deepspeed, "version", lambda name: version)
+    with pytest.raises(NotImplementedError, match=f"with {deepspeed.TRIED[-1]}, not with {version}.*FSDP2"):
+        check_supported(trainer, trainer.xsam_arguments)
+
+
+def test_a_name_that_is_gone_is_refused(trainer, monkeypatch):
+    monkeypatch.setattr(deepspeed, "METHODS", {"gone.Optimizer": ("update_lp_params",)})
+    monkeypatch.setitem(sys.modules, "deepspeed", types.ModuleType("deepspeed"))
+    monkeypatch.setitem(sys.modules, "deepspeed.gone", types.SimpleNamespace(Optimizer=object))
+    with pytest.raises(NotImplementedError, match="'update_lp_params'.*FSDP2"):
+        check_supported(trainer, trainer.xsam_arguments)
+
+
+@pytest.mark.parametrize(
+    "engine, optimizer, changes, message",
+    [
+        ("PipelineEngine", "DeepSpeedZeroOptimizer", {}, "PipelineEngine.*FSDP2"),
+        ("DeepSpeedEngine", "BF16_Optimizer", {}, "BF16_Optimizer.*FSDP2"),
+        ("DeepSpeedEngine", "DeepSpeedZeroOptimizer", {"has_moe_layers": True}, "experts.*FSDP2"),
+        ("DeepSpeedEngine", "DeepSpeedZeroOptimizer", {"loss_scale": 2.0}, "loss scaling.*FSDP2"),
+        (
+            "DeepSpeedEngine",
+            "DeepSpeedZeroOptimizer",
+            {"left_out": 1},
+            "does not step the trainable weight 'first.weight'",
+        ),
+        ("DeepSpeedEngine", "DeepSpeedZeroOptimizer", {"outside": 1}, "steps weights outside the model"),
+        ("DeepSpeedEngine", "DeepSpeedZeroOptimizer_Stage3", {}, "'fp16_groups'.*FSDP2"),
+    ],
+)
+def test_engines_that_were_not_tried_are_refused(engine, optimizer, changes, message):
+    changes = {"has_moe_layers": False, "loss_scale": 1.0, "left_out": 0, "outside": 0, **changes}
+    module = Network()
+    for parameter in module.parameters():
+        parameter._hp_mapping = None
+    group = [*list(module.parameters())[changes["left_out"] :], *map(torch.zeros, range(changes["outside"]))]
+    names = {
+        "averaged_gradients": {},
+        "bit16_groups": [group],
+        "dp_process_group": None,
+        "loss_scale": changes["loss_scale"],
+    }
+    parts = {"module": module, "optimizer": type(optimizer, (), names)(), "has_moe_layers": changes["has_moe_layers"]}
+    with pytest.raises(NotImplementedError, match=message):
+        deepspeed.ZeROWeights(type(engine, (), parts)())
+
+
+def test_find_rho_runs_without_deepspeed(trainer):
+    trainer.accelerator.num_processes, trainer.is_deepspeed_enabled = 1, True
+    with pytest.raises(NotImplementedError, match="without DeepSpeed"):
+        find_rho(trainer)
+
+
+def test_private_names_of_deepspeed_are_in_the_list():
+    tables = (deepspeed.METHODS, deepspeed.ATTRIBUTES, deepspeed.OF_PARAMETERS)
+    listed = {name for table in tables for names in table.values() for name in names}
+    found, ours = set(), set()
+    for node in ast.walk(ast.parse(Path(deepspeed.__file__).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            (ours if getattr(node.value, "id", "") == "self" else found).add(node.attr)
+    assert found - ours == {name for name in listed if name.startswith("_")} and len(found) > 4
+    page = (Path(__file__).parents[1] / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in page for name in listed) and f"DeepSpeed {deepspeed.TRIED[-1]}" in page
