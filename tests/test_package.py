@@ -149,6 +149,7 @@ def test_metadata(metadata):
         "analysis",
         "checkout",
         "corruptions",
+        "deepspeed",
         "docs",
         "fairseq",
         "test",
