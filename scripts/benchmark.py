@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import random
+import resource
 import statistics
 import tempfile
 import time
@@ -218,13 +219,15 @@ def main(argv: Sequence[str]) -> None:
                 except ImportError:
                     print(f"{peer.package} is not installed, and so not timed.")
         seconds: dict[str, list[float]] = {name: [] for name in steps}
+        faults: dict[str, list[int]] = {name: [] for name in steps}
         for round_ in range(args.warm_up + args.steps):
             # What one leaves in the caches and in the allocator is the next one's.
             for name in random.Random(round_).sample([*steps], len(steps)):
-                start = time.perf_counter()
+                pages, start = _page_faults(), time.perf_counter()
                 steps[name]()
                 if round_ >= args.warm_up:
                     seconds[name].append(time.perf_counter() - start)
+                    faults[name].append(_page_faults() - pages)
 
     if int(os.environ.get("RANK", 0)) > 0:
         return
@@ -233,6 +236,8 @@ def main(argv: Sequence[str]) -> None:
         name: {
             "median_seconds": statistics.median(times),
             "median_ratio": statistics.median(t / p for t, p in zip(times, plain, strict=True)),
+            # Memory that the allocator gave back to the kernel, and that comes back page by page.
+            "median_page_faults": statistics.median(faults[name]),
             "seconds": times,
         }
         for name, times in seconds.items()
@@ -249,6 +254,7 @@ def main(argv: Sequence[str]) -> None:
         "accumulation": args.accumulation,
         "copied_bytes_per_second": copy_bandwidth(),
         "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
+        "malloc": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "rows": rows,
@@ -257,6 +263,10 @@ def main(argv: Sequence[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(result, indent=1) + "\n")
     print(table([result]))
+
+
+def _page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def load(path: Path) -> dict:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from scripts.starter import Started, Starter
 from tasks.command import Parser, run, sentence
 from tasks.files import write_whole
+from tasks.methods import METHODS
 from tasks.secret import without_secret_flags
 
 
@@ -63,9 +64,13 @@ class Run:
         return Path("tasks", self.task, "recipes", f"{self.recipe}.yaml")
 
     @property
+    def module(self) -> str:
+        return f"tasks.{self.task}.train"
+
+    @property
     def command(self) -> list[str]:
         own = ["--seed", str(self.seed), "--output_dir", str(self.folder)]
-        return ["-m", f"tasks.{self.task}.train", str(self.recipe_file), *own, *shlex.split(self.flags)]
+        return ["-m", self.module, str(self.recipe_file), *own, *shlex.split(self.flags)]
 
     @property
     def request(self) -> bytes:
@@ -137,7 +142,7 @@ def run_all(runs: list[Run], jobs: int = 1, launch: Sequence[str] = ()) -> list[
     waiting = [run for run in runs if not is_finished(run)]
     running: dict[Run, Started] = {}
     failed = []
-    modules = [] if launch else sorted({f"tasks.{run.task}.train" for run in waiting})
+    modules = [] if launch else sorted({run.module for run in waiting})
     starter = Starter(ROOT, modules, {**os.environ, **({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})})
     shown = ""  # not the bar's: one that TQDM_DISABLE turns off keeps nothing
     # The clock moves on every five seconds, which a log file can bear too.
@@ -199,7 +204,8 @@ def parse_method(text: str) -> tuple[str, str]:
     A method of the command line: its name and its flags.
 
     Raises:
-        `argparse.ArgumentTypeError`: the name is not fit for a folder, a quotation mark is not closed, or a flag is ours to give.
+        `argparse.ArgumentTypeError`: the name is not fit for a folder, or has no flags and is none of the tasks' methods; a quotation
+            mark is not closed; a flag is ours to give.
     """
     name, equals, flags = text.partition("=")
     if not re.fullmatch(NAME, name):
@@ -216,6 +222,10 @@ def parse_method(text: str) -> tuple[str, str]:
             raise argparse.ArgumentTypeError(
                 f"{flag} stands among the flags of {name}, and run_seeds gives it to each run"
             )
+    if not equals and name not in METHODS:
+        raise argparse.ArgumentTypeError(
+            f'{name!r} is no method of the tasks: give one of {", ".join(METHODS)}, or NAME="--flag value ..."'
+        )
     return name, flags if equals else f"--method {name}"
 
 

@@ -134,14 +134,15 @@ SETTINGS = {
 }
 
 
-def flags(setting: str, method: str, rho: float | None, more: str = "") -> str:
-    """All that a method's runs in a setting are told, `more` at the end."""
+def flags(setting: str, method: str, rho: float | None, share: float = 1.0, more: str = "") -> str:
+    """All that a method's runs in a setting are told, with a share of the recipe's epochs; `more` at the end."""
     of, what = SETTINGS[setting], METHODS[method]
     parts = [what.flags, of.flags]
     if what.stretch is None:
         parts.append(of.base_flags)
-    if what.epochs > 1:
-        parts.append(f"--num_train_epochs {what.epochs * recipe(setting)['num_train_epochs']:g}")
+    epochs = what.epochs * share
+    if epochs != 1:
+        parts.append(f"--num_train_epochs {epochs * recipe(setting)['num_train_epochs']:g}")
     if rho is not None:
         parts.append(f"--rho {rho:g}")
     parts.append(more)
@@ -229,7 +230,7 @@ def tune(setting: str, method: str, jobs: int, more: str = "") -> None:
                     f"{setting}-tuning",
                     f"{method}-rho-{rho:g}",
                     seed,
-                    flags(setting, method, rho, f"{QUICK} {more}".rstrip()),
+                    flags(setting, method, rho, more=f"{QUICK} {more}".rstrip()),
                 )
                 for seed in of.tuning_seeds
             ]
@@ -276,7 +277,7 @@ def main(argv: Sequence[str]) -> None:
                     args.setting,
                     method,
                     seed,
-                    flags(args.setting, method, rhos.get(method), args.flags),
+                    flags(args.setting, method, rhos.get(method), more=args.flags),
                 )
                 for method in args.methods
             ],

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from scripts import epoch_cost, spectra, study, sweep
+from scripts import buried, epoch_cost, spectra, study, sweep
 from scripts.run_seeds import ROOT
 from scripts.table import (
     BEST_EPOCH,
@@ -161,6 +161,8 @@ def summary() -> str:
     table = overview({setting: named(rows) for setting, rows in settings.items()})
     picture = "![Points above the base at equal passes, against passes](docs/gain.svg)"
     sections = [section(setting, rows) for setting, rows in settings.items()]
+    if rounded := buried.results_in(ROOT / "results"):
+        sections.append(buried.section(rounded, study.results(buried.FLOAT32)))
     sections += [sweep_section(name, found) for name in sweep.SWEEPS if (found := sweep.results(name))]
     if costs := epoch_cost.section():
         sections.append(f"{COSTS}\n\n{costs}")

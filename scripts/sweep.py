@@ -80,7 +80,7 @@ SWEEPS = {
 def flags(sweep: Sweep, variant: Variant, rho: float, more: str = "") -> str:
     """All that a variant's runs are told, `more` at the end."""
     radius = "" if variant.rho_max is None else f"--rho_max {variant.rho_max * rho:g}"
-    return study.flags(sweep.setting, variant.of, rho, " ".join(filter(None, [variant.flags, radius, more])))
+    return study.flags(sweep.setting, variant.of, rho, more=" ".join(filter(None, [variant.flags, radius, more])))
 
 
 def results(name: str) -> dict[str, list[dict]]:

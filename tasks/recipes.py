@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
@@ -96,7 +97,7 @@ def read(recipe: Path) -> dict[str, Any]:
         `ValueError`: there is no such file, or it is not one YAML mapping of names to values.
     """
     if not recipe.is_file():
-        raise ValueError(f"There is no recipe {recipe}: give a YAML file, such as those in the task's recipes folder.")
+        raise ValueError(f"There is no recipe {recipe}: {_meant(recipe)}")
     try:
         text = recipe.read_text(encoding="utf-8-sig")
         if any(line.startswith("%") for line in text.splitlines()):
@@ -109,6 +110,14 @@ def read(recipe: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ValueError(f"{recipe} is not a recipe in YAML: expected lines of the form `field: value`.")
     return values
+
+
+def _meant(recipe: Path) -> str:
+    known = {file.stem: file for file in sorted(Path(__file__).parent.glob("*/recipes/*.yaml"))}
+    near = difflib.get_close_matches(recipe.stem, known, n=1)
+    if not near:
+        return "give a YAML file, such as those in the task's recipes folder."
+    return f"did you mean {os.path.relpath(known[near[0]])}?"
 
 
 def _as_flags(

@@ -7,10 +7,13 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from torch.distributed.tensor import DTensor
+from torch.distributed import fsdp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from toys import Tokens, arguments, tiny_gpt2
 
-from xsam_hf import XSAMTrainer, geometry
+from xsam_hf import SeenAscent, XSAMArguments, XSAMState, XSAMTrainer, geometry, xsam_gradient
 
 
 SCENARIOS = {
@@ -24,6 +27,15 @@ SCENARIOS = {
     "stale": {"perturbation": "stale", "alpha_search_steps": 3, "gradient_accumulation_steps": 2},
     "msam+": {"direction": "msam+", "ascent_steps": 2, "gradient_scale": "mean"},
     "every other": {"sharpness_every": 2, "rho_exclude": ["wpe"]},
+    "offloaded": {"ascent_steps": 2},
+}
+
+# Of accelerate's FSDP plugin. Pinned memory asks for a GPU; and `bf16=True` alone sets no policy here (see below).
+POLICIES = {
+    "offloaded": {"cpu_offload": CPUOffloadPolicy(pin_memory=False)},
+    "bf16 policy": {
+        "mixed_precision_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    },
 }
 
 
@@ -37,22 +49,55 @@ def run(directory, name, batch, resume=None, **changes):
             "state_dict_type": "FULL_STATE_DICT",
         }
         changes |= {"fsdp": True, "fsdp_config": config}
-    settings = {"rho": 0.3, "train_sampling_strategy": "sequential", **SCENARIOS[name], **changes}
+    settings = {"rho": 0.3, "train_sampling_strategy": "sequential", **SCENARIOS.get(name, {}), **changes}
     accumulation = settings.get("gradient_accumulation_steps", 1)
     args = arguments(directory / name, per_device_train_batch_size=batch // accumulation, **settings)
     trainer = XSAMTrainer(model=tiny_gpt2(), args=args, train_dataset=Tokens())
+    for policy, value in POLICIES.get(name, {}).items() if "RANK" in os.environ else ():
+        setattr(trainer.accelerator.state.fsdp_plugin, policy, value)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
 def result(trainer):
     parts = [p.full_tensor() if isinstance(p, DTensor) else p for p in trainer.model.parameters()]
-    keys = ("loss", "xsam/alpha", "xsam/angle", "xsam/sharpness", "xsam/grad_norm_last")
+    keys = ("loss", "xsam/alpha", "xsam/angle", "xsam/sharpness", "xsam/grad_norm_last", "xsam/seen_cosine")
     return {
         "weights": torch.cat([part.detach().reshape(-1) for part in parts]),
         "history": {key: [entry[key] for entry in trainer.state.log_history if key in entry] for key in keys},
         "sharded": all(isinstance(p, DTensor) for p in trainer.model.parameters()),
     }
+
+
+def note_policies():
+    """What accelerate tells PyTorch of the shards' dtype and place, as a list that grows with each sharded module."""
+    original, policies = fsdp.fully_shard, []
+
+    def fully_shard(*args, **kwargs):
+        policies.append((kwargs["mp_policy"].param_dtype, type(kwargs["offload_policy"]).__name__))
+        return original(*args, **kwargs)
+
+    fsdp.fully_shard = fully_shard
+    return policies
+
+
+def seen_of(place):
+    """What is measured of an ascent whose half on the one process is seen well and on the other hardly."""
+    torch.manual_seed(0)
+    weight, direction = torch.cat([torch.randn(64, 8) / 100, torch.randn(64, 8)]), torch.randn(128, 8)
+    weight = torch.nn.Parameter(place(weight))
+    seen = SeenAscent({weight: torch.bfloat16})
+
+    def gradient():
+        weight.grad = place(direction)
+        return torch.tensor(0.0)
+
+    xsam_gradient([weight], gradient, gradient, XSAMArguments(rho=0.03, alpha=1.0), XSAMState(), seen=seen)
+    return seen.read()
+
+
+def sharded(tensor):
+    return distribute_tensor(tensor, init_device_mesh("cpu", (dist.get_world_size(),)), [Shard(0)])
 
 
 def pretend_that_accelerate_shards_on_cpu():
@@ -84,14 +129,21 @@ def count_reductions():
 def main(directory):
     pretend_that_accelerate_shards_on_cpu()
     batch, reductions, results = 16 // int(os.environ["WORLD_SIZE"]), count_reductions(), {}
-    for name in SCENARIOS:
+    policies = note_policies()
+    for name in (*SCENARIOS, "bf16 policy"):
         reductions.clear()
-        results[name] = {**result(run(directory, name, batch)), "reductions": list(reductions)}
+        policies.clear()
+        results[name] = {
+            **result(run(directory, name, batch)),
+            "reductions": list(reductions),
+            "policies": list(policies),
+        }
     for name in ("xsam", "vasso", "stale"):
         settings = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "learning_rate": 0.01}
         whole = run(directory / "whole", name, batch, **settings)
         checkpoint = str(directory / "whole" / name / "checkpoint-3")
         again = run(directory / "again", name, batch, resume=checkpoint, **{**settings, "save_strategy": "no"})
         results[f"resume {name}"] = (result(whole)["weights"], result(again)["weights"])
+    results["seen"] = seen_of(sharded)
     torch.save(results, directory / f"rank{dist.get_rank()}.pt")
     dist.destroy_process_group()

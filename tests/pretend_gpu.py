@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from xsam_hf import XSAMArguments, XSAMState, xsam_gradient
+from xsam_hf import SeenAscent, XSAMArguments, XSAMState, xsam_gradient
 
 
 FREE = set(
@@ -133,7 +133,14 @@ def pretended_gpu():
 
 
 def update(
-    shapes, dtypes=(torch.float32,), devices=("cuda:0",), measure=True, loss_scaling=False, warm_up=0, **arguments
+    shapes,
+    dtypes=(torch.float32,),
+    devices=("cuda:0",),
+    measure=True,
+    loss_scaling=False,
+    warm_up=0,
+    autocast=None,
+    **arguments,
 ):
     """
     One update whose passes cost nothing.
@@ -155,9 +162,12 @@ def update(
             return torch.empty((), device=devices[0])
 
         chosen, state = XSAMArguments(**arguments), XSAMState(search_due=False)
+        seen = None if autocast is None else SeenAscent(dict.fromkeys(weights, autocast))
         for i in range(warm_up + 1):
             if i == warm_up:
                 gpu.begin()
-            xsam_gradient(weights, gradient, gradient, chosen, state, measure=measure, loss_scaling=loss_scaling)
+            options = {"measure": measure, "loss_scaling": loss_scaling, "seen": seen}
+            xsam_gradient(weights, gradient, gradient, chosen, state, **options)
+        assert seen is None or not seen.is_due
         own = sum(weight.numel() * weight.element_size() for weight in weights)
     return gpu, own, gpu.peak - 2 * own

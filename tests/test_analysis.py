@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import oracle
@@ -395,13 +396,29 @@ def test_report_is_one_page_and_nothing_is_measured_twice(files, tmp_path, capsy
         ),
         ("arc {gpt2} {gpt2} --data {data}", "same name"),
         ("arc {gpt2} --trainer nowhere.py:build", "a file that is there"),
+        ("arc {gpt2} --trainer {mine}:build", "has to take one argument, the checkpoint's path: too many"),
+        (
+            "arc {run} --data {data}",
+            "run is no checkpoint but holds some: give one of them, such as .*checkpoint-10[.]",
+        ),
+        ("landscape {gpt2} --data {data} --samples 0", "`samples` is 0: give 2 or more"),
     ],
 )
 def test_bad_input_gets_one_sentence(files, tmp_path, line, sentence):
-    argv = line.format(gpt2=files / "gpt2", data=files / "data.safetensors").split()
+    for folder in ("checkpoint-9", "checkpoint-10"):
+        (files / "run" / folder).mkdir(parents=True, exist_ok=True)
+    (files / "mine.py").write_text("def build(): pass\n")
+    names = {"gpt2": "gpt2", "data": "data.safetensors", "run": "run", "mine": "mine.py"}
+    argv = line.format(**{name: files / file for name, file in names.items()}).split()
     with pytest.raises(ValueError, match=sentence):
         main([*argv, "--output_dir", str(tmp_path)])
     assert not list(tmp_path.iterdir())
+
+
+def test_what_the_extra_brings_is_named_where_it_lacks(monkeypatch):
+    monkeypatch.setitem(sys.modules, "xsam_hf.analysis.measures", None)
+    with pytest.raises(ImportError, match=r"pip install 'xsam_hf\[analysis\]'"):
+        main(["toy"])
 
 
 def test_what_cannot_be_measured_is_refused():

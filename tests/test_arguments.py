@@ -6,6 +6,7 @@ import runpy
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -64,6 +65,8 @@ BAD = [
     ("stale_decay", 1.0),
     ("rho", None),
     ("rho", "0.05"),
+    ("rho", True),
+    ("alpha", False),
     ("alpha", "auto"),
     ("ascent_steps", None),
     ("alpha_max", None),
@@ -101,6 +104,20 @@ def test_whole_numbers_and_single_patterns_may_come_in_other_types():
     values = (arguments.ascent_steps, arguments.alpha_samples, arguments.sharpness_every)
     assert values == (2, 5, 3) and all(type(value) is int for value in values)
     assert arguments.rho_exclude == ["bias"] and len(arguments.alphas) == 5
+
+
+def test_numpys_numbers_become_pythons():
+    arguments = XSAMArguments(rho=np.float32(0.5), alpha=np.float64(1.5), ascent_steps=np.int64(2))
+    values = (arguments.rho, arguments.alpha, arguments.ascent_steps)
+    assert values == (0.5, 1.5, 2) and [type(value) for value in values] == [float, float, int]
+    with pytest.raises(ValueError, match="`rho` is True: give a finite length"):
+        XSAMArguments(rho=np.bool_(True))
+
+
+def test_the_methods_fields_alone_are_no_arguments_of_a_trainer():
+    for given in [(Classifier(), XSAMArguments(rho=0.1)), (Classifier(),)]:
+        with pytest.raises(ValueError, match="`args` is XSAMArguments, .*: give XSAMTrainingArguments"):
+            XSAMTrainer(*given, **({} if len(given) == 2 else {"args": XSAMArguments()}))
 
 
 def test_excluding_what_is_not_there_says_so(tmp_path):

@@ -12,6 +12,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 
 from tasks.methods import METHODS, flags
 from xsam_hf import XSAMArguments, XSAMState, xsam_gradient
+from xsam_hf.analysis.checkpoint import load_batches
 
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -33,8 +34,9 @@ def learns_and_searches(trainer, **_):
     assert history[-1]["eval_accuracy"] > 0.8
 
 
-def train(seen, state, **_):
-    assert seen.loss < 0.4 and state.updates == 5 * 8 + 4 + 8
+def train(seen, state, told, **_):
+    assert seen.loss < 0.4 and state.updates == 5 * 8 + 4 + 8 + 1
+    assert 0.9 < told["cosine"] < 1 < told["length"]
 
 
 def trains_adapters_by_sam(trainer, **_):
@@ -49,20 +51,50 @@ def excludes_all_but_the_norms(norms_alone, **_):
     assert [bool(re.search(pattern, name)) for name in names] == [False, False, False, True, True]
 
 
+def races_each_rho_once(best, rhos, found, tried, **_):
+    assert tried[0] == 0  # the plain epoch before the range test
+    assert sorted(tried[1:]) == rhos == [found.rho / 2, found.rho, 2 * found.rho]
+    assert best.hyperparameters["rho"] in rhos and best.objective > 0
+
+
+def shows_what_is_reported(saved, loaded, fresh, refused, whole, goes_on, taken, wordpiece, bytes_in_pairs, **_):
+    assert torch.equal(loaded, fresh) and not torch.equal(loaded, saved)
+    assert "half/checkpoint-4" in str(refused)
+    assert not torch.equal(whole, goes_on)
+    assert set(taken) == {"lr", "betas", "eps"} and taken["betas"] == (0.9, 0.999)
+    assert wordpiece > 1 == bytes_in_pairs
+
+
+def writes_batches_that_can_be_read(**_):
+    batches = load_batches(Path("batches.safetensors"), batch_size=32, batches=4)
+    assert [batch["labels"].shape for batch in batches] == [(32,)] * 4
+
+
 # What a page's examples take for granted.
 TRAINER = """
 from toys import Classifier, Points, arguments
 from xsam_hf import XSAMTrainer
 args = arguments("runs", rho=0.0, max_steps=2, eval_strategy="steps", eval_steps=2)
-trainer = XSAMTrainer(model_init=lambda: Classifier(), args=args, train_dataset=Points(), eval_dataset=Points())
+trainer = XSAMTrainer(model_init=lambda: Classifier(), args=args, train_dataset=Points(128), eval_dataset=Points())
 """
-GIVEN = {"analysis": TRAINER, "choosing_rho": TRAINER}
+TRIED = """
+from transformers import TrainerCallback
+tried = []
+class Tried(TrainerCallback):
+    def on_train_begin(self, args, state, control, **kwargs):
+        tried.append(args.rho)
+trainer.add_callback(Tried())
+"""
+GIVEN = {"analysis": TRAINER, "choosing_rho": TRAINER + TRIED}
 
 CHECKS = {
+    "analysis": writes_batches_that_can_be_read,
     "quick_start": learns_and_searches,
     "loops": train,
     "language_models": trains_adapters_by_sam,
     "methods": excludes_all_but_the_norms,
+    "choosing_rho": races_each_rho_once,
+    "upstream": shows_what_is_reported,
 }
 
 
@@ -95,6 +127,16 @@ def test_gains_are_those_of_the_results():
     results = (DOCS.parent / "RESULTS.md").read_text(encoding="utf-8")
     gains = re.findall(r"\d+\.\d+ ± \d+\.\d+", read("methods") + read("troubleshooting"))
     assert len(gains) == 2 and all(gain in results for gain in gains)
+    deviations = [
+        float(found)
+        for found in re.findall(
+            r"^\| [\w.-]+ +\| [\d.]+ ± ([\d.]+)",
+            results.partition("residual CNN, SGD")[2].partition("###")[0],
+            re.MULTILINE,
+        )
+    ]
+    told = re.search(r"standard deviation of ([\d.]+) to ([\d.]+) points", read("troubleshooting"))
+    assert told.groups() == (f"{min(deviations):.1f}", f"{max(deviations):.1f}") and len(deviations) == 7
     shares = re.search(r"a tenth of the batch kept (\d+) %.*?stale\s+ascent (\d+) %", read("methods"), re.DOTALL)
     (fraction,), (stale,) = (
         re.findall(rf"^\| {name} .*?\((\d+)%\)", results, re.MULTILINE) for name in ("fraction.1", "stale-sam")

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from fsdp_worker import SCENARIOS, main, result, run
+from fsdp_worker import SCENARIOS, main, result, run, seen_of
 from processes import in_ranks
+from toys import tiny_gpt2
 
 
 @pytest.fixture(scope="module", params=[1, 2])
@@ -24,6 +25,10 @@ def whole(tmp_path_factory):
         return found[name]
 
     return of
+
+
+def flat(model):
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -48,6 +53,30 @@ def test_scenarios_differ(whole):
     }
     for name, weights in found.items():
         assert all((weights - other).abs().max() > 1e-4 for n, other in found.items() if n != name), name
+
+
+def test_policies_reach_the_shards(ranks):
+    float32, half = (None, "OffloadPolicy"), (torch.bfloat16, "OffloadPolicy")
+    expected = {"sam": float32, "offloaded": (None, "CPUOffloadPolicy"), "bf16 policy": half}
+    for name, policy in expected.items():
+        assert set(ranks[0][name]["policies"]) == {policy}, name
+
+
+def test_a_policy_in_half_precision_is_near_whole_weights_in_float32(ranks, whole):
+    found, full, start = ranks[0]["bf16 policy"]["weights"], whole("xsam")["weights"], flat(tiny_gpt2())
+    assert 1e-5 < (found - full).norm() / (full - start).norm() < 0.02
+    for rank in ranks:
+        assert torch.equal(rank["bf16 policy"]["weights"], found)
+        (cosine,) = rank["bf16 policy"]["history"]["xsam/seen_cosine"]  # in the first log alone
+        assert 0.99 < cosine < 1
+        assert not rank["xsam"]["history"]["xsam/seen_cosine"]
+
+
+def test_what_the_pass_sees_is_summed_over_shards(ranks):
+    expected = seen_of(lambda tensor: tensor)
+    assert expected["length"] > 1.5
+    for rank in ranks:
+        assert rank["seen"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["xsam", "vasso", "stale"])

@@ -64,6 +64,19 @@ def test_few_kernels_are_launched(shapes, kernels, dtype):
     assert sam.kernels < kept.kernels <= kernels < 3 * len(shapes) and sam.kernels <= kernels / 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_the_pass_sees_is_measured_without_a_wait(dtype):
+    """Once in a training: some kernels a weight, and room for a million weights."""
+    later, _, less = update(WIDE, (dtype,), alpha=1.3)
+    once, _, extra = update(WIDE, (dtype,), alpha=1.3, autocast=torch.bfloat16)
+    assert not once.one_by_one
+    assert later.kernels < once.kernels <= later.kernels + 14 * len(WIDE)
+    assert extra <= less + 40 * 2**20
+    # The next update measures nothing.
+    again, _, _ = update(WIDE, (dtype,), alpha=1.3, autocast=torch.bfloat16, warm_up=1)
+    assert again.kernels == later.kernels
+
+
 @pytest.mark.parametrize("measure, alpha, touches", [(True, 1.3, 34), (True, 1.0, 32), (False, 1.0, 22)])
 def test_weights_are_read_and_written_seldom(measure, alpha, touches):
     """docs/speed.md counts them one by one. Before the arithmetic was one call for all tensors: 41, whatever α was."""

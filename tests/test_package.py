@@ -73,7 +73,17 @@ def test_what_is_imported_is_declared(folders, extra, ours):
         "griffe": "mkdocstrings-python",
     }
     # Peers and tools of scripts that say so, and what comes with others.
-    others = {"pytorch_optimizer", "composer", "fairseq", "imagecorruptions", "lxml", "setuptools", "tqdm", "peft"}
+    others = {
+        "pytorch_optimizer",
+        "composer",
+        "fairseq",
+        "imagecorruptions",
+        "lxml",
+        "setuptools",
+        "tqdm",
+        "peft",
+        "trl",
+    }
     known = others if extra else set()
     files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
     for file in files if extra else [file for file in files if file.parent.name != "analysis"]:

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 from toys import Classifier, Points, Tokens, arguments, tiny_gpt2
 
-from xsam_hf import XSAMArguments, XSAMState, XSAMTrainer, xsam_gradient
+from xsam_hf import SeenAscent, XSAMArguments, XSAMState, XSAMTrainer, xsam_gradient
 from xsam_hf.rounding import add_rounded
+from xsam_hf.trainer import trainer as trainer_module
+from xsam_hf.trainer.precision import taken_in_half
 
 
 def scaled_update(fail=None, probe_fails=False, **changes):
@@ -149,8 +151,8 @@ def flat(tensors):
     return torch.cat([tensor.detach().double().reshape(-1) for tensor in tensors])
 
 
-def ascent(dtype=torch.bfloat16, k=1, model=None, **changes):
-    """One update; returns the positions θ_0 ... θ_k, the gradients there, and the state."""
+def ascent(dtype=torch.bfloat16, k=1, model=None, seen=None, updates=1, **changes):
+    """One update, or the last of some; returns the positions θ_0 ... θ_k, the gradients there, and the state."""
     model, state, places, gradients = model or Wide(dtype), XSAMState(), [], []
 
     def gradient():
@@ -160,7 +162,12 @@ def ascent(dtype=torch.bfloat16, k=1, model=None, **changes):
         gradients.append(flat(p.grad for p in model.parameters()))
         return loss.detach()
 
-    xsam_gradient(model, gradient, lambda: model().detach(), XSAMArguments(rho=RHO, ascent_steps=k, **changes), state)
+    method = XSAMArguments(**{"rho": RHO, "ascent_steps": k, **changes})
+    for _ in range(updates):
+        places.clear()
+        gradients.clear()
+        model.zero_grad()
+        xsam_gradient(model, gradient, lambda: model().detach(), method, state, seen=seen)
     return places, gradients, state, flat(p.grad for p in model.parameters())
 
 
@@ -265,3 +272,137 @@ def test_probes_stand_at_their_radius_on_average():
     before, first, seen = probed_at_random()
     moved = (seen[0].double() - before.double()) @ first
     assert moved.item() == pytest.approx(0.02, rel=0.3)  # ρ_max; a seed shared with the ascent doubles it
+
+
+# --- what the forward pass sees --------------------------------------------------------------------------------------
+
+
+def compare(seen, epsilon):
+    """The measure, by its definition."""
+    whole = float(epsilon.square().sum())
+    found = {"length": float(seen.norm() / epsilon.norm()), "share": float(seen @ epsilon) / whole}
+    return found | {"cosine": found["share"] / found["length"] if found["length"] else 0.0}
+
+
+@pytest.mark.parametrize("changes", [{}, {"k": 3}, {"perturbation": "asam", "rho": 0.1}, {"rho": 1e-4}, {"rho": 3.0}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_the_pass_sees_agrees_with_a_direct_computation(dtype, changes):
+    model = Wide(torch.float32)
+    measure = SeenAscent(dict.fromkeys(model.parameters(), dtype))
+    (start, *_, last), _, _, _ = ascent(model=model, seen=measure, alpha=1.0, **changes)
+    found = measure.read()
+    seen = last.to(dtype).double() - start.to(dtype).double()
+    assert found == pytest.approx(compare(seen, last - start), rel=2e-3)  # θ + ε is itself rounded, to float32
+    if dtype == torch.float32:
+        assert found == pytest.approx({"length": 1, "share": 1, "cosine": 1}, abs=1e-3)
+    elif changes.get("rho") == 1e-4:
+        assert found["length"] > 1.3 and found["cosine"] < 0.8
+    elif changes.get("rho") == 3.0:
+        assert found["cosine"] > 0.999
+    assert not measure.is_due and measure.read() is None  # once
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("rounding", ["weights", "stochastic"])
+def test_of_weights_in_half_precision_the_pass_sees_what_rounding_left(rounding, k):
+    model = Wide(torch.bfloat16)
+    measure = SeenAscent(dict.fromkeys(model.parameters(), torch.bfloat16))
+    (start, *_, last), gradients, _, _ = ascent(model=model, k=k, seen=measure, alpha=1.0, perturbation_dtype=rounding)
+    found = measure.read()
+    epsilon = sum(RHO / k * g / g.norm() for g in gradients[:k])
+    assert found == pytest.approx(compare(last - start, epsilon), rel=1e-4)
+    assert found["share"] < 0.9 if rounding == "weights" else found["share"] == pytest.approx(1, abs=0.05)
+    assert found["cosine"] < 0.95
+
+
+def test_a_stale_ascent_is_seen_in_the_second_update():
+    model = Wide(torch.float32)
+    measure = SeenAscent(dict.fromkeys(model.parameters(), torch.bfloat16))
+    settings = {"perturbation": "stale", "alpha": 1.0, "seen": measure}
+    (start,), _, _, _ = ascent(model=model, **settings)
+    assert measure.is_due and measure.read() is None
+    (last,), _, _, _ = ascent(model=model, updates=2, **settings)
+    seen = last.bfloat16().double() - start.bfloat16().double()
+    assert measure.read() == pytest.approx(compare(seen, last - start), rel=2e-3)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_short_ascent_over_many_weights_is_buried(fresh):
+    """2^21 weights of size .02 and ρ .05 over 10^8 of them; fresh from a bfloat16 checkpoint they stand on its numbers."""
+    torch.manual_seed(0)
+    weight = torch.randn(2**21) * 0.02
+    weight = nn.Parameter(weight.bfloat16().float() if fresh else weight)
+    direction, places = torch.randn(2**21), []
+    measure = SeenAscent({weight: torch.bfloat16})
+
+    def gradient():
+        places.append(weight.detach().clone())
+        weight.grad = direction.clone()
+        return torch.tensor(0.0)
+
+    xsam_gradient(
+        [weight],
+        gradient,
+        gradient,
+        XSAMArguments(rho=0.05 * (2**21 / 1e8) ** 0.5, alpha=1.0),
+        XSAMState(),
+        seen=measure,
+    )
+    found, (start, last) = measure.read(), (place.double() for place in places)
+    whole = compare(places[1].bfloat16().double() - places[0].bfloat16().double(), last - start)
+    assert found == pytest.approx(whole, rel=0.05) and found != whole  # of half of the weights
+    if fresh:
+        assert found["share"] == pytest.approx(0.14, abs=0.02)
+    else:
+        expected = {"length": 3.8, "share": 1.0, "cosine": 0.26}
+        assert found == pytest.approx(expected, rel=0.05)
+
+
+def test_an_ascent_that_is_not_finite_is_not_the_one_that_is_measured():
+    model = Wide(torch.float32)
+    measure = SeenAscent(dict.fromkeys(model.parameters(), torch.bfloat16))
+    model.x[0, 0] = math.nan
+    ascent(model=model, seen=measure, alpha=1.0)
+    assert not measure.is_due and measure.read() is None and measure.is_due
+    model.x[0, 0] = 0.0
+    ascent(model=model, seen=measure, alpha=1.0)
+    assert measure.read()["length"] > 0
+
+
+def seen_in(run):
+    return [{key: value for key, value in entry.items() if "seen" in key} for entry in run.state.log_history]
+
+
+def test_a_training_logs_once_what_the_pass_sees_and_warns_where_the_ascent_is_buried(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(trainer_module.logger, "warning", said.append)
+    settings = {"max_steps": 3, "alpha": 1.0, "max_grad_norm": 0}
+    assert not any(seen_in(train(tmp_path / "a", rho=1e-3, **settings)))
+    first, *later = seen_in(train(tmp_path / "b", rho=0.3, bf16=True, **settings))
+    assert first["xsam/seen_cosine"] > 0.99 and len(first) == 3 and not any(later) and not said
+    short = train(tmp_path / "c", rho=4e-4, bf16=True, **settings)
+    first, *later = seen_in(short)
+    assert first["xsam/seen_length"] > 3 and first["xsam/seen_cosine"] < 0.25 and not any(later)
+    assert len(said) == 1 and f"{first['xsam/seen_length']:.1f} times as long (xsam/seen_length)" in said[0]
+    # The way out: norm layers stay in float32 under autocast.
+    norms = {"rho_exclude": [r"^(?!.*\bln_)"]}
+    assert not any(seen_in(train(tmp_path / "d", rho=4e-4, bf16=True, **norms, **settings)))
+    assert len(said) == 1
+    # Fresh from a checkpoint in bfloat16.
+    fresh = tiny_gpt2().to(torch.bfloat16).float()
+    args = arguments(tmp_path / "e", rho=4e-4, bf16=True, **settings)
+    XSAMTrainer(model=fresh, args=args, train_dataset=Tokens(32)).train()
+    assert len(said) == 2 and "lost in rounding to half precision" in said[1]
+
+
+def test_which_weights_autocast_takes_in_half_precision(tmp_path):
+    run = XSAMTrainer(model=tiny_gpt2(), args=arguments(tmp_path, bf16=True), train_dataset=Tokens(8))
+    found = taken_in_half(run)
+    names = {name: name for name, weight in run.model.named_parameters() if weight in found}
+    assert {"transformer.wte.weight", "transformer.h.0.attn.c_attn.weight"} <= set(
+        names
+    )  # the former is the output layer too
+    assert not any("ln_" in name or "wpe" in name or "bias" in name for name in names)
+    assert set(found.values()) == {torch.bfloat16}
+    run.model.to(torch.float16)
+    assert taken_in_half(run)[run.model.transformer.ln_f.weight] == torch.float16

@@ -135,6 +135,14 @@ def test_a_file_that_is_no_text_is_no_recipe(tmp_path, content):
         recipes.read(file)
 
 
+@pytest.mark.parametrize("given", ["digits-vit-small", "recipes/digits-vit-smal.yaml"])
+def test_a_recipe_that_is_not_there_is_told_from_the_one_meant(monkeypatch, given):
+    monkeypatch.chdir(ROOT)
+    meant = "There is no recipe .*: did you mean tasks/image_classification/recipes/digits-vit-small.yaml[?]"
+    with pytest.raises(ValueError, match=meant):
+        recipes.read(Path(given))
+
+
 # --- flags -----------------------------------------------------------------------------------------------------------
 
 

@@ -50,7 +50,7 @@ parser.add_argument("--output_dir", type=Path)
 parser.add_argument("--resume_from_checkpoint")
 parser.add_argument("--rho", type=float, default=0.05)
 parser.add_argument("--alpha", type=float)
-parser.add_argument("--num_train_epochs", type=int, default=2)
+parser.add_argument("--num_train_epochs", type=float, default=2)
 parser.add_argument("--then", default="finish")
 parser.add_argument("--method")
 parser.add_argument("--ascent_fraction", type=float, default=1)
@@ -75,7 +75,7 @@ if args.then == "sleep":
 if args.then == "nothing":
     sys.exit()
 
-passes = 10 * args.num_train_epochs * (2 if args.rho and args.method != "stale-sam" else 1)
+passes = int(10 * args.num_train_epochs) * (2 if args.rho and args.method != "stale-sam" else 1)
 accuracy = 0.9 + 0.01 * args.seed
 result = {
     "task": "fake", "dataset": "digits", "model": "tiny", "method": {}, "metrics": {"test": {"accuracy": accuracy}},
@@ -363,6 +363,7 @@ def test_an_interruption_stops_the_runs_and_their_children(root, number):
     [
         (["fake", "missing", "SAM="], "there is no recipe tasks/fake/recipes/missing.yaml"),
         (["fake", "tiny", "a b"], "should read NAME="),
+        (["fake", "tiny", "samm"], "'samm' is no method of the tasks: give one of sgd, sam,"),
         (["fake", "tiny", "a/b=--rho 0"], "should read NAME="),
         (["fake", "tiny", "SAM=", "--jobs", "0"], "--jobs starts at 1"),
         (["fake", "tiny", "SAM=", "SAM=--rho 1"], "two methods have the same name"),
@@ -961,10 +962,9 @@ def test_scripts_run_names_the_scripts_there_are(shell):
     for arguments in ((), ("nowhere",), ("table",), ("../setup",), ("demo.py",), ("--help",)):
         done, asked = shell(shell.root / "scripts/run", *arguments)
         assert done.returncode == 2 and asked == []
-        assert (
-            done.stderr
-            == "error: scripts/run takes the name of a script and then its arguments; there are: demo run_seeds.\n"
-        )
+        named = f"there is no script '{arguments[0]}': " if arguments else ""
+        there_are = "scripts/run takes the name of a script and then its arguments; there are: demo run_seeds."
+        assert done.stderr == f"error: {named}{there_are}\n"
     done, asked = shell(shell.root / "scripts/run", "run_seeds", "a b", "--group", "x")
     assert done.returncode == 0 and asked[-1] == f"{shell.root}/scripts/run_seeds.py a b --group x"
 
@@ -1009,6 +1009,10 @@ def test_demo_shows_what_each_method_costs_and_learns(root):
     done = script(root, "demo")
     assert done.returncode == 0, done.stderr
     calls = [json.loads(line) for line in (root / "calls.jsonl").read_text().splitlines()]
+    assert sorted({tuple(call[call.index("--num_train_epochs") :][:2]) for call in calls}) == [
+        ("--num_train_epochs", "1.5"),
+        ("--num_train_epochs", "3"),
+    ]
     # The base's best epoch is compared with, so that every epoch of it is looked at.
     assert len(calls) == 25 and all(("--eval_steps" in call) != ("sgd" in call) for call in calls)
     lines = [[text.strip() for text in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
@@ -1291,8 +1295,11 @@ def test_readme_says_what_results_do():
     settings = {setting: summary.named(rows) for setting, rows in summary.rows_of_settings().items()}
     digits = settings["digits-noise"]
     said = [table.paired_difference(digits["xsam"], digits["sam"])]
+    table_of = ("sam", "xsam", "fraction.1", "stale-sam")
     for setting, methods in {
-        "digits-noise": ("sam", "xsam", "fraction.1", "stale-sam"),
+        "digits-noise": table_of,
+        "digits-noise-vit": table_of,
+        "fashion-noise": table_of,
         "fashion-noise-vit": ("sam", "xsam"),
     }.items():
         rows = settings[setting]
@@ -1301,9 +1308,14 @@ def test_readme_says_what_results_do():
         assert f"{difference.mean:+.1f} ± {difference.margin:.1f}" in readme
     for name in ("base", "base-2x", "base, best epoch"):
         assert f"{digits[name].mean:.1f} %" in readme
+    late, whole = (
+        table.paired_difference(digits[name], summary.equal_base(digits[name], digits)) for name in ("late.3", "xsam")
+    )
+    assert f"keeps {late.mean / whole.mean:.0%}".replace("%", " %") in readme
 
 
-def test_the_benchmark_times_all_on_the_same_batch_and_says_what_is_our_own(tmp_path):
+def test_the_benchmark_times_all_on_the_same_batch_and_says_what_is_our_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
     output = tmp_path / "result.json"
     arguments = ["--configuration", "gpt2-1m", "--steps", "2", "--warm_up", "1", "--accumulation", "2"]
     arguments += ["--methods", "plain", "rho=0", "sam", "xsam, search", "--output", str(output)]
@@ -1311,7 +1323,8 @@ def test_the_benchmark_times_all_on_the_same_batch_and_says_what_is_our_own(tmp_
     result = json.loads(output.read_text())
     assert (result["threads"], result["processes"], result["accumulation"]) == (1, 1, 2)
     rows = result["rows"]
-    assert all(len(row["seconds"]) == 2 for row in rows.values())
+    assert all(len(row["seconds"]) == 2 and row["median_page_faults"] >= 0 for row in rows.values())
+    assert result["malloc"]["MALLOC_ARENA_MAX"] == "1"
     assert rows["plain"]["median_ratio"] == 1 < rows["sam"]["median_ratio"] < rows["xsam, search"]["median_ratio"]
     # Passes are most of an update, and what is our own is the rest without the optimizer's step.
     own = {name: row.get("median_own_seconds") for name, row in rows.items()}

@@ -402,6 +402,29 @@ def test_a_large_buffer_that_moves_costs_no_climb(tmp_path):
     assert searched.model.big[0] == 8 and searched.model.forwards == 8 + 21
 
 
+def test_a_search_waits_for_a_copy_of_what_begins_to_move(tmp_path):
+    """The first search would be in update 2, in which the buffer, too large to be copied unseen, moves for the first time."""
+
+    class Big(Classifier):
+        def __init__(self):
+            super().__init__(dtype=torch.float64)
+            self.register_buffer("big", torch.zeros(300_000))
+            self.passes, self.probes = 0, []
+
+        def forward(self, x, labels=None):
+            if torch.is_grad_enabled():
+                self.passes += 1
+            else:
+                self.probes.append(float(self.big[0]))
+            if self.passes > 1:
+                self.big += 1
+            return super().forward(x, labels)
+
+    searched = run(tmp_path, model=Big(), alpha_search_steps=100)
+    assert searched.model.big[0] == 7 and searched.model.passes == 8
+    assert searched.model.probes == [1.0] * 21  # update 3 is searched, whose pass starts from what update 2 left
+
+
 @pytest.mark.parametrize(
     "changes, sentence",
     [

@@ -703,15 +703,6 @@ def test_hyperparameter_search_tunes_rho(tmp_path):
         assert torch.equal(weights, weights_of(alone)), rho
 
 
-def test_model_card_holds_the_method(tmp_path):
-    for rho, said in ((0.25, True), (0.0, False)):
-        run = train(tmp_path / str(rho), rho=rho, alpha=1.0)
-        run.create_model_card(dataset="points", finetuned_from="scratch")
-        card = (tmp_path / str(rho) / "README.md").read_text()
-        assert ("| rho | 0.25 |" in card and "| alpha | 1.0 |" in card and "## XSAM" in card) == said
-        assert "points" in card and card.startswith("---\n")
-
-
 @pytest.mark.parametrize("scope", ["update", "micro"])
 def test_a_training_that_was_stopped_between_micro_batches_leaves_nothing_behind(tmp_path, scope):
     class StopInside(TrainerCallback):

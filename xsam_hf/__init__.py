@@ -1,6 +1,7 @@
 """XSAM, explicit sharpness-aware minimization, for the Hugging Face Trainer."""
 
 from .arguments import XSAMArguments
+from .seen import SeenAscent
 from .state import XSAMState
 from .trainer import (
     RangeTest,
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "RangeTest",
+    "SeenAscent",
     "XSAMArguments",
     "XSAMMixin",
     "XSAMSeq2SeqTrainer",

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
+
 
 Perturbation = Literal["sam", "asam", "vasso", "fsam", "stale"]
 Direction = Literal["arc", "lsam", "lsam+", "msam", "msam+"]
@@ -193,11 +195,15 @@ class XSAMArguments:
         for name, known in _choices().items():
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}: choose one of {', '.join(known)}.")
+        for name in (*(name for name, _, _ in _RANGES), "alpha"):
+            value = getattr(self, name)
+            if isinstance(value, np.generic):  # from a sweep, for instance; JSON takes Python's numbers alone
+                setattr(self, name, value.item())
         for name, allowed, way_out in _RANGES:
             value = getattr(self, name)
             if value is None and name in _OPTIONAL:
                 continue
-            if not isinstance(value, int | float) or not (math.isfinite(value) and allowed(value)):
+            if not _is_number(value) or not (math.isfinite(value) and allowed(value)):
                 raise ValueError(f"`{name}` is {value!r}: give {way_out}.")
         for name in ("ascent_steps", "alpha_samples", "sharpness_every"):
             setattr(self, name, int(getattr(self, name)))  # 2.0, from a sweep for instance
@@ -211,7 +217,7 @@ class XSAMArguments:
                 re.compile(pattern)
             except (re.error, TypeError) as error:
                 raise ValueError(f"`rho_exclude` is {pattern!r}: give a regular expression ({error}).") from error
-        if self.alpha is not None and not (isinstance(self.alpha, int | float) and 0 <= self.alpha <= self.alpha_max):
+        if self.alpha is not None and not (_is_number(self.alpha) and 0 <= self.alpha <= self.alpha_max):
             raise ValueError(
                 f"`alpha` is {self.alpha!r}: give a value from 0 to `alpha_max` ({self.alpha_max}), or leave it out to search."
             )
@@ -284,6 +290,11 @@ class XSAMArguments:
         if not isinstance(arguments, XSAMArguments):
             return cls()
         return cls(**{f.name: getattr(arguments, f.name) for f in fields(XSAMArguments)})
+
+
+def _is_number(value: Any) -> bool:
+    # `alpha=False` would be 0, the direction of the plain gradient.
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _written(kind: Any) -> str:

@@ -74,7 +74,7 @@ def norm(vector: Sequence[Tensor]) -> Tensor:
             return torch.linalg.vector_norm(_flat(x, dtype)).square()
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(x, 2, dtype=dtype))).square()
 
-    return _total(vector, square).sqrt()
+    return total_of(vector, square).sqrt()
 
 
 def angle(x: Sequence[Tensor], y: Sequence[Tensor], norm_x: Tensor, norm_y: Tensor) -> Tensor:
@@ -93,9 +93,9 @@ def angle(x: Sequence[Tensor], y: Sequence[Tensor], norm_x: Tensor, norm_y: Tens
     if {part.device.type for part in x} == {"cpu"}:
         # ‖r x − y‖² + ‖r x + y‖² is known, and the smaller of the two keeps its digits.
         both = 2 * ((ratio * norm_x).square() + norm_y.square())
-        nearer = _total(x, lambda x, y: _distance(x, y, number(ratio), dtype), y)
+        nearer = total_of(x, lambda x, y: _distance(x, y, number(ratio), dtype), y)
         if obtuse := number(2 * nearer) > number(both):
-            nearer = _total(x, lambda x, y: _distance(x, y, -number(ratio), dtype), y)
+            nearer = total_of(x, lambda x, y: _distance(x, y, -number(ratio), dtype), y)
         further = (both - nearer).sqrt()
         return 2 * (torch.atan2(further, nearer.sqrt()) if obtuse else torch.atan2(nearer.sqrt(), further))
 
@@ -106,7 +106,7 @@ def angle(x: Sequence[Tensor], y: Sequence[Tensor], norm_x: Tensor, norm_y: Tens
             [torch.linalg.vector_norm(torch.stack(sizes)) for sizes in zip(*found, strict=True)]
         ).square()
 
-    apart, together = _total(x, distances, y).sqrt()
+    apart, together = total_of(x, distances, y).sqrt()
     return 2 * torch.atan2(apart, together)
 
 
@@ -213,7 +213,7 @@ def _accumulation_dtype(vector: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if double & {tensor.dtype for tensor in vector} else torch.float32
 
 
-def _total(vector: Sequence[Tensor], sums: Callable[..., Tensor], *others: Sequence[Tensor]) -> Tensor:
+def total_of(vector: Sequence[Tensor], sums: Callable[..., Tensor], *others: Sequence[Tensor]) -> Tensor:
     """
     `sums` of the local parts of a vector (and of others beside it), added up over devices and processes.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -16,6 +16,7 @@ from .arguments import XSAMArguments
 from .arithmetic import add_, clone, copy_, subtract_
 from .geometry import local, norm
 from .rounding import add_rounded
+from .seen import SeenAscent
 
 
 Weights: TypeAlias = nn.Module | Mapping[str, Tensor] | Iterable[Tensor]
@@ -70,12 +71,20 @@ class MovableWeights:
         seed (`int`):
             For rounding at random: the number of the update, so that all processes round alike and no random stream moves.
         memory (`list[torch.Tensor]`, *optional*): of an earlier update's copy; see [`weights_kept`].
+        seen ([`SeenAscent`], *optional*): measures the ascent, if it is due.
 
     Raises:
         `ValueError`: see [`perturbed_and_excluded`].
     """
 
-    def __init__(self, weights: Weights, arguments: XSAMArguments, seed: int, memory: list[Tensor] | None = None):
+    def __init__(
+        self,
+        weights: Weights,
+        arguments: XSAMArguments,
+        seed: int,
+        memory: list[Tensor] | None = None,
+        seen: SeenAscent | None = None,
+    ):
         named, self.excluded = perturbed_and_excluded(weights, arguments.rho_exclude)
         self.names: list[str] = []
         self.weights: list[Tensor] = []  # those that had a gradient in some pass so far
@@ -83,6 +92,9 @@ class MovableWeights:
         self._all = list(named.values())
         self._origin: list[Tensor] = []
         self._memory = memory
+        self._seen = seen if seen is not None and seen.is_due else None
+        if self._seen is not None:
+            self._seen.begin()
         self._seed = seed
         self._generator: torch.Generator | None = None
         if arguments.perturbation_dtype == "stochastic":
@@ -156,10 +168,11 @@ class MovableWeights:
             direction (`list[torch.Tensor]`): used up.
             factor (`torch.Tensor`): makes the direction ε_i, 0-dim.
         """
-        if self._generator is not None:
-            add_rounded(self.weights, [(direction, factor)], self._generator)
-        else:
-            add_(self.weights, direction, factor)
+        with self._watched(self.weights, direction, factor):
+            if self._generator is not None:
+                add_rounded(self.weights, [(direction, factor)], self._generator)
+            else:
+                add_(self.weights, direction, factor)
         direction.clear()
         self.drop_gradients()
 
@@ -176,10 +189,16 @@ class MovableWeights:
             weights, parts = map(list, zip(*pairs, strict=True))
             size = norm(parts)
             factor = torch.where(size > 0, length / size, torch.zeros_like(size))
-            if self._generator is None:
-                add_(weights, parts, factor, keep=True)
-            else:
-                add_rounded(weights, [(parts, factor)], self._generator)
+            with self._watched(weights, parts, factor):
+                if self._generator is None:
+                    add_(weights, parts, factor, keep=True)
+                else:
+                    add_rounded(weights, [(parts, factor)], self._generator)
+
+    def _watched(
+        self, weights: Sequence[Tensor], direction: Sequence[Tensor], factor: Tensor
+    ) -> AbstractContextManager[None]:
+        return nullcontext() if self._seen is None else self._seen.step(weights, direction, factor)
 
     def displacement(self, own_memory: bool) -> list[Tensor]:
         """

@@ -28,6 +28,7 @@ from .pass_state import PassState, pass_state_of
 from .passes import Passes
 from .schedule import follow_schedule
 from .search import search_alpha
+from .seen import SeenAscent
 from .stale import stale_gradient
 from .state import XSAMState, XSAMUpdate
 from .weights import MovableWeights, Weights
@@ -44,6 +45,7 @@ def xsam_gradient(
     before: PassState | None = None,
     loss_scaling: bool = False,
     measure: bool = True,
+    seen: SeenAscent | None = None,
 ) -> XSAMUpdate:
     """
     Puts XSAM's direction ‖g_k‖ v(α) (Eq. 8) into `p.grad`, for the base optimizer to step against.
@@ -77,6 +79,7 @@ def xsam_gradient(
             A first gradient that is not finite is left as it is, as in plain training.
         measure (`bool`, *optional*, defaults to `True`):
             Whether to measure the angle between v_0 and v_1. If not, and α = 1 does not need it, it is reported as NaN.
+        seen ([`SeenAscent`], *optional*): measures once what a forward pass in half precision sees of the ascent.
 
     Returns:
         [`XSAMUpdate`]: the loss L(θ_0) and what the update saw. With `rho=0` nothing is done but call `gradient` once.
@@ -89,7 +92,7 @@ def xsam_gradient(
     if ascend is None:
         ascend = follow_schedule(arguments, state)
     state.updates += 1
-    theta = MovableWeights(weights, arguments, state.updates, state.memory)
+    theta = MovableWeights(weights, arguments, state.updates, state.memory, seen)
     if ascend and arguments.perturbation == "stale":
         return stale_gradient(
             theta, weights, gradient, probe, arguments, state, before, loss_scaling=loss_scaling, measure=measure

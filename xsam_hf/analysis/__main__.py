@@ -49,7 +49,10 @@ class AnalysisArguments:
 
 def main(argv: Sequence[str]) -> None:
     """Runs one command."""
-    from .measures import MEASURES, Settings  # matplotlib, which is in the extra
+    try:
+        from .measures import MEASURES, Settings
+    except ModuleNotFoundError as error:  # matplotlib, for instance
+        raise ImportError(f"{error}: the analysis needs its extra, `pip install 'xsam_hf[analysis]'`.") from error
 
     classes: Any = (AnalysisArguments, Settings)
     parser = HfArgumentParser(

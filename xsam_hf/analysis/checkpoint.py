@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,6 +55,10 @@ def load(
         raise ValueError(
             "Say what to measure the loss on, in one way: `--data FILE.safetensors`, or `--trainer FILE.py:FUNCTION`."
         )
+    if trainer is None and not list(Path(checkpoint).glob("*config.json")):
+        inside = sorted(Path(checkpoint).glob("checkpoint-*"), key=lambda folder: (len(folder.name), folder.name))
+        if inside:
+            raise ValueError(f"{checkpoint} is no checkpoint but holds some: give one of them, such as {inside[-1]}.")
     if trainer is not None:
         built = _call(trainer, checkpoint)
         return built, batches_of(built, batches)
@@ -149,6 +154,10 @@ def _call(where: str, checkpoint: str) -> Trainer:
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"{file} has no function {name!r}.")
+    try:
+        inspect.signature(function).bind(checkpoint)
+    except TypeError as error:
+        raise ValueError(f"{where} has to take one argument, the checkpoint's path: {error}.") from error
     built = function(checkpoint)
     if not isinstance(built, Trainer):
         raise ValueError(f"{where} returned {type(built).__name__}, not a Trainer.")

@@ -25,7 +25,12 @@ from .surface import Surface
 
 @dataclass
 class Settings:
-    """What the measures are taken with."""
+    """
+    What the measures are taken with.
+
+    Raises:
+        `ValueError`: one of the numbers of things is too small.
+    """
 
     rho: float = field(default=0.05, metadata={"help": "Length of the ascent, in the 2-norm of all trained weights."})
     rho_max: float | None = field(default=None, metadata={"help": "Radius of the arc. Default: 2 * rho."})
@@ -44,6 +49,11 @@ class Settings:
         },
     )
     seed: int = field(default=0, metadata={"help": "Of the random directions; the same for all checkpoints."})
+
+    def __post_init__(self):
+        for name, least in (("ascent_steps", 1), ("samples", 2), ("directions", 1), ("eigenvalues", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` is {getattr(self, name)}: give {least} or more.")
 
 
 @dataclass

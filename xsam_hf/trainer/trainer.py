@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import Seq2SeqTrainer, Trainer
+from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
@@ -23,6 +23,7 @@ from ..arithmetic import copy_
 from ..geometry import together
 from ..pass_state import RandomState
 from ..schedule import ascends_at
+from ..seen import SeenAscent
 from ..stale import climbed
 from ..weights import MovableWeights, drop_gradients, weights_of
 from ..xsam import xsam_gradient
@@ -31,7 +32,8 @@ from .checkpoint import CheckpointMixin
 from .compatibility import check_supported
 from .logs import UpdateSums
 from .micro_batch import MicroBatch
-from .model_card import add_section
+from .model_card import add_section, with_tags
+from .precision import taken_in_half, warning_of
 from .replay import ReplayMixin
 
 
@@ -48,7 +50,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
     other pass, it is L(θ_0 + ε).
 
     Raises:
-        `ValueError`: the model has no trainable weights.
+        `ValueError`: the model has no trainable weights, or `args` is an [`XSAMArguments`] without the Trainer's fields.
         `NotImplementedError`: the training set-up steps inside the backward pass, shards the batch's sequences or hides its
             gradients (DeepSpeed, FSDP1, layer-wise optimizers, ...); the message names the way out. As soon as the training step
             generates its data. At the first update: the first pass changes what cannot be put back for the others; the optimizer
@@ -58,6 +60,12 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
     _xsam_optimizer: Optimizer | None = None  # that the names below were collected for
 
     def __init__(self, *args, **kwargs):
+        for given in (*args, *kwargs.values()):
+            if isinstance(given, XSAMArguments) and not isinstance(given, TrainingArguments):
+                raise ValueError(
+                    f"`args` is {type(given).__name__}, which has the method's fields alone: give XSAMTrainingArguments, which has the "
+                    "Trainer's as well."
+                )
         super().__init__(*args, **kwargs)
         self._xsam_begin_anew()
         check_supported(self, self.xsam_arguments)
@@ -75,6 +83,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
         """Forgets what a training that was stopped between two micro-batches left behind."""
         self._xsam_micro_batches: list[MicroBatch] = []  # of the current update
         self._xsam_sums = UpdateSums()
+        self._xsam_seen: SeenAscent | None = None
         self._xsam_follower, self._xsam_optimizer = None, None
         self._xsam_ran = self._xsam_warned = False
         self._xsam_micro_batches_seen = self._xsam_updates = 0
@@ -94,6 +103,8 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
             if self.accelerator.sync_gradients:
                 self._xsam_sums.add(passes=1)
             return super().training_step(model, inputs, num_items_in_batch)
+        if self._xsam_seen is None:  # the first update with an ascent
+            self._xsam_seen = SeenAscent(taken_in_half(self))
         try:
             if arguments.ascent_scope == "micro":
                 return self._xsam_micro_step(model, inputs, num_items_in_batch, arguments)
@@ -119,7 +130,8 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
         weights, _ = self._xsam_weights()
         self._xsam_read_average({**self._xsam_named, **weights})
         state = self._xsam_callback.xsam
-        with climbed(MovableWeights(weights, arguments, state.updates, state.memory), arguments, state) as stoppable:
+        theta = MovableWeights(weights, arguments, state.updates, state.memory, self._xsam_seen)
+        with climbed(theta, arguments, state) as stoppable:
             return stoppable(first_pass)
 
     @property
@@ -176,6 +188,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
                 before=micro_batches[0].before,
                 loss_scaling=self.accelerator.scaler is not None,
                 measure=arguments.searches or self._xsam_is_logged,
+                seen=self._xsam_seen,
             )
         callback.step_due = True
         if end is not None:
@@ -266,6 +279,10 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
             seen = self._xsam_sums.read(
                 arguments, self._xsam_callback.xsam, lambda x: self.accelerator.reduce(x, reduction="mean")
             )
+            if self._xsam_seen is not None and (measure := self._xsam_seen.read()):
+                seen |= {f"xsam/seen_{name}": value for name, value in measure.items()}
+                if warning := warning_of(measure):
+                    logger.warning(warning)
             logs |= seen
             if "xsam/fallbacks" in seen:
                 logger.warning_once(
@@ -275,9 +292,13 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
         super().log(logs, start_time)
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Writes the Trainer's model card, which `push_to_hub` publishes, and adds the method's fields to it."""
-        super().create_model_card(*args, **kwargs)
+        """Writes the model card, which `push_to_hub` publishes, with tags and a section of the method's."""
         arguments = self.xsam_arguments
+        if arguments.rho > 0 and len(args) > 2:  # the third one is `tags`, in the Trainer's signature and in trl's
+            args = (*args[:2], with_tags(args[2]), *args[3:])
+        elif arguments.rho > 0:
+            kwargs["tags"] = with_tags(kwargs.get("tags"))
+        super().create_model_card(*args, **kwargs)
         card = Path(str(self.args.output_dir)) / "README.md"
         if self.is_world_process_zero() and arguments.rho > 0 and card.is_file():
             add_section(card, arguments)

@@ -1,0 +1,179 @@
+"""Texts and their labels: local files that are read exactly, and how they are split and cut into tokens."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from tasks.command import sentence
+from tasks.identity import fingerprint
+
+
+SPLITS = ("train", "validation", "test")
+# GLUE's files have quotation marks that nothing closes.
+DIALECTS: dict[str, dict[str, Any]] = {
+    ".csv": {"strict": True},
+    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
+}
+ENDINGS = (*DIALECTS, ".json", ".jsonl")
+
+
+@dataclass
+class DataArguments:
+    """Which texts, and which of their columns."""
+
+    train_file: str | None = field(
+        default=None, metadata={"help": "Texts to train on: .csv or .tsv with a header, .json or .jsonl."}
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Texts that are scored during training. Default: a share of `train_file`."}
+    )
+    test_file: str | None = field(default=None, metadata={"help": "Texts that are scored at the end."})
+    validation_share: float = field(
+        default=0.1,
+        metadata={"help": "Share of the training texts that is held out if there is no `validation_file`. 0: none."},
+    )
+    text_column_names: list[str] = field(
+        default_factory=lambda: ["text"], metadata={"help": "The column of the texts, or the two of pairs."}
+    )
+    label_column_name: str = field(default="label", metadata={"help": "The column of the labels."})
+    max_seq_length: int = field(default=128, metadata={"help": "Tokens of a text; the rest is cut off."})
+
+    def __post_init__(self):
+        if self.train_file is None:
+            raise ValueError(f"`train_file` is missing: give a file in {', '.join(ENDINGS)}.")
+        if not 0 <= self.validation_share < 1:
+            raise ValueError(f"`validation_share` is {self.validation_share}: give a share from 0 to below 1.")
+        if len(self.text_column_names) > 2:
+            raise ValueError(f"`text_column_names` is {' '.join(self.text_column_names)}: give one column, or two.")
+        if self.max_seq_length < 3:
+            raise ValueError(f"`max_seq_length` is {self.max_seq_length}: give 3 or more.")
+
+
+@dataclass
+class Corpus:
+    """
+    The texts by split, and the labels' names, whose places are the classes.
+
+    Attributes:
+        splits (`dict[str, Dataset]`): `train`, and `validation` and `test` if there are any; columns `text`, `pair`, `label` (a name).
+        names (`list[str]`): in the order of the numbers if all are numbers, of the alphabet otherwise.
+    """
+
+    splits: dict[str, Dataset]
+    names: list[str]
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, length: int) -> dict[str, Dataset]:
+        """What a model sees: token ids, at most `length` of them, and the classes as `labels`."""
+
+        def encode(rows: dict[str, list]) -> dict[str, Any]:
+            texts = [rows[name] for name in ("text", "pair") if name in rows]
+            return {
+                **tokenizer(*texts, truncation=True, max_length=length),
+                "labels": list(map(self.names.index, rows["label"])),
+            }
+
+        return {
+            name: split.map(encode, batched=True, remove_columns=split.column_names)
+            for name, split in self.splits.items()
+        }
+
+
+def prints(encoded: dict[str, Dataset]) -> dict[str, str]:
+    """A [`~tasks.identity.fingerprint`] of each split's tokens and labels."""
+    return {name: fingerprint(*split["input_ids"], split["labels"]) for name, split in encoded.items()}
+
+
+def load(task: DataArguments) -> Corpus:
+    """
+    Reads the files. The held-out texts have equal shares of every class and are always the same.
+
+    Raises:
+        `ValueError`: a file cannot be read, a row lacks its text or its label, or a label is not among the training's.
+    """
+    files = {split: getattr(task, f"{split}_file") for split in SPLITS}
+    given = [str(Path(file).resolve()) for file in files.values() if file is not None]
+    if len(set(given)) < len(given):
+        raise ValueError("Two of `train_file`, `validation_file` and `test_file` are the same: leave one of them out.")
+    splits = {name: Dataset.from_dict(read(Path(file), task)) for name, file in files.items() if file is not None}
+    found = set(splits["train"]["label"])
+    names = sorted(found, key=int) if all(name.isdecimal() for name in found) else sorted(found)
+    if len(names) < 2:
+        raise ValueError(f"`train_file` {task.train_file} has one label only, {names[0]}: give two classes or more.")
+    for name, split in splits.items():
+        if unknown := sorted(set(split["label"]) - found):
+            raise ValueError(f"`{name}_file` {files[name]} has the label {unknown[0]}, which no training text has.")
+    if "validation" not in splits and task.validation_share:
+        whole = splits["train"].add_column("class", list(map(names.index, splits["train"]["label"])))
+        try:
+            parts = whole.class_encode_column("class").train_test_split(
+                task.validation_share, seed=0, stratify_by_column="class"
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"`validation_share` is {task.validation_share}, of {len(whole)} training texts: {sentence(error)}"
+            ) from error
+        splits["train"], splits["validation"] = (parts[part].remove_columns("class") for part in ("train", "test"))
+    return Corpus(splits, names)
+
+
+def read(file: Path, task: DataArguments) -> dict[str, list[str]]:
+    """
+    The columns `text`, `label`, and for pairs `pair`, of a file.
+
+    Raises:
+        `ValueError`: the file is of another kind, is no text in UTF-8, or a row lacks its text or its label.
+    """
+    if file.suffix not in ENDINGS:
+        raise ValueError(f"{file} ends on {file.suffix or 'nothing'}: give a file in {', '.join(ENDINGS)}.")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        rows = _table(text, DIALECTS[file.suffix]) if file.suffix in DIALECTS else _objects(text)
+    except (OSError, ValueError, csv.Error, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read: {sentence(error)}") from error
+    if not rows:
+        raise ValueError(f"{file} has no rows.")
+    columns = dict(zip(("text", "pair"), task.text_column_names, strict=False)) | {"label": task.label_column_name}
+    found: dict[str, list[str]] = {name: [] for name in columns}
+    for number, row in enumerate(rows, 1):
+        for name, column in columns.items():
+            if column not in row:
+                field = "label_column_name" if name == "label" else "text_column_names"
+                raise ValueError(f"{file}, row {number} has no {column}, but {', '.join(row)}: see `{field}`.")
+            value = row[column]
+            if name == "label" and isinstance(value, bool | int):
+                value = str(value)
+            if not isinstance(value, str) or not value.strip():
+                raise ValueError(f"{file}, row {number}: its {column} is {json.dumps(value)}, which is no {name}.")
+            found[name].append(value)
+    return found
+
+
+def _table(text: str, dialect: dict[str, Any]) -> list[dict[str, str]]:
+    lines = csv.reader(io.StringIO(text, newline=""), **dialect)
+    header = next(lines, [])
+    if len(set(header)) < len(header):
+        raise ValueError(f"a column of its header, {', '.join(header)}, is there twice.")
+    rows = []
+    for line in lines:
+        if line and len(line) != len(header):
+            raise ValueError(f"line {lines.line_num} has {len(line)} fields, and the header {len(header)}.")
+        if line:
+            rows.append(dict(zip(header, line, strict=True)))
+    return rows
+
+
+def _objects(text: str) -> Sequence[dict[str, Any]]:
+    whole = text.lstrip().startswith("[")
+    rows = json.loads(text) if whole else [json.loads(line) for line in text.split("\n") if line.strip()]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("expected objects, one a line or in a list.")
+    return rows

@@ -1,0 +1,230 @@
+"""Text classification: files are read exactly, a run leaves what the other tasks' leave; its loop without the Trainer; trl's script."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from huggingface_hub import ModelCard
+from processes import in_ranks
+from safetensors.torch import load_file
+from test_trl import SIZE, sentence, tokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel, RobertaConfig
+
+from tasks import recipes
+from tasks.language_modeling import sft
+from tasks.text_classification import data, models, train, train_no_trainer
+from xsam_hf import XSAMArguments
+
+
+TASK = Path(train.__file__).parent
+FLAGS = ["--max_steps", "4", "--logging_steps", "1", "--max_seq_length", "16", "--threads", "1", "--use_cpu", "true", "--disable_tqdm", "true"]  # fmt: skip
+FLAGS += ["--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", "2", "--save_total_limit", "2"]
+
+
+def parse(*flags):
+    recipe = str(TASK / "recipes" / "roberta-small.yaml")
+    return recipes.parse(train.ARGUMENTS, [recipe, *FLAGS, *map(str, flags)], "", "runs/text_classification")
+
+
+@pytest.fixture(scope="module")
+def languages(tmp_path_factory):
+    """The texts that README.md makes to try the task, 120 of them."""
+    folder = tmp_path_factory.mktemp("texts")
+    (code,) = re.findall(r"python -c '(.*?)' > languages.tsv", (TASK / "README.md").read_text(encoding="utf-8"))
+    made = subprocess.run([sys.executable, "-c", code], cwd=TASK.parents[1], capture_output=True, check=True)
+    lines = made.stdout.decode("utf-8").splitlines(keepends=True)
+    assert len(lines) == 1 + 2 * 1000
+    (folder / "languages.tsv").write_text("".join(lines[:121]), encoding="utf-8")
+    return folder / "languages.tsv"
+
+
+@pytest.fixture(scope="module")
+def finished(languages, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train.train(*parse("--train_file", languages, "--test_file", shutil.copy(languages, folder.parent / "test.tsv"), "--output_dir", folder))  # fmt: skip
+    return folder
+
+
+def test_a_run_leaves_its_result_and_a_model_that_knows_its_labels(finished, languages):
+    result = json.loads((finished / "result.json").read_text())
+    assert (result["task"], result["dataset"], result["model"]) == ("text_classification", "languages", "roberta")
+    assert result["method"] == "xsam" and result["passes"]["forward"] == 4 * 2 + 21 and result["passes"]["backward"] == 8  # fmt: skip
+    assert set(result["metrics"]) == {"validation", "test"}
+    model, words = (kind.from_pretrained(finished) for kind in (AutoModelForSequenceClassification, AutoTokenizer))
+    assert model.config.id2label == {0: "de", 1: "en"}
+    texts, labels = zip(*(line.split("\t") for line in languages.read_text("utf-8").splitlines()[1:]), strict=True)
+    with torch.no_grad():
+        logits = model.eval()(**words(list(texts), truncation=True, max_length=16, padding=True, return_tensors="pt")).logits  # fmt: skip
+    right = [model.config.id2label[i] == label for i, label in zip(logits.argmax(1).tolist(), labels, strict=True)]
+    assert result["metrics"]["test"]["accuracy"] == pytest.approx(sum(right) / len(right))
+    assert "| rho | 0.05 |" in (finished / "README.md").read_text()
+
+
+def test_a_run_goes_on_exactly_and_another_is_refused(finished, languages, tmp_path):
+    shutil.copytree(finished / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
+    flags = ["--train_file", shutil.copy(languages, tmp_path), "--test_file", languages, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "true"]  # fmt: skip
+    with pytest.raises(ValueError, match="another run: its `rho` is 0.05, this one's 0.1"):
+        train.train(*parse(*flags, "--rho", "0.1"))
+    train.train(*parse(*flags))
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", finished))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_saved_classifier_keeps_the_order_of_its_labels(languages, tmp_path):
+    config = RobertaConfig(vocab_size=99, id2label={0: "en", 1: "de"}, label2id={"en": 0, "de": 1}, **models.NEW)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    models.tokenizer(None, ["a b"]).save_pretrained(tmp_path)
+    setup = train.prepare(*parse("--train_file", languages, "--model_name_or_path", tmp_path, "--output_dir", tmp_path / "run"))  # fmt: skip
+    assert setup.trainer.model.config.id2label == {0: "en", 1: "de"}
+    first = data.load(parse("--train_file", languages)[0]).splits["train"]["label"]
+    assert setup.splits["train"]["labels"][:9] == [{"en": 0, "de": 1}[name] for name in first[:9]]
+    assert models.order(str(tmp_path), ["de", "en", "fr"]) == ["de", "en", "fr"]
+    with pytest.raises(ValueError, match="`dropout` is 0.1, and .* has its own"):
+        train.prepare(*parse("--train_file", languages, "--model_name_or_path", tmp_path, "--dropout", "0.1"))
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def load(tmp_path, name, content, **changes):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+    return data.load(data.DataArguments(str(tmp_path / name), **{"validation_share": 0.0, **changes}))
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.csv", '\ufeffid,text,label\n1,"a, ""b""\nc",10\n2,null,2\n3,NA,2\n'),
+        ("a.tsv", 'text\tlabel\n"a, b\t10\nnull\t2\nNA\t2\n'),
+        ("a.json", '[{"text": "a, \\"b\\"\\nc", "label": 10}, {"text": "null", "label": 2}, {"text": "NA", "label": "2"}]'),
+        ("a.jsonl", '{"text": "a, \\"b\\"\\nc", "label": "10"}\n{"text": "null", "label": 2, "x": "\u2028"}\n\n{"text": "NA", "label": 2}\n'),
+    ],
+)  # fmt: skip
+def test_files_are_read_as_they_stand(tmp_path, name, content):
+    corpus = load(tmp_path, name, content)
+    text = '"a, b' if name == "a.tsv" else 'a, "b"\nc'
+    assert corpus.splits["train"].to_dict() == {"text": [text, "null", "NA"], "label": ["10", "2", "2"]}
+    assert corpus.names == ["2", "10"] and list(corpus.splits) == ["train"]
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("a.txt", "a", "ends on .txt: give a file in .csv, .tsv, .json, .jsonl"),
+        ("a.csv", "text,label\n", "has no rows"),
+        ("a.csv", "text,label\na,b,c\n", "line 2 has 3 fields, and the header 2"),
+        ("a.csv", "text,label\na\n", "line 2 has 1 fields, and the header 2"),
+        ("a.csv", "text,text\na,b\n", "a column of its header, text, text, is there twice"),
+        ("a.csv", 'text,label\n"a,b\n', "unexpected end of data"),
+        ("a.csv", "text,class\na,b\n", "row 1 has no label, but text, class: see `label_column_name`"),
+        ("a.csv", "sentence,label\na,b\n", "row 1 has no text, but sentence, label: see `text_column_names`"),
+        ("a.csv", "text,label\na,1\n,2\n", 'row 2: its text is "", which is no text'),
+        ("a.csv", b"text,label\n\xff,1\n", "cannot be read: 'utf-8' codec"),
+        ("a.csv", "text,label\na,1\nb,1\n", "has one label only, 1"),
+        ("a.jsonl", '{"text": "a", "label": 0.5}\n', "its label is 0.5, which is no label"),
+        ("a.jsonl", '{"text": "a", "label": null}\n', "its label is null, which is no label"),
+        ("a.jsonl", '{"text": ["a"], "label": 1}\n', r'its text is \["a"\], which is no text'),
+        ("a.jsonl", '{"text": "a", "label": 1\n', "cannot be read"),
+        ("a.json", '["a"]', "expected objects"),
+    ],
+)
+def test_files_that_are_not_whole_are_refused(tmp_path, name, content, words):
+    with pytest.raises(ValueError, match=words):
+        load(tmp_path, name, content)
+
+
+def test_splits(tmp_path):
+    rows = "".join(f"text {i},{'yes' if i % 4 else 'no'}\n" for i in range(80))
+    corpus = load(tmp_path, "a.csv", "text,label\n" + rows, validation_share=0.25)
+    train_texts, held_out = (corpus.splits[name] for name in ("train", "validation"))
+    assert sorted(train_texts["label"]) == ["no"] * 15 + ["yes"] * 45
+    assert sorted(held_out["label"]) == ["no"] * 5 + ["yes"] * 15
+    assert not set(train_texts["text"]) & set(held_out["text"])
+    with pytest.raises(ValueError, match="`validation_share` is 0.9999, of 80 training texts"):
+        load(tmp_path, "a.csv", "text,label\n" + rows, validation_share=0.9999)
+    (tmp_path / "b.csv").write_text("text,label\na,maybe\n")
+    with pytest.raises(ValueError, match="`test_file` .*b.csv has the label maybe, which no training text has"):
+        load(tmp_path, "a.csv", "text,label\n" + rows, test_file=str(tmp_path / "b.csv"))
+    with pytest.raises(ValueError, match="are the same"):
+        load(tmp_path, "a.csv", "text,label\n" + rows, test_file=str(tmp_path / "." / "a.csv"))
+    with pytest.raises(ValueError, match="`train_file` is missing"):
+        data.DataArguments()
+
+
+def test_pairs_are_two_segments(tmp_path):
+    corpus = load(tmp_path, "a.csv", "premise,hypothesis,label\na,b,0\nb,a b,1\n", text_column_names=["premise", "hypothesis"])  # fmt: skip
+    encoded = corpus.encode(models.tokenizer(None, ["a b"]), 16)["train"]
+    start, end = 2, 3
+    assert [[token for token in row if token in (start, end)] for row in encoded["input_ids"]] == [
+        [start, end, end, end]
+    ] * 2
+    assert [len(row) for row in encoded["input_ids"]] == [6, 7] and encoded["labels"] == [0, 1]
+
+
+# --- without the Trainer, and trl's script ---------------------------------------------------------------------------
+
+
+def loop(languages, folder, **method):
+    torch.set_num_threads(1)
+    changes = {"rho": 0.05, "num_train_epochs": 1, "learning_rate": 0.003, "output_dir": str(folder), **method}
+    task = parse("--train_file", languages)[0]
+    return train_no_trainer.train(task, train_no_trainer.LoopArguments(**changes), Accelerator(cpu=True))
+
+
+def test_the_loop_without_the_trainer(languages, tmp_path, capsys):
+    ends = []
+    for name, method in {"plain": {"rho": 0.0}, "sam": {"alpha": 1.0}, "xsam": {}}.items():
+        assert 0 <= loop(languages, tmp_path / name, **method) <= 1
+        (rise,) = re.findall(r"sharpness (-?[\d.]+)", capsys.readouterr().out)
+        assert (float(rise) > 0) == (name != "plain")
+        words, model = (kind.from_pretrained(tmp_path / name) for kind in (AutoTokenizer, AutoModelForSequenceClassification))  # fmt: skip
+        assert words("a")["input_ids"] and model.config.label2id == {"de": 0, "en": 1}
+        ends.append(model.classifier.out_proj.weight.flatten().tolist())
+    assert all(one != other for i, one in enumerate(ends) for other in ends[:i])
+
+
+def test_the_loop_in_two_processes(languages, tmp_path):
+    def work(rank, report):
+        updates, scored = [], []
+        update, gather = train_no_trainer.xsam_gradient, Accelerator.gather_for_metrics
+        train_no_trainer.xsam_gradient = lambda *args, **kw: updates.append(update(*args, **kw)) or updates[-1]
+        Accelerator.gather_for_metrics = lambda self, right: scored.append(gather(self, right)) or scored[-1]
+        accuracy = loop(languages, tmp_path / "run", alpha_samples=61, per_device_train_batch_size=8)
+        assert accuracy == torch.cat(scored).float().mean()
+        report(
+            json.dumps([len(updates), updates[-1].alpha, updates[-1].grad_norm_last.item(), len(torch.cat(scored))])
+        )
+
+    (one, first), (other, second) = in_ranks(work)
+    assert (one, other) == (0, 0), first + second
+    assert first == second  # the finer grid tells the two apart if each of them searches alone
+    updates, _, _, scored = json.loads(first)
+    assert updates == 7 and scored == 12  # 108 texts in shares of 54, and each of those held out once
+
+
+def test_trls_script_trains_adapters(tmp_path):
+    (tmp_path / "data").mkdir()
+    texts = "".join(json.dumps({"text": sentence(i, 4 + i % 5)}) + "\n" for i in range(16))
+    (tmp_path / "data" / "train.jsonl").write_text(texts)
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(**SIZE)).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    flags = ["--dataset_name", tmp_path / "data", "--model_name_or_path", tmp_path / "model", "--output_dir", tmp_path / "run", "--use_peft", "true"]  # fmt: skip
+    flags += ["--lora_target_modules", "all-linear", "--max_steps", "2", "--logging_steps", "1", "--per_device_train_batch_size", "4"]  # fmt: skip
+    flags += ["--bf16", "false", "--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--rho", "0.01", "--method", "sam"]  # fmt: skip
+    trainer = sft.train(*recipes.parse(sft.ARGUMENTS, list(map(str, flags)), ""))
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 2 and all(entry["xsam/alpha"] == 1 and entry["xsam/sharpness"] > 0 for entry in logs)
+    assert XSAMArguments.of(trainer.args).rho == 0.01
+    assert any("lora_B" in name for name in load_file(tmp_path / "run" / "adapter_model.safetensors"))
+    trainer.create_model_card("name", None, "points")
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert {"xsam", "sharpness-aware", "points", "trl"} <= set(card.data.tags) and "| rho | 0.01 |" in card.text
+    with pytest.raises(ValueError, match="`dataset_name` is missing: give a folder, or a name of the hub"):
+        sft.train(*recipes.parse(sft.ARGUMENTS, ["--bf16", "false", "--use_cpu", "true"], ""))
