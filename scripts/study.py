@@ -113,7 +113,7 @@ SETTINGS = {
     "cifar10": Setting(
         "cifar10-resnet-small",
         "CIFAR-10, CNN",
-        "CIFAR-10, 500 images with flips and crops, right labels, residual CNN, SGD",
+        "CIFAR-10 (JPEG copies), 500 images with flips and crops, right labels, residual CNN, SGD",
         seeds=5,
         tuning_seeds=(100,),
     ),

@@ -8,6 +8,7 @@ docs/gain.svg, the gains against the passes that they cost.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 
@@ -53,7 +54,7 @@ def equal_base(row: Row, rows: Mapping[str, Row]) -> Row:
 def overview(settings: Mapping[str, Mapping[str, Row]]) -> str:
     """
     Settings by methods: the gain over the base optimizer at equal passes, with half of its 95 % interval and, for the other methods
-    that climb, as a share of XSAM's.
+    that climb, as a share of XSAM's where its interval tells that from 0.
     """
     names = [name for name in study.ORDER if any(name in rows for rows in settings.values())]
     cells = [["method", "passes", *(study.SETTINGS[setting].short for setting in settings)]]
@@ -68,7 +69,7 @@ def overview(settings: Mapping[str, Mapping[str, Row]]) -> str:
             else:
                 gain = _gain(rows, name)
                 xsam = _gain(rows, "xsam") if name in study.METHODS and name != "xsam" else None
-                share = f" ({gain.mean / xsam.mean:.0%})" if gain and xsam and xsam.mean > 0 else ""
+                share = f" ({gain.mean / xsam.mean:.0%})" if gain and xsam and xsam.is_clear and xsam.mean > 0 else ""
                 line.append(format_difference(gain) + share)
         cells.append(line)
     return to_markdown(cells)
@@ -80,8 +81,12 @@ def _gain(rows: Mapping[str, Row], name: str) -> Difference | None:
 
 def draw(settings: Mapping[str, Mapping[str, Row]]) -> Figure:
     """A panel for each setting: the gain of each method, with its 95 % interval, against its passes."""
-    figure, panels = svg.make(len(settings), figsize=(4.2 * len(settings), 4), squeeze=False)
-    for axes, (setting, rows) in zip(panels[0], settings.items(), strict=True):
+    columns = min(len(settings), 3)
+    lines = math.ceil(len(settings) / columns)
+    figure, panels = svg.make(columns, lines, figsize=(4.2 * columns, 4 * lines), squeeze=False)
+    for axes in panels.flat[len(settings) :]:
+        axes.remove()
+    for axes, (setting, rows) in zip(panels.flat, settings.items(), strict=False):
         for number, name in enumerate(name for name in study.METHODS if name in rows):
             row = rows[name]
             difference = _gain(rows, name)

@@ -104,7 +104,7 @@ def cifar(tmp_path):
     return folder.parent
 
 
-# A row of each kind; all rows were started once by hand. The small model takes the place of the paper's, but for three rows.
+# A row of each kind; every_row.py, beside this file, starts all of them. The small model takes the place of the paper's, but for three rows.
 STARTED = [
     ("table-2", "SGD", "resnet-small", 2, 2),
     ("table-4", "MSAM+, k = 3", "resnet-small", 8, 8),

@@ -1170,6 +1170,15 @@ def test_the_summary_is_paired_with_the_base_at_equal_passes(summarized):
     assert drawn.count("<!-- sam -->") == drawn.count("<!-- fraction.1 -->") == 1 and "<!-- base" not in drawn
 
 
+@pytest.mark.parametrize("xsam, share", [((70, 75, 80), ""), ((74, 75, 77), " (100%)")])
+def test_a_share_is_of_a_gain_that_its_interval_tells_from_0(xsam, share):
+    """4 ± 9.94, and 4.33 ± 1.43, which is SAM's gain too."""
+    values = {"base": (1, (70, 70, 70)), "base-2x": (2, (70, 71, 72)), "sam": (2, (74, 75, 77)), "xsam": (2, xsam)}
+    rows = {name: table.Row(name, dict(enumerate(of)), passes, passes, 1) for name, (passes, of) in values.items()}
+    line = next(line for line in summary.overview({"digits-noise": rows}).splitlines() if line.startswith("| sam"))
+    assert line.split("|")[3].strip() == "+4.33 ± 1.43" + share
+
+
 def test_a_summary_that_is_not_what_the_results_say_is_told(summarized):
     assert "RESULTS.md does not say what results/ does: scripts/run summary" in refusal(summary.main, "--check")
     summary.main([])

@@ -32,10 +32,10 @@ STYLE: Any = {
 }
 
 
-def make(columns: int = 1, **size: Any) -> tuple[Figure, Any]:
-    """A white figure and its axes, an array of them for several columns; `size` is matplotlib's (`figsize`, `width_ratios`)."""
+def make(columns: int = 1, rows: int = 1, **size: Any) -> tuple[Figure, Any]:
+    """A white figure and its axes, an array of them if there are several; `size` is matplotlib's (`figsize`, `width_ratios`)."""
     figure = Figure(figsize=size.pop("figsize"), layout="constrained", facecolor="white")
-    return figure, figure.subplots(1, columns, **size)
+    return figure, figure.subplots(rows, columns, **size)
 
 
 def save(figure: Figure, file: Path) -> None:
