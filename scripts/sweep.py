@@ -9,7 +9,7 @@ The values are not tuned, and all that were tried are shown. Call it again after
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scripts import study
 from scripts.run_seeds import ROOT, Run, run_or_exit
@@ -54,17 +54,19 @@ class Sweep:
         return list(dict.fromkeys(variant.of for variant in self.variants.values()))
 
 
+_SEARCHES = Sweep(
+    "digits-noise",
+    "How often α is searched (the paper's figure 4)",
+    {f"search-{share:g}": Variant("xsam", f"--alpha_search_steps {share:g}") for share in (0.5, 0.2, 0.02)},
+)
+_RADII = Sweep(
+    "digits-noise",
+    "The radius of the search (the paper's figure 14a)",
+    {f"rho-max-{ratio:g}": Variant("xsam", rho_max=ratio) for ratio in (0.5, 2, 4)},
+)
 SWEEPS = {
-    "digits-noise-searches": Sweep(
-        "digits-noise",
-        "How often α is searched (the paper's figure 4)",
-        {f"search-{share:g}": Variant("xsam", f"--alpha_search_steps {share:g}") for share in (0.5, 0.2, 0.02)},
-    ),
-    "digits-noise-rho-max": Sweep(
-        "digits-noise",
-        "The radius of the search (the paper's figure 14a)",
-        {f"rho-max-{ratio:g}": Variant("xsam", rho_max=ratio) for ratio in (0.5, 2, 4)},
-    ),
+    "digits-noise-searches": _SEARCHES,
+    "digits-noise-rho-max": _RADII,
     "cifar10-steps": Sweep(
         "cifar10",
         "One to four ascent steps of one length together (the paper's tables 4 and 12 to 14)",
@@ -74,16 +76,8 @@ SWEEPS = {
             for method in ("sam", "xsam")
         },
     ),
-    "cifar10-searches": Sweep(
-        "cifar10",
-        "How often α is searched (the paper's figure 4)",
-        {f"search-{share:g}": Variant("xsam", f"--alpha_search_steps {share:g}") for share in (0.5, 0.2, 0.02)},
-    ),
-    "cifar10-rho-max": Sweep(
-        "cifar10",
-        "The radius of the search (the paper's figure 14a)",
-        {f"rho-max-{ratio:g}": Variant("xsam", rho_max=ratio) for ratio in (0.5, 2, 4)},
-    ),
+    "cifar10-searches": replace(_SEARCHES, setting="cifar10"),
+    "cifar10-rho-max": replace(_RADII, setting="cifar10"),
 }
 
 
