@@ -68,6 +68,27 @@ def run(main: Callable[[Sequence[str]], object]) -> None:
 
 
 @contextmanager
+def needs(packages: str, module: str) -> Iterator[None]:
+    """
+    Around imports that the `checkout` extra does not bring. Where one fails, a command ends with one sentence and status 2, as `run`
+    would end it.
+
+    Args:
+        packages (`str`): what to install.
+        module (`str`): the importing module's `__name__`.
+
+    Raises:
+        `ImportError`: the module is imported, and no command.
+    """
+    try:
+        yield
+    except ImportError as error:
+        if module != "__main__":
+            raise
+        sys.exit(_end(f"error: {sentence(error)}: this command needs `pip install {packages}`.", 2))
+
+
+@contextmanager
 def refusals() -> Iterator[None]:
     """
     Around what transformers makes of its arguments before it trains.

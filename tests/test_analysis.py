@@ -8,10 +8,11 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
 from toys import Classifier, Tokens, build, tiny_gpt2
-from transformers import TrainerCallback
+from transformers import GPT2Config, GPT2ForSequenceClassification, TrainerCallback
 
 from xsam_hf import XSAMArguments
 from xsam_hf.analysis import (
@@ -30,6 +31,7 @@ from xsam_hf.analysis import (
     training_curves,
 )
 from xsam_hf.analysis.__main__ import main
+from xsam_hf.analysis.checkpoint import load
 from xsam_hf.analysis.random_directions import random_direction
 from xsam_hf.analysis.svg import COLORS
 
@@ -349,8 +351,6 @@ def test_curves_stand_two_in_a_row_in_the_colours_of_the_other_pictures():
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A checkpoint of a small GPT-2, and batches for it."""
-    from safetensors.torch import save_file
-
     folder = tmp_path_factory.mktemp("files")
     tiny_gpt2(layers=1).save_pretrained(folder / "gpt2")
     ids = torch.stack([Tokens()[i]["input_ids"] for i in range(8)])
@@ -413,6 +413,32 @@ def test_bad_input_gets_one_sentence(files, tmp_path, line, sentence):
     with pytest.raises(ValueError, match=sentence):
         main([*argv, "--output_dir", str(tmp_path)])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "model, name, wrong, words",
+    [
+        ("gpt2", "input_ids", 40, "40 tokens in its vocabulary, from 0 to 39"),
+        ("gpt2", "labels", -1, "40 tokens in its vocabulary, from 0 to 39"),
+        ("classifier", "labels", 2, "2 labels, from 0 to 1"),
+    ],
+)
+def test_ids_that_the_model_does_not_know_are_refused(files, tmp_path, model, name, wrong, words):
+    if model == "classifier":
+        config = GPT2Config.from_pretrained(files / "gpt2", pad_token_id=0)
+        GPT2ForSequenceClassification(config).save_pretrained(files / model)
+    batch = load_file(files / "data.safetensors")
+    if model == "classifier":
+        batch["labels"] = torch.zeros(8, dtype=torch.int64)
+    else:
+        batch["labels"][:, :3] = -100  # left out by the loss, and no id
+    checkpoint, file = str(files / model), str(tmp_path / "a.safetensors")
+    save_file(batch, file)
+    assert len(load(checkpoint, file, None, 4, 2)[1]) == 2
+    batch[name][5] = wrong
+    save_file(batch, file)
+    with pytest.raises(ValueError, match=f"a.safetensors has the id {wrong} in `{name}`, and .*{model} has {words}"):
+        load(checkpoint, file, None, 4, 2)
 
 
 def test_what_the_extra_brings_is_named_where_it_lacks(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -228,3 +229,14 @@ def test_trls_script_trains_adapters(tmp_path):
     assert {"xsam", "sharpness-aware", "points", "trl"} <= set(card.data.tags) and "| rho | 0.01 |" in card.text
     with pytest.raises(ValueError, match="`dataset_name` is missing: give a folder, or a name of the hub"):
         sft.train(*recipes.parse(sft.ARGUMENTS, ["--bf16", "false", "--use_cpu", "true"], ""))
+
+
+def test_trls_script_says_what_it_needs(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "trl", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, sft.__name__)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(sft.__name__, run_name="__main__")
+    assert ended.value.code == 2
+    assert re.fullmatch(r"error: .*trl.*: this command needs `pip install trl peft`.\n", capsys.readouterr().err)
+    with pytest.raises(ImportError, match="trl"):
+        runpy.run_module(sft.__name__)

@@ -16,12 +16,15 @@ from pathlib import Path
 
 from datasets import load_dataset
 from transformers import set_seed
-from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, get_peft_config
 
 from tasks import recipes, runs
 from tasks.arguments import CheckedArguments
-from tasks.command import refusals, run
+from tasks.command import needs, refusals, run
 from xsam_hf import XSAMArguments, XSAMMixin
+
+
+with needs("trl peft", __name__):
+    from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, get_peft_config
 
 
 class XSAMSFTTrainer(XSAMMixin, SFTTrainer):

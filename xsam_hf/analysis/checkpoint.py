@@ -45,7 +45,7 @@ def load(
         batch_size (`int`), batches (`int`): of `data`; a trainer has a batch size of its own.
 
     Raises:
-        `ValueError`: one of them is missing, not what it should be, or too small.
+        `ValueError`: one of them is missing, not what it should be, or too small, or `data` has ids that the model does not know.
     """
     if batch_size < 1 or batches < 1:
         raise ValueError(f"`batch_size` is {batch_size} and `batches` {batches}: both are 1 at least.")
@@ -63,7 +63,9 @@ def load(
         built = _call(trainer, checkpoint)
         return built, batches_of(built, batches)
     model = load_model(Path(checkpoint))
-    return model, load_batches(Path(str(data)), batch_size, batches)
+    loaded = load_batches(Path(str(data)), batch_size, batches)
+    _check_ids(str(data), loaded, checkpoint, model)
+    return model, loaded
 
 
 def load_model(folder: Path) -> nn.Module:
@@ -127,6 +129,27 @@ def load_batches(file: Path, batch_size: int, batches: int) -> list[Mapping[str,
         {name: tensor[start : start + batch_size] for name, tensor in tensors.items()}
         for start in range(0, batches * batch_size, batch_size)
     ]
+
+
+def _check_ids(file: str, batches: Sequence[Mapping[str, Any]], checkpoint: str, model: Any) -> None:
+    known: dict[str, tuple[int, str]] = {}
+    if "input_ids" in batches[0] and isinstance(embedding := model.get_input_embeddings(), nn.Embedding):
+        known["input_ids"] = embedding.num_embeddings, "tokens in its vocabulary"
+    if "labels" in batches[0] and not batches[0]["labels"].is_floating_point():
+        if "Classification" in type(model).__name__:
+            known["labels"] = model.config.num_labels, "labels"
+        elif (head := model.get_output_embeddings()) is not None:
+            known["labels"] = len(head.weight), "tokens in its vocabulary"
+    for name, (count, what) in known.items():
+        ids = torch.cat([batch[name].reshape(-1) for batch in batches])
+        if name == "labels":
+            ids = ids[ids != -100]  # which the loss leaves out
+        wrong = ids[(ids < 0) | (ids >= count)]
+        if len(wrong):
+            raise ValueError(
+                f"{file} has the id {wrong[0]} in `{name}`, and {checkpoint} has {count} {what}, from 0 to {count - 1}: give a file that was "
+                "made for this model."
+            )
 
 
 def fingerprint(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> str:
