@@ -1,9 +1,6 @@
 """The documentation: its Python examples run, its accelerate configs are what they say, and its other facts hold."""
 
-import argparse
-import importlib
 import re
-import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -24,13 +21,6 @@ EXAMPLES = {
     page.stem: found
     for page in sorted(DOCS.glob("*.md"))
     if (found := re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
-}
-
-
-SHELL = {  # blocks of commands, by page
-    page.relative_to(DOCS.parent).as_posix(): blocks
-    for page in sorted([DOCS.parent / "README.md", *DOCS.glob("*.md"), *DOCS.parent.glob("tasks/**/README.md")])
-    if (blocks := re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
 }
 
 
@@ -106,53 +96,6 @@ CHECKS = {
     "choosing_rho": races_each_rho_once,
     "upstream": shows_what_is_reported,
 }
-
-
-class Understood(Exception):
-    """A command line was parsed to its end."""
-
-
-def commands(block):
-    """The words of each line, with the block's variables in their places."""
-    variables = {}
-    for line in block.replace("\\\n", " ").splitlines():
-        for name, value in variables.items():
-            line = line.replace(f"${name}", value)
-        words = shlex.split(line, comments=True)
-        if words and re.fullmatch(r"[A-Z]=.*", words[0]):
-            variables[words[0][0]] = words[0][2:]
-        elif words:
-            yield words
-
-
-@pytest.mark.parametrize("page", SHELL)
-def test_commands_are_understood(monkeypatch, page):
-    """By the parser of what they call, which is stopped before it does anything."""
-    parse = argparse.ArgumentParser.parse_known_args
-
-    def parse_alone(self, *args, **kwargs):
-        _, rest = parse(self, *args, **kwargs)
-        assert not rest
-        raise Understood
-
-    monkeypatch.chdir(DOCS.parent)
-    for words in (words for block in SHELL[page] for words in commands(block)):
-        if words[:2] == ["accelerate", "launch"]:
-            args = launch_command_parser().parse_args(words[2:])
-            assert args.config_file is None or Path(args.config_file).is_file()
-            words = ["python", "-m", args.training_script, *args.training_script_args] if args.module else []
-        if words[:2] == ["python", "-m"]:
-            package = importlib.util.find_spec(words[2]).submodule_search_locations
-            module, arguments = words[2] + (".__main__" if package else ""), words[3:]
-        elif words[:1] == ["scripts/run"]:
-            module, arguments = f"scripts.{words[1]}", words[2:]
-        else:
-            others = [], ["pip"], ["export"], ["torchrun"], ["python"]
-            assert words[:1] in others or Path(words[1]).is_file()
-            continue
-        with monkeypatch.context() as patch, pytest.raises(Understood):
-            patch.setattr(argparse.ArgumentParser, "parse_known_args", parse_alone)
-            importlib.import_module(module).main(arguments)
 
 
 @pytest.mark.parametrize("page", EXAMPLES)

@@ -1,8 +1,8 @@
 """
 Fine-tunes a language model with trl's SFTTrainer, LoRA and XSAM: trl's own script with two classes of ours.
 
-    python -m tasks.language_modeling.sft --model_name_or_path FOLDER --dataset_name FOLDER --use_peft --rho 0.001
-    python -m tasks.language_modeling.sft --model_name_or_path FOLDER --dataset_name FOLDER --use_peft --rho 0.001 --method sam
+    python -m tasks.language_modeling.sft --model_name_or_path MODEL --dataset_name TEXTS --use_peft --rho 0.001
+    python -m tasks.language_modeling.sft --model_name_or_path MODEL --dataset_name TEXTS --use_peft --rho 0.001 --method sam
 
 `dataset_name` is a folder of .json, .csv or .parquet files in one of trl's formats, or a data set of the hub. --help lists all flags,
 trl's among them. It needs `pip install trl peft`.
