@@ -101,7 +101,7 @@ def load(tmp_path, name, content, **changes):
 @pytest.mark.parametrize(
     "name, content",
     [
-        ("a.csv", '\ufeffid,text,label\n1,"a, ""b""\nc",10\n2,null,2\n3,NA,2\n'),
+        ("a.csv", '\ufefftext,id,label\n"a, ""b""\nc",1,10\nnull,2,2\nNA,3,2\n'),
         ("a.tsv", 'text\tlabel\n"a, b\t10\nnull\t2\nNA\t2\n'),
         ("a.json", '[{"text": "a, \\"b\\"\\nc", "label": 10}, {"text": "null", "label": 2}, {"text": "NA", "label": "2"}]'),
         ("a.jsonl", '{"text": "a, \\"b\\"\\nc", "label": "10"}\n{"text": "null", "label": 2, "x": "\u2028"}\n\n{"text": "NA", "label": 2}\n'),
