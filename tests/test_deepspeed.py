@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from toys import tiny_gpt2
 
 from xsam_hf import find_rho
-from xsam_hf.trainer import deepspeed
+from xsam_hf.trainer import deepspeed, zero
 from xsam_hf.trainer.compatibility import check_supported
 
 
@@ -316,7 +316,7 @@ def test_engines_that_were_not_tried_are_refused(engine, optimizer, changes, mes
     }
     parts = {"module": module, "optimizer": type(optimizer, (), names)(), "has_moe_layers": changes["has_moe_layers"]}
     with pytest.raises(NotImplementedError, match=message):
-        deepspeed.ZeROWeights(type(engine, (), parts)())
+        zero.ZeROWeights(type(engine, (), parts)())
 
 
 def test_find_rho_runs_without_deepspeed(trainer):
@@ -329,7 +329,7 @@ def test_private_names_of_deepspeed_are_in_the_list():
     tables = (deepspeed.METHODS, deepspeed.ATTRIBUTES, deepspeed.OF_PARAMETERS)
     listed = {name for table in tables for names in table.values() for name in names}
     found, ours = set(), set()
-    for node in ast.walk(ast.parse(Path(deepspeed.__file__).read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(Path(zero.__file__).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
             (ours if getattr(node.value, "id", "") == "self" else found).add(node.attr)
     assert found - ours == {name for name in listed if name.startswith("_")} and len(found) > 4
