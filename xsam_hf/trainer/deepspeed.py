@@ -19,32 +19,47 @@ from ..arguments import XSAMArguments
 TRIED = ("0.19.8",)  # the versions of DeepSpeed that tests/test_deepspeed.py has passed with
 
 # All that DeepSpeed does not document, by the class that has it. Methods are looked up when the trainer is built, attributes
-# when DeepSpeed has made them, before the first pass; those of parameters at the end.
+# when DeepSpeed has made them, before the first pass; those of parameters and of their parts at the end.
 METHODS = {
-    "runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": ("update_lp_params", "zero_grad"),
+    "runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": (
+        "_wait_for_offload_copies",
+        "get_param_id",
+        "reset_cpu_buffers",
+        "update_lp_params",
+        "zero_grad",
+    ),
     "runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3": (
         "_get_fp32_grad_state_partition",
         "_get_fp32_opt_state_partition",
         "_reassign_or_swap_out_partitioned_parameters",
         "empty_partition_cache",
+        "get_param_id",
+        "reset_cpu_buffers",
         "zero_grad",
     ),
     "utils.tensor_fragment.tensor_fragment": ("get_lp_grad_fragment",),
 }
 ATTRIBUTES = {
-    "DeepSpeedZeroOptimizer": ("averaged_gradients", "bit16_groups", "dp_process_group", "loss_scale"),
+    "DeepSpeedZeroOptimizer": ("averaged_gradients", "bit16_groups", "cpu_offload", "dp_process_group", "loss_scale"),
     "DeepSpeedZeroOptimizer_Stage3": (
         "dp_process_group",
         "fp16_groups",
         "grad_partitions_flat_buffer",
         "loss_scale",
+        "offload_optimizer",
         "persistent_parameters",
     ),
+}
+OFFLOADED = {
+    "DeepSpeedZeroOptimizer": ("accumulated_grads_in_cpu", "micro_step_id", "norm_for_param_grads"),
+    "DeepSpeedZeroOptimizer_Stage3": ("norm_for_param_grads",),
 }
 OF_PARAMETERS = {
     "DeepSpeedZeroOptimizer": ("_hp_mapping", "_index_in_param_group"),
     "DeepSpeedZeroOptimizer_Stage3": ("all_gather", "ds_id", "ds_numel", "ds_shape", "partition_numel"),
 }
+OF_SLICES = ("hp_fragment",)
+OF_ENGINES = ("has_moe_layers", "was_step_applied")
 
 # The settings that were tried, and those that no gradient depends on.
 _KNOWN = {
@@ -70,6 +85,7 @@ _KNOWN = {
         "allgather_bucket_size",
         "allgather_partitions",
         "contiguous_gradients",
+        "offload_optimizer",
         "overlap_comm",
         "reduce_bucket_size",
         "reduce_scatter",
@@ -81,6 +97,7 @@ _KNOWN = {
         "stage3_prefetch_bucket_size",
         "sub_group_size",
     },
+    "zero_optimization.offload_optimizer": {"device", "pin_memory"},
 }
 _OPTIMIZERS = {"adam", "adamw"}  # of DeepSpeed's own; others compress gradients, or make another thing of them
 WAY_OUT = "use FSDP2 (`fsdp_version: 2`), or set `rho` to 0."
@@ -138,7 +155,8 @@ def check_settings(config: Mapping[str, Any], mixed_precision: str) -> None:
         raise NotImplementedError(
             f"XSAM does not follow the loss scaling of DeepSpeed's fp16: use `bf16=True`, {WAY_OUT}"
         )
-    stage = config.get("zero_optimization", {}).get("stage", 0)
+    zero = config.get("zero_optimization", {})
+    stage, offload = zero.get("stage", 0), zero.get("offload_optimizer") or {}
     if stage not in (1, 2, 3):
         raise NotImplementedError(
             f"DeepSpeed without ZeRO (stage {stage!r}) has nothing that DDP has not: use DDP, or stage 1 to 3."
@@ -148,8 +166,19 @@ def check_settings(config: Mapping[str, Any], mixed_precision: str) -> None:
             "DeepSpeed takes norms of whole gradients for ZeRO-1 with `data_types`, and XSAM's direction is in parts: use stage 2 or 3, "
             f"leave `data_types` out, {WAY_OUT}"
         )
+    device = offload.get("device", "none")
+    if device not in ("cpu", "none"):
+        raise NotImplementedError(
+            f"`zero_optimization.offload_optimizer` puts the float32 weights on {device!r}, and XSAM moves them in memory: use the device "
+            f"'cpu', {WAY_OUT}"
+        )
+    parts = {
+        **config,
+        "": {key: value for key, value in config.items() if key not in _KNOWN},
+        "zero_optimization.offload_optimizer": {} if device == "none" else offload,
+    }
     for part, known in _KNOWN.items():
-        settings = config.get(part, {}) if part else {key: value for key, value in config.items() if key not in _KNOWN}
+        settings = parts.get(part, {})
         for name, value in settings.items():
             if name not in known and _is_on(value):
                 setting = f"{part}.{name}".lstrip(".")

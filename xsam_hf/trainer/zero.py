@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -22,7 +23,7 @@ from transformers import Trainer
 
 from ..state import XSAMUpdate
 from ..xsam import xsam_gradient
-from .deepspeed import ATTRIBUTES, OF_PARAMETERS, WAY_OUT, look_up
+from .deepspeed import ATTRIBUTES, OF_ENGINES, OF_PARAMETERS, OF_SLICES, OFFLOADED, WAY_OUT, look_up
 from .precision import HALF
 
 
@@ -42,6 +43,7 @@ class ZeROWeights:
 
     def __init__(self, engine: Any):
         self.engine, optimizer = engine, engine.optimizer
+        look_up(engine, OF_ENGINES)
         kind = type(optimizer).__name__
         if type(engine).__name__ != "DeepSpeedEngine" or kind not in ATTRIBUTES or engine.has_moe_layers:
             raise NotImplementedError(
@@ -67,7 +69,10 @@ class ZeROWeights:
         if optimizer.loss_scale != 1:
             raise NotImplementedError(f"XSAM does not follow DeepSpeed's loss scaling: use `bf16=True`, {WAY_OUT}")
         masters = {name: self._shards.master(parameter).detach() for name, parameter in self._parameters.items()}
-        self._mesh = DeviceMesh.from_group(optimizer.dp_process_group, next(iter(masters.values())).device.type)
+        group, device = optimizer.dp_process_group, next(iter(masters.values())).device
+        if self._shards.offloaded:  # NCCL adds up nothing in the host's memory
+            group = dist.new_group(dist.get_process_group_ranks(group), backend="gloo")
+        self._mesh = DeviceMesh.from_group(group, device.type)
         self.weights = {name: self._spread(name, part).requires_grad_() for name, part in masters.items()}
 
     def _spread(self, name: str, part: Tensor) -> DTensor:
@@ -136,8 +141,7 @@ class ZeROWeights:
     def _step(self) -> None:
         for name, parameter in self._parameters.items():
             direction: Any = self.weights[name].grad
-            found = self._shards.gradient(parameter)
-            found.copy_(direction.to_local().view_as(found))
+            self._shards.put(direction.to_local(), parameter)
             self.weights[name].grad = None
         self.engine.step()
         self._shards.forget()
@@ -161,46 +165,94 @@ class ZeROWeights:
         self.engine.module.register_state_dict_pre_hook(refuse)
 
 
-class _Slices:
+class _Parts:
+    """
+    This process's parts of masters and gradients, whatever the stage.
+
+    With offload both are in the host's memory. There DeepSpeed writes a pass's gradients over those of the pass before, so that a
+    weight without a gradient keeps an old one. As it writes one it notes its norm, by which it clips.
+    """
+
+    def __init__(self, optimizer: Any, groups: Any, offloaded: bool):
+        self._optimizer, self.groups, self.offloaded = optimizer, groups, offloaded
+        if offloaded:
+            look_up(optimizer, OFFLOADED[type(optimizer).__name__])
+
+    def gradient(self, parameter: Any) -> Tensor:
+        """This process's part of the reduced gradient of a pass."""
+        part = self._gradient(parameter)
+        if self.offloaded and part.numel():
+            if self._optimizer.get_param_id(parameter) not in self._optimizer.norm_for_param_grads:
+                part.zero_()
+        return part
+
+    def put(self, direction: Tensor, parameter: Any) -> None:
+        """A direction where DeepSpeed's step will look for the gradient."""
+        part = self._gradient(parameter)
+        part.copy_(direction.view_as(part))
+        if self.offloaded and part.numel():
+            key = self._optimizer.get_param_id(parameter)
+            self._optimizer.norm_for_param_grads[key] = torch.linalg.vector_norm(part)
+
+    def forget(self) -> None:
+        """The next pass begins to add up anew."""
+        self._optimizer.zero_grad()
+        if self.offloaded:
+            self._optimizer.reset_cpu_buffers()
+
+    def _gradient(self, parameter: Any) -> Tensor:
+        raise NotImplementedError
+
+
+class _Slices(_Parts):
     """ZeRO-1 and 2: of all weights in a row each process steps a slice, and every model is whole."""
 
     def __init__(self, optimizer: Any):
-        self._optimizer, self.groups = optimizer, optimizer.bit16_groups
+        super().__init__(optimizer, optimizer.bit16_groups, optimizer.cpu_offload)
 
     @staticmethod
     def size(parameter: Any) -> tuple[int, bool]:
         """The number of elements, and whether it is a matrix."""
         return parameter.numel(), parameter.ndim > 1
 
-    @staticmethod
-    def master(parameter: Any) -> Tensor:
-        mapping = parameter._hp_mapping
-        return torch.empty(0, device=parameter.device) if mapping is None else mapping.hp_fragment
-
-    @staticmethod
-    def gradient(parameter: Any) -> Tensor:
-        """This process's part of the reduced gradient, where DeepSpeed's step will look for it."""
+    def master(self, parameter: Any) -> Tensor:
         mapping = parameter._hp_mapping
         if mapping is None:
-            return torch.empty(0, device=parameter.device)
+            return self._nothing(parameter)
+        look_up(mapping, OF_SLICES)
+        return mapping.hp_fragment
+
+    def _gradient(self, parameter: Any) -> Tensor:
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return self._nothing(parameter)
+        if self.offloaded:
+            self._optimizer._wait_for_offload_copies()
         return mapping.get_lp_grad_fragment(parameter._index_in_param_group)
 
+    def _nothing(self, parameter: Any) -> Tensor:
+        return torch.empty(0, device="cpu" if self.offloaded else parameter.device)
+
     def forget(self) -> None:
-        """The next pass begins to add up anew."""
-        self._optimizer.zero_grad()
+        super().forget()
         for group in self._optimizer.averaged_gradients:
             self._optimizer.averaged_gradients[group] = None
+        if self.offloaded:
+            # As after a step: a first micro-batch begins anew, and a single one is not kept in the host's memory as well.
+            self._optimizer.micro_step_id = -1
+            for sums in self._optimizer.accumulated_grads_in_cpu.values():
+                sums.zero_()  # a weight that only later micro-batches use is added to what is here
 
     def push(self) -> None:
         self._optimizer.update_lp_params()
 
 
-class _Partitions:
+class _Partitions(_Parts):
     """ZeRO-3: each process has a part of every weight, padded to equal lengths, and gathers a layer when it is needed."""
 
     def __init__(self, optimizer: Any):
-        self._optimizer, self.groups = optimizer, optimizer.fp16_groups
-        self._rank = torch.distributed.get_rank(optimizer.dp_process_group)
+        super().__init__(optimizer, optimizer.fp16_groups, optimizer.offload_optimizer)
+        self._rank = dist.get_rank(optimizer.dp_process_group)
 
     @staticmethod
     def size(parameter: Any) -> tuple[int, bool]:
@@ -209,7 +261,7 @@ class _Partitions:
     def master(self, parameter: Any) -> Tensor:
         return self._without_padding(parameter, self._optimizer._get_fp32_opt_state_partition(parameter, False)[0])
 
-    def gradient(self, parameter: Any) -> Tensor:
+    def _gradient(self, parameter: Any) -> Tensor:
         return self._without_padding(parameter, self._optimizer._get_fp32_grad_state_partition(parameter, False)[0])
 
     def _without_padding(self, parameter: Any, part: Tensor) -> Tensor:
@@ -217,7 +269,7 @@ class _Partitions:
         return part[: max(0, min(length, parameter.ds_numel - self._rank * length))]
 
     def forget(self) -> None:
-        self._optimizer.zero_grad()
+        super().forget()
         # Weights without a gradient in the next pass keep what is here.
         self._optimizer.grad_partitions_flat_buffer.zero_()
 
