@@ -118,7 +118,7 @@ def build(
     args = arguments(directory / name, per_device_train_batch_size=batch, **settings)
     data = data or (Tokens() if gpt2 else Points(64))
     model = model or (tiny_gpt2(layers=1) if gpt2 else Network())
-    if stage is None:
+    if stage is None and not settings.get("bf16"):
         model.double()
     if name == "frozen":
         model.first.weight.requires_grad_(False)
