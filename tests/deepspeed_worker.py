@@ -49,6 +49,9 @@ SCENARIOS = {
     "unused": {"alpha": 1.5, "max_grad_norm": 0.0},
     "later not finite": {"alpha": 1.5},
 }
+# The optimizer in the host's memory, and the one that was asked for: without the second setting accelerate takes DeepSpeed's Adam.
+OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
+KEEP_OPTIMIZER = {"zero_force_ds_cpu_optimizer": False}
 BF16 = {"bf16": True, "gpt2": True, "max_steps": 4}
 ZERO = {
     1: {"reduce_bucket_size": 60},
@@ -60,13 +63,13 @@ ZERO = {
 class Scenario(XSAMTrainer):
     """
     Scenarios in which a pass of the second update is not finite, the first or that at the moved weights, and one in which
-    only the first pass of an update has a gradient for one of the layers.
+    only the second micro-batch of an update's first pass has a gradient for one of the layers.
     """
 
     def compute_loss(self, model, *args, **kwargs):
         name = Path(self.args.output_dir).name
         if name == "unused":
-            self.model.with_extra = not self._xsam_replaying
+            self.model.with_extra = not self._xsam_replaying and len(self._xsam_micro_batches) == 1
         loss = super().compute_loss(model, *args, **kwargs)
         if self.state.global_step == 1 and name == ("later" if self._xsam_replaying else "first") + " not finite":
             loss = loss * torch.inf
@@ -93,7 +96,9 @@ def run(*args, resume=None, **changes):
     return trainer
 
 
-def build(directory, name, stage=None, gpt2=False, model=None, zero=None, config=None, cls=Scenario, **changes):
+def build(
+    directory, name, stage=None, gpt2=False, model=None, data=None, zero=None, config=None, cls=Scenario, **changes
+):
     """A trainer; with a ZeRO stage if one is given, and then with this process's part of the batch."""
     settings = {**SETTINGS, **SCENARIOS.get(name, {}), **changes}
     processes = 1
@@ -111,9 +116,9 @@ def build(directory, name, stage=None, gpt2=False, model=None, zero=None, config
         processes = int(os.environ["WORLD_SIZE"])
     batch = 16 // processes // settings["gradient_accumulation_steps"]
     args = arguments(directory / name, per_device_train_batch_size=batch, **settings)
-    data = Tokens() if gpt2 else Points(64)
+    data = data or (Tokens() if gpt2 else Points(64))
     model = model or (tiny_gpt2(layers=1) if gpt2 else Network())
-    if stage is None:
+    if stage is None and not settings.get("bf16"):
         model.double()
     if name == "frozen":
         model.first.weight.requires_grad_(False)
@@ -175,18 +180,34 @@ def everything(directory):
             found[stage, "collectives", name] = collectives_of_an_update(counted, place, stage, **changes)
         for name in SCENARIOS:
             found[stage, name] = result(run(place, name, stage, zero=None if name == "xsam" else ZERO[stage]))
-        found[stage, "first not finite"] = result(run(place, "first not finite", stage, alpha=1.5))
-        found[stage, "bf16"] = result(run(place, "bf16", stage, **BF16))
-        resumed = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "learning_rate": 0.01}
-        found[stage, "whole"] = result(run(place, "whole", stage, **resumed))
-        resumed |= {"resume": str(place / "whole" / "checkpoint-1"), "save_strategy": "no"}
-        found[stage, "resumed"] = result(run(place, "resumed", stage, **resumed))
+        saving = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "learning_rate": 0.01}
+        others = {
+            "first not finite": {"alpha": 1.5},
+            "bf16": BF16,
+            "whole": saving,
+            "resumed": {**saving, "save_strategy": "no"},
+        }
+        for where, zero, names in (
+            ("", {}, others),
+            (", offloaded", OFFLOAD, ("xsam", "unused", "later not finite", *others)),
+        ):
+            for name in names:
+                folder, settings = directory / f"{stage}{where}", others.get(name, {})
+                resume = str(folder / "whole" / "checkpoint-1") if name == "resumed" else None
+                both = {**zero, **(ZERO[stage] if name == "unused" else {})}
+                trainer = run(folder, name, stage, zero=both, config=KEEP_OPTIMIZER, resume=resume, **settings)
+                assert trainer._xsam_shards._shards.offloaded == bool(where)
+                found[stage, name + where] = result(trainer)
         found[stage, "interrupted"] = interrupted(place, stage)
     own = {
         "type": "AdamW",
         "params": {"torch_adam": True, **dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")},
     }
     found["own"] = result(run(directory, "own", 2, config={"optimizer": own}, learning_rate=0.01))
+    found["own, offloaded"] = result(run(directory, "own", 2, zero=OFFLOAD, optim="adamw_torch", learning_rate=0.01))
+    whole = run(directory, "whole batch", 2, zero=OFFLOAD, config=KEEP_OPTIMIZER, gradient_accumulation_steps=1)
+    sums = len(whole._xsam_shards.engine.optimizer.accumulated_grads_in_cpu)
+    found["whole batch, offloaded"] = {**result(whole), "sums of micro-batches": sums}
     for stage in (2, 3):
         accumulation = {"data_types": {"grad_accum_dtype": "fp32"}}
         found[stage, "bf16, sums in fp32"] = result(run(directory, "sums", stage, config=accumulation, **BF16))

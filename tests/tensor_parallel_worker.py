@@ -1,4 +1,4 @@
-"""Runs every scenario of test_tensor_parallel.py with a tiny Llama whose weights two processes share, and saves what was seen."""
+"""Runs every scenario of test_tensor_parallel.py with a tiny Llama whose weights processes share, and saves what was seen."""
 
 import os
 import sys
@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from toys import Tokens, arguments
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.distributed import DistributedConfig
 
 from xsam_hf import XSAMTrainer
 
@@ -29,6 +30,15 @@ SCENARIOS = {
 }
 
 
+# FSDP2's shards of tensor parallelism's parts, and FSDP2 alone, as transformers loads them; four processes.
+LAYOUTS = {
+    "search": {"tp_size": 2, "fsdp_size": 2},
+    "asam": {"tp_size": 2, "fsdp_size": 2},
+    "accumulation": {"tp_size": 2, "fsdp_size": 2},
+    "xsam": {"tp_size": 1, "fsdp_size": 4},
+}
+
+
 class Overflowing(XSAMTrainer):
     """The gradient at the moved weights of the second update is not finite."""
 
@@ -43,14 +53,16 @@ def save_model(directory):
     LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, **size)).save_pretrained(directory)
 
 
-def run(model, directory, name, **changes):
-    """One training of the saved model; in parts if this process was started by torchrun."""
+def run(model, directory, name, layout=None, **changes):
+    """One training of the saved model; in parts if this process is one of several."""
     settings = {"rho": 0.3, "train_sampling_strategy": "sequential", "max_steps": 4, **SCENARIOS[name], **changes}
-    shared = {}
-    if "RANK" in os.environ:
+    shared, batch = {}, 16
+    if layout is not None:
+        shared, batch = {"distributed_config": DistributedConfig(**layout)}, 16 // layout["fsdp_size"]
+    elif "RANK" in os.environ:
         shared = {"tp_plan": "auto", "device_mesh": init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))}
     accumulation = settings.get("gradient_accumulation_steps", 1)
-    args = arguments(directory / name, per_device_train_batch_size=16 // accumulation, **settings)
+    args = arguments(directory / name, per_device_train_batch_size=batch // accumulation, **settings)
     cls = Overflowing if name == "not finite" else XSAMTrainer
     trainer = cls(model=LlamaForCausalLM.from_pretrained(model, **shared), args=args, train_dataset=Tokens())
     trainer.train()
@@ -78,6 +90,18 @@ def main(model, directory):
     dist.init_process_group("gloo")
     results = {name: result(run(model, directory, name)) for name in SCENARIOS}
     results["refused"] = refusals(model, directory)
+    torch.save(results, directory / f"rank{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+def main_of_four(model, directory):
+    ParallelismConfig._validate_accelerator = lambda self, accelerator: None
+    dist.init_process_group("gloo")
+    results = {}
+    for name, layout in LAYOUTS.items():
+        trainer = run(model, directory, name, layout, max_steps=2)
+        results[name] = result(trainer)
+        results[f"placements {name}"] = {str(weight.placements) for weight in trainer.model.parameters()}
     torch.save(results, directory / f"rank{dist.get_rank()}.pt")
     dist.destroy_process_group()
 

@@ -7,6 +7,7 @@ first time DeepSpeed compiles a part of itself, for minutes.
 
 import ast
 import importlib.util
+import itertools
 import os
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 from toys import tiny_gpt2
 
 from xsam_hf import find_rho
-from xsam_hf.trainer import deepspeed
+from xsam_hf.trainer import deepspeed, zero
 from xsam_hf.trainer.compatibility import check_supported
 
 
@@ -53,9 +54,11 @@ def alone(tmp_path_factory):
 
 @needs_deepspeed
 @in_all_stages
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize(
+    "name", [*SCENARIOS, *(f"{name}, offloaded" for name in ("xsam", "unused", "later not finite"))]
+)
 def test_sharded_weights_equal_whole_ones(ranks, alone, stage, name):
-    sharded, expected = ranks[0][stage, name], alone[name]
+    sharded, expected = ranks[0][stage, name], alone[name.removesuffix(", offloaded")]
     assert (sharded["weights"] - expected["weights"]).abs().max() <= 1e-6
     for rank in ranks:
         assert torch.equal(rank[stage, name]["model's own"], sharded["weights"])
@@ -77,8 +80,8 @@ def test_scenarios_are_different_trainings(alone):
 def test_an_update_that_deepspeed_skips_leaves_all_weights_alone(ranks, tmp_path, stage):
     expected = result(run(tmp_path, "first not finite", alpha=1.5))["weights"]
     assert torch.isfinite(expected).all()
-    for rank in ranks:
-        skipped = rank[stage, "first not finite"]
+    for rank, where in itertools.product(ranks, ("", ", offloaded")):
+        skipped = rank[stage, f"first not finite{where}"]
         assert (skipped["weights"] - expected).abs().max() <= 1e-6
         assert torch.equal(skipped["model's own"], skipped["weights"])
 
@@ -99,7 +102,8 @@ def exact(tmp_path_factory):
 
 @needs_deepspeed
 @pytest.mark.parametrize(
-    "name, stage", [*(("bf16", stage) for stage in STAGES), *(("bf16, sums in fp32", s) for s in (2, 3))]
+    "name, stage",
+    [*itertools.product(("bf16", "bf16, offloaded"), STAGES), *(("bf16, sums in fp32", stage) for stage in (2, 3))],
 )
 def test_bfloat16_is_as_far_from_float64_as_in_plain_training(ranks, exact, name, stage):
     start = flat(rounded().parameters())
@@ -123,9 +127,10 @@ def test_bfloat16_is_as_far_from_float64_as_in_plain_training(ranks, exact, name
 
 @needs_deepspeed
 @in_all_stages
-def test_resumed_runs_equal_uninterrupted_ones(ranks, stage):
+@pytest.mark.parametrize("where", ["", ", offloaded"])
+def test_resumed_runs_equal_uninterrupted_ones(ranks, stage, where):
     for rank in ranks:
-        whole, resumed = rank[stage, "whole"], rank[stage, "resumed"]
+        whole, resumed = rank[stage, f"whole{where}"], rank[stage, f"resumed{where}"]
         assert torch.equal(whole["weights"], resumed["weights"]) and torch.equal(
             whole["model's own"], whole["weights"]
         )
@@ -158,10 +163,18 @@ def test_collectives_are_counted(ranks, stage):
 
 @needs_deepspeed
 def test_deepspeeds_own_adamw_steps_against_the_same_direction(ranks):
-    for rank in ranks:
-        own, torchs = rank["own"], rank[2, "whole"]
+    for rank, name in itertools.product(ranks, ("own", "own, offloaded")):
+        own, torchs = rank[name], rank[2, "whole"]
         assert (own["weights"] - torchs["weights"]).abs().max() <= 1e-6
         assert own["history"]["xsam/alpha"] == torchs["history"]["xsam/alpha"]
+
+
+@needs_deepspeed
+def test_without_accumulation_no_sums_are_kept_in_the_hosts_memory(ranks, alone):
+    for rank in ranks:
+        found = rank["whole batch, offloaded"]
+        assert (found["weights"] - alone["xsam"]["weights"]).abs().max() <= 1e-6
+        assert found["sums of micro-batches"] == 0
 
 
 @needs_deepspeed
@@ -201,7 +214,12 @@ def config(stage=2, zero=None, **settings):
         (config(fp16={"enabled": True}), "no", "loss scaling.*`bf16=True`"),
         (config(stage=0), "no", "stage 0.*use DDP"),
         (config(3, {"offload_param": {"device": "cpu"}}), "no", "`zero_optimization.offload_param`"),
-        (config(2, {"offload_optimizer": {"device": "cpu"}}), "no", "`zero_optimization.offload_optimizer`"),
+        (config(3, {"offload_optimizer": {"device": "nvme"}}), "no", "offload_optimizer` puts .* on 'nvme'.*'cpu'"),
+        (
+            config(3, {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}),
+            "no",
+            "`zero_optimization.offload_optimizer.ratio`",
+        ),
         (config(3, {"zero_quantized_weights": True}), "no", "`zero_optimization.zero_quantized_weights`"),
         (config(3, {"zero_quantized_gradients": True}), "no", "`zero_optimization.zero_quantized_gradients`"),
         (config(3, {"zero_hpz_partition_size": 8}), "no", "`zero_optimization.zero_hpz_partition_size`"),
@@ -223,12 +241,14 @@ def test_settings_that_were_not_tried_are_refused(settings, precision, message):
     assert "DDP" in str(refused.value) or "FSDP2" in str(refused.value)
 
 
-def test_settings_that_ask_for_nothing_are_let_through():
-    nowhere = {"device": "none", "nvme_path": None}
+def test_settings_that_were_tried_or_ask_for_nothing_are_let_through():
+    nowhere = {"device": "none", "nvme_path": None, "buffer_count": 4}
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": True, "ratio": 1.0}}
     zero = {"offload_optimizer": nowhere, "offload_param": nowhere, "zero_hpz_partition_size": 1, "overlap_comm": True}
     rest = {"fp16": {"enabled": False, "loss_scale": 0}, "train_batch_size": "auto", "optimizer": {"type": "AdamW"}}
     for stage in STAGES:
         deepspeed.check_settings(config(stage, zero, **rest), "bf16")
+        deepspeed.check_settings(config(stage, offload, **rest), "no")
 
 
 @pytest.fixture
@@ -270,6 +290,16 @@ def test_arguments_that_cannot_be_right_are_refused(trainer, name, value, messag
     check_supported(trainer, trainer.xsam_arguments)
 
 
+def test_the_settings_of_the_trainer_are_looked_at(trainer):
+    trainer.accelerator.state.deepspeed_plugin.deepspeed_config = config(stage=0)
+    with pytest.raises(NotImplementedError, match="stage 0"):
+        check_supported(trainer, trainer.xsam_arguments)
+    trainer.accelerator.state.deepspeed_plugin.deepspeed_config = config()
+    trainer.accelerator.mixed_precision = "fp16"
+    with pytest.raises(NotImplementedError, match="loss scaling"):
+        check_supported(trainer, trainer.xsam_arguments)
+
+
 @pytest.mark.parametrize("version", ["0.19.7", "0.19.9", "0.20.0"])
 def test_other_versions_are_refused(trainer, monkeypatch, version):
     monkeypatch.setattr(deepspeed, "version", lambda name: version)
@@ -300,23 +330,35 @@ def test_a_name_that_is_gone_is_refused(trainer, monkeypatch):
         ),
         ("DeepSpeedEngine", "DeepSpeedZeroOptimizer", {"outside": 1}, "steps weights outside the model"),
         ("DeepSpeedEngine", "DeepSpeedZeroOptimizer_Stage3", {}, "'fp16_groups'.*FSDP2"),
+        ("DeepSpeedEngine", "DeepSpeedZeroOptimizer", {"engine": ()}, "'was_step_applied'.*FSDP2"),
+        ("DeepSpeedEngine", "DeepSpeedZeroOptimizer", {"cpu_offload": True}, "'accumulated_grads_in_cpu'.*FSDP2"),
+        ("DeepSpeedEngine", "DeepSpeedZeroOptimizer", {"part": {}}, "'_index_in_param_group'.*FSDP2"),
+        (
+            "DeepSpeedEngine",
+            "DeepSpeedZeroOptimizer",
+            {"part": {"_index_in_param_group": 0}},
+            "'hp_fragment'.*FSDP2",
+        ),
     ],
 )
 def test_engines_that_were_not_tried_are_refused(engine, optimizer, changes, message):
-    changes = {"has_moe_layers": False, "loss_scale": 1.0, "left_out": 0, "outside": 0, **changes}
+    changes = {"has_moe_layers": False, "left_out": 0, "outside": 0, "engine": ("was_step_applied",), **changes}
     module = Network()
     for parameter in module.parameters():
-        parameter._hp_mapping = None
+        # Without a part in this process, or with one that has no attributes.
+        parameter._hp_mapping = types.SimpleNamespace() if "part" in changes else None
+        vars(parameter).update(changes.get("part", {}))
     group = [*list(module.parameters())[changes["left_out"] :], *map(torch.zeros, range(changes["outside"]))]
     names = {
         "averaged_gradients": {},
         "bit16_groups": [group],
+        "cpu_offload": changes.get("cpu_offload", False),
         "dp_process_group": None,
-        "loss_scale": changes["loss_scale"],
+        "loss_scale": changes.get("loss_scale", 1.0),
     }
     parts = {"module": module, "optimizer": type(optimizer, (), names)(), "has_moe_layers": changes["has_moe_layers"]}
     with pytest.raises(NotImplementedError, match=message):
-        deepspeed.ZeROWeights(type(engine, (), parts)())
+        zero.ZeROWeights(type(engine, (), parts | dict.fromkeys(changes["engine"]))())
 
 
 def test_find_rho_runs_without_deepspeed(trainer):
@@ -325,13 +367,30 @@ def test_find_rho_runs_without_deepspeed(trainer):
         find_rho(trainer)
 
 
-def test_private_names_of_deepspeed_are_in_the_list():
-    tables = (deepspeed.METHODS, deepspeed.ATTRIBUTES, deepspeed.OF_PARAMETERS)
+# What zero.py reads of weights and engines that PyTorch or DeepSpeed document.
+DOCUMENTED = {"device", "dtype", "module", "ndim", "numel", "optimizer", "step"}
+
+
+def names_that_are_read(path):
+    """
+    The attributes of DeepSpeed's objects, by what zero.py calls them: `optimizer.name`, `self._optimizer.name`, and so on; also in the
+    second argument of `getattr`.
+    """
+    held = {"engine", "mapping", "optimizer", "parameter", "kept_whole", "value", "_optimizer"}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute):
+            of = node.value.value if isinstance(node.value, ast.Subscript) else node.value
+            if getattr(of, "attr", getattr(of, "id", None)) in held:
+                yield node.attr
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr"):
+            if getattr(node.args[0], "id", None) in held:
+                yield node.args[1].value
+
+
+def test_names_of_deepspeed_are_in_the_list():
+    tables = (deepspeed.METHODS, deepspeed.ATTRIBUTES, deepspeed.OFFLOADED, deepspeed.OF_PARAMETERS)
     listed = {name for table in tables for names in table.values() for name in names}
-    found, ours = set(), set()
-    for node in ast.walk(ast.parse(Path(deepspeed.__file__).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
-            (ours if getattr(node.value, "id", "") == "self" else found).add(node.attr)
-    assert found - ours == {name for name in listed if name.startswith("_")} and len(found) > 4
+    listed |= {*deepspeed.OF_SLICES, *deepspeed.OF_ENGINES}
+    assert set(names_that_are_read(Path(zero.__file__))) - DOCUMENTED == listed
     page = (Path(__file__).parents[1] / "docs" / "compatibility.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in page for name in listed) and f"DeepSpeed {deepspeed.TRIED[-1]}" in page

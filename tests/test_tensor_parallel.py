@@ -1,4 +1,7 @@
-"""Tensor parallelism: two gloo processes that share the weights of one model equal one process that has them all."""
+"""
+Tensor parallelism: two gloo processes that share the weights of one model equal one process that has them all; so do four that
+share FSDP2's shards of these parts.
+"""
 
 import os
 import subprocess
@@ -8,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from fsdp_worker import result
-from tensor_parallel_worker import SCENARIOS, run, save_model
+from processes import in_ranks
+from tensor_parallel_worker import LAYOUTS, SCENARIOS, main_of_four, run, save_model
+from transformers.distributed import DistributedConfig
 
 
 TESTS = Path(__file__).parent
@@ -32,11 +37,33 @@ def ranks(model, tmp_path_factory):
     return [torch.load(directory / f"rank{i}.pt", weights_only=True) for i in range(2)]
 
 
+@pytest.fixture(scope="module")
+def four_ranks(model, tmp_path_factory):
+    if "fsdp_size" not in DistributedConfig.__dataclass_fields__:
+        pytest.skip("this version of transformers loads no model with FSDP2")
+    directory = tmp_path_factory.mktemp("shared two ways")
+    results = in_ranks(lambda rank, report: main_of_four(model, directory), 4)
+    assert results == [(0, "")] * 4, results
+    return [torch.load(directory / f"rank{i}.pt", weights_only=True) for i in range(4)]
+
+
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_shared_weights_equal_whole_ones(ranks, model, tmp_path, name):
-    alone, shared = result(run(model, tmp_path, name)), ranks[0][name]
+    check_equal(ranks, result(run(model, tmp_path, name)), name)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_weights_that_are_shared_two_ways_equal_whole_ones(four_ranks, model, tmp_path, name):
+    check_equal(four_ranks, result(run(model, tmp_path, name, max_steps=2)), name)
+    # Without the strided ones norms would add up over half of the processes.
+    assert any("_StridedShard" in how for how in four_ranks[0][f"placements {name}"]) == (LAYOUTS[name]["tp_size"] > 1)
+
+
+def check_equal(ranks, alone, name):
+    shared = ranks[0][name]
     assert (shared["weights"] - alone["weights"]).abs().max() <= 1e-6
-    assert torch.equal(shared["weights"], ranks[1][name]["weights"])
+    for other in ranks[1:]:
+        assert torch.equal(shared["weights"], other[name]["weights"])
     history, expected = shared["history"], alone["history"]
     assert history["xsam/alpha"] == expected["xsam/alpha"]
     for key in ("loss", "xsam/angle", "xsam/sharpness", "xsam/grad_norm_last"):

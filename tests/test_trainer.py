@@ -635,7 +635,19 @@ def test_promise_7_tensor_parallelism_beside_another_one(tmp_path, monkeypatch):
     flags = {"tp_size": 2, "tp_enabled": True, "cp_enabled": False, "sp_enabled": False}
     monkeypatch.setattr(type(run.accelerator), "parallelism_config", types.SimpleNamespace(**flags))
     monkeypatch.setattr(type(run.accelerator), "num_processes", 4)
-    with pytest.raises(NotImplementedError, match="over 2 of 4 processes.*`tp_size` equal to the number of processes"):
+    with pytest.raises(NotImplementedError, match="by 2 of 4 processes.*`DistributedConfig"):
+        check_supported(run, run.xsam_arguments)
+    monkeypatch.setattr(compatibility, "_differs", lambda weight: False)
+    run.is_distributed_loading_by_transformers = True
+    layout = types.SimpleNamespace(fsdp_size=2, ep_size=1)
+    run.model.config = types.SimpleNamespace(distributed_config=layout)
+    check_supported(run, run.xsam_arguments)
+    layout.ep_size = 4
+    with pytest.raises(NotImplementedError, match="Experts.*`ep_size`"):
+        check_supported(run, run.xsam_arguments)
+    monkeypatch.setattr(type(run.accelerator), "num_processes", 8)  # two copies, or two stages of a pipeline
+    layout.ep_size = 1
+    with pytest.raises(NotImplementedError, match="by 4 of 8 processes"):
         check_supported(run, run.xsam_arguments)
 
 

@@ -250,4 +250,6 @@ def _split(tensor: Tensor):
             f"A tensor with placements {tensor.placements} holds unreduced sums: its norm is not defined yet. "
             "Call `redistribute` on it first."
         )
-    return tensor.device_mesh, tuple(i for i, placement in enumerate(tensor.placements) if placement.is_shard())
+    return tensor.device_mesh, tuple(
+        i for i, placement in enumerate(tensor.placements) if not placement.is_replicate()
+    )

@@ -120,11 +120,21 @@ def _check_tensor_parallelism(trainer: Trainer, ascent_scope: str) -> None:
             "`ascent_scope='micro'` adds up each process's own gradients, and with tensor parallelism a process has a part of one: "
             "use `ascent_scope='update'`, or DDP."
         )
-    if tensor_parallel_size(trainer) != trainer.accelerator.num_processes:
+    size, processes = tensor_parallel_size(trainer), trainer.accelerator.num_processes
+    layout = getattr(getattr(trainer.model, "config", None), "distributed_config", None)
+    shards = getattr(layout, "fsdp_size", None) or 1
+    if getattr(trainer, "is_distributed_loading_by_transformers", False) and shards > 1:
+        size *= shards
+        if getattr(layout, "ep_size", 1) > 1:
+            raise NotImplementedError(
+                "Experts that are dealt out to processes beside FSDP2's shards have not been tried with XSAM: leave `ep_size` out, or set "
+                "`rho` to 0."
+            )
+    if size != processes:
         raise NotImplementedError(
-            f"Tensor parallelism over {tensor_parallel_size(trainer)} of {trainer.accelerator.num_processes} processes shards weights in "
-            "two ways at once, in which XSAM's norms have not been tried: use `tp_size` equal to the number of processes, or FSDP2 "
-            "alone, or set `rho` to 0."
+            f"The model is shared by {size} of {processes} processes, and XSAM has not been tried with what the others do: load it with "
+            "`DistributedConfig(tp_size=..., fsdp_size=...)`, whose product is the number of processes, or use FSDP2 alone, or set `rho` "
+            "to 0."
         )
     for name, weight in cast(nn.Module, trainer.model).named_parameters():
         if weight.requires_grad and not isinstance(weight, DTensor) and _differs(weight):

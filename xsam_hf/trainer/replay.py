@@ -18,8 +18,8 @@ from ..module_state import StateFollower, items_of, parts_of
 from ..pass_state import PassState
 from ..weights import weights_of
 from .compatibility import generates, tensor_parallel_size
-from .deepspeed import ZeROWeights, engine_of, is_deepspeeds_own
 from .micro_batch import MicroBatch, copy_of, random_subset
+from .zero import ZeROWeights, engine_of, is_deepspeeds_own
 
 
 # What the mixin is mixed into; a plain object at run time, so that it comes before any Trainer in the resolution order.
