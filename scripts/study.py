@@ -117,12 +117,12 @@ SETTINGS = {
         seeds=5,
         tuning_seeds=(100,),
     ),
-    "cifar100": Setting(  # not run by us: the base optimizer takes a day and a half on a CPU core
-        "cifar-cnn",
+    "cifar100": Setting(
+        "cifar100-resnet-small",
         "CIFAR-100, CNN",
-        "CIFAR-100, 10,000 images with flips, crops and cutout, right labels, ResNet-18, SGD",
-        flags="--train_examples 10000 --validation_share 0.1 --save_strategy no",
+        "CIFAR-100, 1,000 images, right labels, residual CNN, SGD",
         seeds=5,
+        tuning_seeds=(100,),
     ),
     "fashion-noise-vit": Setting(
         "fashion-mnist-noise-vit-small",
