@@ -81,7 +81,7 @@ def batches(found: Mapping[str, Mapping], higher: str, lower: str) -> tuple[int,
 def section(setting: str) -> str:
     """
     A line for each measure: its value at each seed by method, and the ratios of methods, paired by seed: the geometric mean, and the 95 %
-    interval of it by Student's t of the logarithms. Then in how many batches of all seeds one direction leads higher. Empty if there is
+    interval of it by Student's t of the logarithms, where all values are above 0. Then in how many batches of all seeds one direction leads higher. Empty if there is
     no file.
     """
     path = path_of(setting)
@@ -106,6 +106,8 @@ def section(setting: str) -> str:
 
 
 def _ratio(values: Mapping[int, float], others: Mapping[int, float]) -> str:
+    if min(*values.values(), *others.values()) <= 0:
+        return ""
     rows = [Row("", {seed: math.log(value) for seed, value in of.items()}, 0, 0, 0) for of in (values, others)]
     difference = paired_difference(*rows)
     assert difference is not None
@@ -122,7 +124,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("folders", nargs="+", metavar="SEED=FOLDER")
     args = parser.parse_args(argv)
     folders = {seed: Path(folder) for seed, _, folder in (text.partition("=") for text in args.folders)}
-    write_whole(path_of(args.setting), json.dumps(collect(folders), indent=1) + "\n")
+    write_whole(path_of(args.setting), json.dumps(collect(folders)) + "\n")
 
 
 if __name__ == "__main__":

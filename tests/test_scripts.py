@@ -1081,10 +1081,11 @@ def test_the_study_tunes_inside_the_grid_and_compares_on_other_seeds(root, monke
 
 def test_the_grid_of_rho_grows_towards_the_best_and_ends():
     assert study.grid(0.4, -1, 1) == [0.28, 0.4, 0.57]
-    assert study.extend(-1, 1, [1, 2, 1]) == (-1, 1)
-    assert study.extend(-1, 1, [2, 2, 1]) == (-2, 1)
-    assert study.extend(-1, 1, [1, 2, 3]) == (-1, 2)
-    assert study.extend(-6, 1, [3, 2, 1, 1, 1, 1, 1, 1]) == (-6, 1)
+    assert study.extend(-1, 1, [1, 2, 1], 0.1) == (-1, 1)
+    assert study.extend(-1, 1, [2, 2, 1], 0.1) == (-2, 1)
+    assert study.extend(-1, 1, [1, 2, 3], 0.1) == (-1, 2)
+    assert study.extend(-6, 1, [3, 2, 1, 1, 1, 1, 1, 1], 0.1) == (-6, 1)
+    assert study.extend(-1, 1, [0.11, 0.19, 0.12], 0.1) == (-2, 1)  # none trains
     assert study.best_rho({0.4: [0.9, 0.9], 0.2: [0.8, 1.0], 0.1: [0.9, 0.8]}) == 0.2
 
 
