@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from scripts import buried, epoch_cost, spectra, study, sweep
+from scripts import buried, epoch_cost, study, surfaces, sweep
 from scripts.run_seeds import ROOT
 from scripts.table import (
     BEST_EPOCH,
@@ -38,11 +38,11 @@ COSTS = """### What XSAM costs beside SAM (the paper's table 1)
 updates of SAM, of XSAM without a search and with one, in turn. In updates of SAM: median and range over the rounds of an update that keeps α,
 what of it is XSAM's own arithmetic beyond SAM's, and a search. An epoch by arithmetic: the passes are the same, arithmetic on the weights
 does not grow with the batch, and there is one search."""
-SPECTRA = f"""### How curved the loss is at the end (the paper's table 16)
+SURFACES = """### How sharp the loss is at the end (the paper's table 16 and figures 11, 12 and 16)
 
-Digits, 30 % of the labels wrong, residual CNN: [results/{spectra.NAME}.json](results/{spectra.NAME}.json), seeds 0, 1 and 2, made as
-[docs/analysis.md](docs/analysis.md#a-run-seen) says, on four training batches, wrong labels included. Ratios are paired by seed: geometric
-means with their 95 % intervals."""
+Made as [docs/analysis.md](docs/analysis.md#a-run-seen) says, on four training batches, wrong labels included. Ratios are paired by seed:
+geometric means with their 95 % intervals. Below them the batches in which the loss at the distance of two `rho` is higher along the gradient
+g₁ after the ascent than along g₀, and along v(α\\*) than along g₁."""
 BASELINES = ("base-2x", "base" + BEST_EPOCH, "base-2x" + BEST_EPOCH, "sam")
 
 
@@ -166,8 +166,8 @@ def summary() -> str:
     sections += [sweep_section(name, found) for name in sweep.SWEEPS if (found := sweep.results(name))]
     if costs := epoch_cost.section():
         sections.append(f"{COSTS}\n\n{costs}")
-    if flatness := spectra.section():
-        sections.append(f"{SPECTRA}\n\n{flatness}")
+    if seen := [text for setting in study.SETTINGS if (text := surfaces.section(setting))]:
+        sections += [SURFACES, *seen]
     return "\n\n".join([table, picture, *sections])
 
 

@@ -64,18 +64,20 @@ _RADII = Sweep(
     "The radius of the search (the paper's figure 14a)",
     {f"rho-max-{ratio:g}": Variant("xsam", rho_max=ratio) for ratio in (0.5, 2, 4)},
 )
+_STEPS = Sweep(
+    "digits-noise",
+    "Two to four ascent steps of one length together (the paper's tables 4 and 12 to 14)",
+    {
+        f"{method}-{k}-steps": Variant("xsam" if method == "xsam" else "sam", f"--method {method} --ascent_steps {k}")
+        for k in (2, 3, 4)
+        for method in ("sam", "lsam", "lsam+", "msam", "msam+", "xsam")
+    },
+)
 SWEEPS = {
     "digits-noise-searches": _SEARCHES,
     "digits-noise-rho-max": _RADII,
-    "cifar10-steps": Sweep(
-        "cifar10",
-        "One to four ascent steps of one length together (the paper's tables 4 and 12 to 14)",
-        {
-            f"{method}-{k}-steps": Variant(method, f"--ascent_steps {k}")
-            for k in (2, 3, 4)
-            for method in ("sam", "xsam")
-        },
-    ),
+    "digits-noise-steps": _STEPS,
+    "cifar10-steps": replace(_STEPS, setting="cifar10"),
     "cifar10-searches": replace(_SEARCHES, setting="cifar10"),
     "cifar10-rho-max": replace(_RADII, setting="cifar10"),
 }

@@ -1,5 +1,6 @@
 """Loss surfaces, sharpness and spectra: closed forms on quadratics, a dense Hessian, and nothing left behind."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -32,6 +33,7 @@ from xsam_hf.analysis import (
 )
 from xsam_hf.analysis.__main__ import main
 from xsam_hf.analysis.checkpoint import load
+from xsam_hf.analysis.measures import MEASURES, Settings
 from xsam_hf.analysis.random_directions import random_direction
 from xsam_hf.analysis.svg import COLORS
 
@@ -374,8 +376,26 @@ def test_report_is_one_page_and_nothing_is_measured_twice(files, tmp_path, capsy
     assert row.split() == next(
         line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("| λ₁ ")
     )
-    with pytest.raises(TypeError):  # with other settings it is measured again
+    main(["hessian", *common, "--rho", "0.3", "--samples", "4"])  # settings of other measures
+    with pytest.raises(TypeError):  # with other settings of its own it is measured again
         main(["hessian", *common, "--seed", "1"])
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_measure_is_kept_by_the_settings_that_it_looks_at(name):
+    looked_at = set()
+
+    class Watched(Settings):
+        def __getattribute__(self, of):
+            looked_at.add(of)
+            return super().__getattribute__(of)
+
+    settings = Watched(samples=2, directions=2, eigenvalues=1)
+    looked_at.clear()
+    model = tiny_gpt2(layers=1)
+    ids = torch.stack([Tokens()[i]["input_ids"] for i in range(4)])
+    MEASURES[name].take(model, [{"input_ids": ids, "labels": ids}], settings)
+    assert looked_at & {field.name for field in dataclasses.fields(Settings)} == set(MEASURES[name].settings)
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,10 @@ from scripts import (
     group,
     growth,
     run_seeds,
-    spectra,
     study,
     summarize,
     summary,
+    surfaces,
     sweep,
     table,
 )
@@ -1081,10 +1081,11 @@ def test_the_study_tunes_inside_the_grid_and_compares_on_other_seeds(root, monke
 
 def test_the_grid_of_rho_grows_towards_the_best_and_ends():
     assert study.grid(0.4, -1, 1) == [0.28, 0.4, 0.57]
-    assert study.extend(-1, 1, [1, 2, 1]) == (-1, 1)
-    assert study.extend(-1, 1, [2, 2, 1]) == (-2, 1)
-    assert study.extend(-1, 1, [1, 2, 3]) == (-1, 2)
-    assert study.extend(-6, 1, [3, 2, 1, 1, 1, 1, 1, 1]) == (-6, 1)
+    assert study.extend(-1, 1, [1, 2, 1], 0.1) == (-1, 1)
+    assert study.extend(-1, 1, [2, 2, 1], 0.1) == (-2, 1)
+    assert study.extend(-1, 1, [1, 2, 3], 0.1) == (-1, 2)
+    assert study.extend(-6, 1, [3, 2, 1, 1, 1, 1, 1, 1], 0.1) == (-6, 1)
+    assert study.extend(-1, 1, [0.11, 0.19, 0.12], 0.1) == (-2, 1)  # none trains
     assert study.best_rho({0.4: [0.9, 0.9], 0.2: [0.8, 1.0], 0.1: [0.9, 0.8]}) == 0.2
 
 
@@ -1261,29 +1262,38 @@ def test_an_epoch_of_xsam_by_arithmetic():
     assert found.epoch(updates=300, batch=100) == pytest.approx(1 + 0.02 + 0.01)
 
 
-def test_spectra_of_several_seeds_are_kept_and_compared_in_pairs(root, monkeypatch):
-    monkeypatch.setattr(spectra, "ROOT", root)
-    assert spectra.section() == ""
+def test_surfaces_of_several_seeds_are_kept_and_compared_in_pairs(root, monkeypatch):
+    monkeypatch.setattr(surfaces, "ROOT", root)
+    assert surfaces.section("digits-noise") == ""
     for seed in (0, 1, 2):
-        for method, trace in zip(spectra.METHODS, (10.0, 4.0, 2.0 / 2**seed, 8.0), strict=True):
+        for method, trace in zip(surfaces.METHODS, (10.0, 4.0, 2.0 / 2**seed, 8.0), strict=True):
+            # By rho, batch and distance. At rho and twice rho g_1 leads higher in the second batch, and v(α*) in neither.
+            gain = {"first": [[], [[0, 0, 5, 0], [0, 0, 1, 0]]], "last": [[], [[9, 9, 5, 9], [0, 0, 2, 0]]]}
+            found = {
+                "hessian": {"eigenvalues": [4.0 + seed, 3, 2, 1.5, 1.0], "trace": trace},
+                "gain": {**gain, "best": gain["last"]},
+                "sharpness": {"average": {"loss": 0.5, "radii": [0.1, 0.5], "samples": [[0, 1], [0, 3 + 2 * seed]]}},
+            }
             folder = root / f"seen-{seed}" / method
             folder.mkdir(parents=True)
-            found = {"eigenvalues": [4.0 + seed, 3, 2, 1.5, 1.0], "trace": trace}
-            (folder / "hessian.json").write_text(json.dumps({"measure": "hessian", "result": found}))
+            for measure, result in found.items():
+                kept = {"measure": measure, "settings": {"rho": 0.25}, "result": result}
+                (folder / f"{measure}.json").write_text(json.dumps(kept))
     (root / "results").mkdir()
-    folders = [f"{seed}={root}/seen-{seed}" for seed in (0, 1, 2)]
-    spectra.main(folders)
+    command = ["digits-noise", *(f"{seed}={root}/seen-{seed}" for seed in (0, 1, 2))]
+    surfaces.main(command)
     lines = {}
-    for line in spectra.section().splitlines():
-        name, *cells = [text.strip() for text in line.split("|")[1:-1]]
+    for line in surfaces.section("digits-noise").splitlines():
+        name, *cells = [text.strip() for text in line.split("|")[1:-1]] or [""]
         lines[name] = cells
+    assert "seeds 0, 1, 2, `--rho 0.25`" in surfaces.section("digits-noise")
     assert lines["trace"][:3] == ["10, 10, 10", "4, 4, 4", "2, 1, 0.5"] and lines["λ_1"][0] == "4, 5, 6"
     # The logarithms of XSAM / SAM are -1, -2 and -3 times log 2: mean -2, margin 4.303 / √3.
     assert lines["trace"][4:] == ["0.40", "0.25 (0.04 to 1.40)", "0.10 (0.02 to 0.56)", "0.80"]
-    (root / "seen-2" / "SAM" / "hessian.json").unlink()
-    assert "seen-2/SAM/hessian.json: python -m xsam_hf.analysis hessian SAM=CHECKPOINT" in refusal(
-        spectra.main, *folders
-    )
+    assert lines["average sharpness, r = 0.5"][0] == "2, 3, 4"
+    assert lines["g₁ above g₀, batches"][:4] == ["3 of 6"] * 4 and lines["v(α\\*) above g₁, batches"][0] == "0 of 6"
+    (root / "seen-2" / "sam" / "gain.json").unlink()
+    assert "seen-2/sam/gain.json: python -m xsam_hf.analysis gain sam=CHECKPOINT" in refusal(surfaces.main, *command)
 
 
 def test_results_md_says_what_results_do():

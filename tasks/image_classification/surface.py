@@ -30,7 +30,7 @@ def build(checkpoint: str) -> XSAMTrainer:
         raise ValueError(f"{checkpoint} is no checkpoint of tasks.image_classification: train with a `save_strategy`.")
     splits = data.load(
         of["dataset"],
-        _data_dir(Path(checkpoint).parent),
+        _data_dir(Path(checkpoint)),
         of["validation_share"],
         of["cutout"],
         of["seed"],
@@ -51,7 +51,9 @@ def build(checkpoint: str) -> XSAMTrainer:
     return XSAMTrainer(model=model, args=args, train_dataset=splits["train"])
 
 
-def _data_dir(folder: Path) -> str | None:
+def _data_dir(checkpoint: Path) -> str | None:
     """Where the local copy of the data lay, as a finished run tells; a checkpoint does not know. Else the hub, or scikit-learn."""
-    result = folder / RESULT
-    return json.loads(result.read_bytes())["arguments"].get("data_dir") if result.is_file() else None
+    results = [folder / RESULT for folder in (checkpoint, checkpoint.parent)]  # the run's own folder is a checkpoint too
+    for result in filter(Path.is_file, results):
+        return json.loads(result.read_bytes())["arguments"].get("data_dir")
+    return None

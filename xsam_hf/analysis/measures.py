@@ -79,12 +79,14 @@ class Measure:
         take (`Callable`): model, batches and settings to a result.
         read (`Callable`): the result from the dictionary that it was kept as.
         draw (`Callable`): results by name to a figure.
+        settings (`Sequence[str]`): those that the result depends on.
         caption (`str`): what the figure shows.
     """
 
     take: Callable[[Any, Sequence[Any], Settings], Any]
     read: Callable[[dict], Any]
     draw: Callable[[Mapping[str, Any]], Any]
+    settings: Sequence[str]
     caption: str
 
 
@@ -134,30 +136,31 @@ def _read_sharpness(kept: dict) -> Sharpness:
 
 MEASURES = {
     "arc": Measure(
-        _arc, _read_arc, pictures.draw_arcs,
+        _arc, _read_arc, pictures.draw_arcs, ("rho", "rho_max", "ascent_steps"),
         "The rise of the first batch's loss at distance r from the weights, over XSAM's arc; in train mode. α = 0 is the gradient "
         "g_0 (the ascent, for several steps), α = 1 SAM's direction, the dot where the loss is highest.",
     ),
     "plane": Measure(
-        _plane, lambda kept: Plane(**kept), pictures.draw_planes,
+        _plane, lambda kept: Plane(**kept), pictures.draw_planes, ("rho", "rho_max", "ascent_steps", "samples"),
         "The first batch's loss over the plane of the gradients g_0, at the weights θ_0, and g_1, after the ascent; in train mode.",
     ),
     "gain": Measure(
-        _gain, lambda kept: DirectionGain(**kept), pictures.draw_gains,
+        _gain, lambda kept: DirectionGain(**kept), pictures.draw_gains, ("rho", "rho_max"),
         "The mean rise over batches of a batch's loss at distance r, along its own g_0, g_1 and v(α*); in train mode.",
     ),
     "hessian": Measure(
-        _hessian, lambda kept: HessianSpectrum(**kept), pictures.draw_spectra,
+        _hessian, lambda kept: HessianSpectrum(**kept), pictures.draw_spectra, ("eigenvalues", "hessian_method", "seed"),
         "The highest eigenvalues of the Hessian of the loss over all batches; in evaluation mode.",
     ),
     "sharpness": Measure(
         _sharpness, _read_sharpness,
         lambda found: pictures.draw_sharpness({name: one.average for name, one in found.items()}),
+        ("rho", "directions", "seed"),
         "The mean rise of the loss over all batches along random directions whose filters are as long as r times the weights' "
         "own; in evaluation mode.",
     ),
     "landscape": Measure(
-        _landscape, lambda kept: Plane(**kept), pictures.draw_landscapes,
+        _landscape, lambda kept: Plane(**kept), pictures.draw_landscapes, ("samples", "seed"),
         "The rise of the loss over all batches over two random directions, filter-normalised, the same for all; in evaluation mode.",
     ),
 }  # fmt: skip
@@ -166,11 +169,15 @@ MEASURES = {
 def take(
     name: str, file: Path, model: Trainer | nn.Module, batches: Sequence[Any], settings: Settings, checkpoint: str
 ) -> Any:
-    """A measure's result, from its file where it was taken of the same weights and batches with the same settings."""
+    """A measure's result, from its file where it was taken of the same weights and batches, with the same of its own settings."""
     measure = MEASURES[name]
     module = model.model if isinstance(model, Trainer) else model
     assert isinstance(module, nn.Module)
-    asked = {"measure": name, "of": fingerprint(module, batches), "settings": asdict(settings)}
+    asked = {
+        "measure": name,
+        "of": fingerprint(module, batches),
+        "settings": {key: getattr(settings, key) for key in measure.settings},
+    }
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
         if {key: kept[key] for key in asked} == asked:
