@@ -165,7 +165,10 @@ def _as_flag(name: str, value: Any, action: Any, hint: Any) -> list[str]:
     if isinstance(value, dict):
         if not _is_mapping(hint):
             raise ValueError(f"`{name}` is a mapping: give one value.")
-        return [f"--{name}={json.dumps(value, default=str)}"]
+        try:
+            return [f"--{name}={json.dumps(value, allow_nan=False)}"]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`{name}` is {value}, which is no JSON: {sentence(error)}.") from error
     return [f"--{name}={_scalar(name, value, action)}"]
 
 
