@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from scripts.run_seeds import ROOT, Run, run_or_exit
+from scripts.run_seeds import ROOT, Run, parse_count, parse_seed, run_or_exit
 from scripts.study import SETTINGS
 from scripts.summarize import keep, read
 from scripts.table import Row, format_difference, make_rows, paired_difference, to_markdown
@@ -105,8 +105,10 @@ def results_in(folder: Path) -> dict[str, list[dict]]:
 
 def main(argv: Sequence[str]) -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; with more than one, each has one thread")
+    parser.add_argument("--seeds", nargs="+", type=parse_seed, default=list(SEEDS))
+    parser.add_argument(
+        "--jobs", type=parse_count, default=1, help="runs at a time; with more than one, each has one thread"
+    )
     args = parser.parse_args(argv)
     for offset in reversed(OFFSETS):  # the deepest first
         for seed in args.seeds:

@@ -69,6 +69,9 @@ def _read(file: Path, take: Callable[[Any], Any], lines: bool = False) -> Any:
 def _check_result(result: dict) -> dict:
     for name in ("task", "dataset", "model", "versions", "device", "threads"):
         result[name]  # noqa: B018  (a KeyError otherwise)
+    for name in ("identity", "arguments"):  # which older ones may lack
+        if not isinstance(result.get(name, {}), dict):
+            raise ValueError(f"its {name} is {json.dumps(result[name])[:50]}, and a mapping is expected")
     return check_numbers(result)
 
 
@@ -138,6 +141,11 @@ def load_group(group: Path) -> tuple[dict[str, list[FinishedRun]], list[str]]:
             runs.setdefault(folder.parent.name, []).append(FinishedRun.load(folder))
         else:
             unfinished.append(f"{folder.parent.name} {folder.name.replace('-', ' ')}")
+    for result in sorted(group.glob("*/seed-*/result.json")):
+        if not (folder := result.parent).joinpath("request.json").exists():
+            unfinished.append(
+                f"{folder.parent.name} {folder.name.replace('-', ' ')} (it has no request.json of run_seeds)"
+            )
     for seeds in runs.values():
         seeds.sort(key=lambda run: run.result["seed"])
     every = [run for seeds in runs.values() for run in seeds]
@@ -185,7 +193,7 @@ def check_metric(results: Mapping[str, Sequence[dict]], metric: str, split: str)
             scores = run["metrics"].get(split)
             if scores is None:
                 raise ValueError(
-                    f"{name}, seed {run['seed']} has no scores of {split}: it has {', '.join(run['metrics'])}."
+                    f"{name}, seed {run['seed']} has no scores of {split}: it has {', '.join(run['metrics']) or 'none at all'}."
                 )
             if metric not in scores:
                 raise ValueError(f"There is no metric {metric}: choose one of {', '.join(scores)}.")

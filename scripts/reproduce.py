@@ -279,8 +279,8 @@ def main(argv: Sequence[str]) -> None:
         "--dry-run", "--dry_run", action="store_true", help="print the commands, their passes and hours"
     )
     options = parser.parse_args(argv)
-    for name in ("seeds", "jobs", "processes"):
-        if getattr(options, name) < 1:
+    for name in ("seeds", "jobs", "processes", "examples"):
+        if (number := getattr(options, name)) is not None and number < 1:
             parser.error(f"--{name} starts at 1")
     _check_flags(parser, options)
     if options.list:

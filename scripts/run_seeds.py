@@ -199,6 +199,44 @@ def run_or_exit(runs: list[Run], jobs: int, launch: Sequence[str] = ()) -> None:
         sys.exit(f"{len(failed)} of {len(runs)} runs failed: the same command tries them again.")
 
 
+def parse_flags(text: str, where: str = "the flags") -> str:
+    """
+    Flags for a run, as one text.
+
+    Raises:
+        `argparse.ArgumentTypeError`: a quotation mark is not closed; a flag is ours to give.
+    """
+    try:
+        parts = shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{where} cannot be taken apart: {error}") from error
+    for part in parts:
+        flag = part.partition("=")[0].replace("-", "_").replace("__", "--", 1)
+        if flag in OURS:
+            raise argparse.ArgumentTypeError(f"{flag} stands among {where}, and run_seeds gives it to each run")
+    return text
+
+
+def parse_seed(text: str) -> int:
+    """
+    Raises:
+        `argparse.ArgumentTypeError`: no training takes such a seed.
+    """
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to {2**32 - 1}")
+    return int(text)
+
+
+def parse_count(text: str) -> int:
+    """
+    Raises:
+        `argparse.ArgumentTypeError`: it is no whole number from 1 on.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
+
+
 def parse_method(text: str) -> tuple[str, str]:
     """
     A method of the command line: its name and its flags.
@@ -212,16 +250,7 @@ def parse_method(text: str) -> tuple[str, str]:
         raise argparse.ArgumentTypeError(f'{text!r} should read NAME="--flag value ...", the name fit for a folder')
     if name.startswith("replaced-"):
         raise argparse.ArgumentTypeError(f"{name!r} is how replaced runs are called: give another name")
-    try:
-        parts = shlex.split(flags)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"the flags of {name} cannot be taken apart: {error}") from error
-    for part in parts:
-        flag = part.partition("=")[0].replace("-", "_").replace("__", "--", 1)
-        if flag in OURS:
-            raise argparse.ArgumentTypeError(
-                f"{flag} stands among the flags of {name}, and run_seeds gives it to each run"
-            )
+    parse_flags(flags, f"the flags of {name}")
     if not equals and name not in METHODS:
         raise argparse.ArgumentTypeError(
             f'{name!r} is no method of the tasks: give one of {", ".join(METHODS)}, or NAME="--flag value ..."'
@@ -235,7 +264,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("recipe", help="a file of the task's recipes/, without .yaml")
     parser.add_argument("methods", nargs="+", type=parse_method, metavar='NAME[="--flag value ..."]')
     parser.add_argument("--group", required=True, help="the folder of runs/ to fill")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", nargs="+", type=parse_seed, default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; with more than one, each has one thread")
     args = parser.parse_args(argv)
     if args.jobs < 1:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.group import FinishedRun, check_metric
-from scripts.run_seeds import ROOT, Run, run_or_exit
+from scripts.run_seeds import ROOT, Run, parse_count, parse_flags, parse_seed, run_or_exit
 from scripts.summarize import keep, read
 from tasks import recipes
 from tasks.command import Parser, run
@@ -258,10 +258,16 @@ def main(argv: Sequence[str]) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("setting", choices=SETTINGS)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
-    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0, 1 and so on, as many as the setting has")
+    parser.add_argument(
+        "--seeds", nargs="+", type=parse_seed, help="default: 0, 1 and so on, as many as the setting has"
+    )
     parser.add_argument("--tune_only", action="store_true")
-    parser.add_argument("--flags", default="", help='for all runs, such as --flags="--data_dir DATA/cifar10"')
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; with more than one, each has one thread")
+    parser.add_argument(
+        "--flags", type=parse_flags, default="", help='for all runs, such as --flags="--data_dir DATA/cifar10"'
+    )
+    parser.add_argument(
+        "--jobs", type=parse_count, default=1, help="runs at a time; with more than one, each has one thread"
+    )
     args = parser.parse_args(argv)
     of = SETTINGS[args.setting]
     for method in args.methods:

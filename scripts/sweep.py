@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from scripts import study
-from scripts.run_seeds import ROOT, Run, run_or_exit
+from scripts.run_seeds import ROOT, Run, parse_count, parse_flags, parse_seed, run_or_exit
 from scripts.summarize import keep, read
 from tasks.command import Parser, run
 
@@ -105,9 +105,15 @@ def main(argv: Sequence[str]) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("sweep", choices=SWEEPS)
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="some of the sweep's; default: all")
-    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0, 1 and so on, as many as the sweep has")
-    parser.add_argument("--flags", default="", help='for all runs, such as --flags="--data_dir DATA/cifar10"')
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; with more than one, each has one thread")
+    parser.add_argument(
+        "--seeds", nargs="+", type=parse_seed, help="default: 0, 1 and so on, as many as the sweep has"
+    )
+    parser.add_argument(
+        "--flags", type=parse_flags, default="", help='for all runs, such as --flags="--data_dir DATA/cifar10"'
+    )
+    parser.add_argument(
+        "--jobs", type=parse_count, default=1, help="runs at a time; with more than one, each has one thread"
+    )
     args = parser.parse_args(argv)
     sweep = SWEEPS[args.sweep]
     for name in args.variants or []:

@@ -50,12 +50,27 @@ _RANGES: list[tuple[str, Any, str]] = [
     ("label_smoothing_factor", lambda v: 0 <= v < 1, "a share from 0 to below 1"),
     ("warmup_steps", lambda v: v >= 0, "a number of updates, or a share of them below 1"),
     ("logging_steps", lambda v: v > 0, "a number of updates, or a share of them below 1"),
+    ("eval_steps", lambda v: v > 0, "a number of updates, or a share of them below 1"),
+    ("eval_delay", lambda v: v >= 0, "0 or more"),
     ("save_steps", lambda v: v > 0, "a number of updates, or a share of them below 1"),
     ("save_total_limit", lambda v: v >= 1, "1 or more, or leave it out to keep all checkpoints"),
     ("dataloader_num_workers", lambda v: v >= 0, "0 or more"),
     ("seed", lambda v: 0 <= v < 2**32, "a whole number from 0 to 4294967295"),
     ("data_seed", lambda v: 0 <= v < 2**32, "a whole number from 0 to 4294967295"),
 ]
+
+
+def check_ranges(args: Any) -> None:
+    """
+    Looks at the fields of training arguments, as far as there are such.
+
+    Raises:
+        `ValueError`: a value is out of range; the message names the field, the value and the way out.
+    """
+    for name, allowed, way_out in _RANGES:
+        value = getattr(args, name, None)
+        if value is not None and not allowed(value):
+            raise ValueError(f"`{name}` is {value}: give {way_out}.")
 
 
 @dataclass
@@ -76,10 +91,7 @@ class CheckedArguments:
     )
 
     def __post_init__(self):
-        for name, allowed, way_out in _RANGES:
-            value = getattr(self, name)
-            if value is not None and not allowed(value):
-                raise ValueError(f"`{name}` is {value}: give {way_out}.")
+        check_ranges(self)
         for name in ("prediction_loss_only", "batch_eval_metrics", "label_names"):
             if getattr(self, name, None):
                 raise ValueError(

@@ -12,6 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
+from safetensors import SafetensorError
+
+
+# In the messages of torch.save and torch.load.
+_OF_A_FILE = ("PytorchStreamReader", "PytorchStreamWriter", "inline_container", "unexpected pos")
+
 
 class Parser(ArgumentParser):
     """
@@ -50,8 +56,8 @@ def run(main: Callable[[Sequence[str]], object]) -> None:
     """
     Calls `main` with the command line and turns what it refuses into one sentence and status 2; `--traceback` shows the rest.
 
-    What a command refuses is a `ValueError`, a `NotImplementedError`, or what the system says of a file (`OSError`). Any other
-    error is a fault of ours and keeps its traceback.
+    What a command refuses is a `ValueError`, a `NotImplementedError`, or what the system says of a file (`OSError`), also where
+    safetensors and torch say it in words of their own. Any other error is a fault of ours and keeps its traceback.
     """
     argv = sys.argv[1:]
     # In a locale without the letters of a translation they are escaped; a finished training does not end there.
@@ -65,6 +71,21 @@ def run(main: Callable[[Sequence[str]], object]) -> None:
         if "--traceback" in argv:
             traceback.print_exc()
         sys.exit(_end(f"error: {sentence(error)}", 2))
+    except (SafetensorError, RuntimeError) as error:
+        if not is_of_a_file(error):
+            raise
+        if "--traceback" in argv:
+            traceback.print_exc()
+        sys.exit(
+            _end(
+                f"error: a file could not be read or written ({sentence(error)}): is it damaged, or the disk full?", 2
+            )
+        )
+
+
+def is_of_a_file(error: BaseException) -> bool:
+    """Whether safetensors, or torch's writer and reader, met with a full disk or a damaged file."""
+    return isinstance(error, SafetensorError) or any(part in str(error) for part in _OF_A_FILE)
 
 
 @contextmanager
@@ -107,6 +128,7 @@ def refusals() -> Iterator[None]:
         LookupError,
         RuntimeError,
         TypeError,
+        SafetensorError,
         pickle.UnpicklingError,
     ) as error:
         raise ValueError(sentence(error)) from error

@@ -25,7 +25,13 @@ FILES = ("accelerator_config", "deepspeed", "fsdp_config")
 
 
 class DataclassParser(Parser, HfArgumentParser):
-    """Transformers' parser, whose flags are the fields of dataclasses, with our manners."""
+    """Transformers' parser, whose flags are the fields of dataclasses, with our manners; its numbers are finite."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for action in self._actions:
+            if action.type is float:
+                action.type = _finite
 
 
 def parse(classes: Sequence[type], argv: Sequence[str], description: str, runs: str = "runs") -> tuple[Any, ...]:
@@ -48,9 +54,6 @@ def parse(classes: Sequence[type], argv: Sequence[str], description: str, runs: 
     """
     parser = DataclassParser(classes, description=description)
     parser.add_argument("--method", help=f"A named set of flags: {', '.join(METHODS)}. Other flags come before it.")
-    for action in parser._actions:
-        if action.type is float:
-            action.type = _finite
     argv = list(argv)
     recipe = Path(argv.pop(0)) if argv and not argv[0].startswith("-") else None
     values = read(recipe) if recipe else {}
@@ -155,11 +158,17 @@ def _as_flag(name: str, value: Any, action: Any, hint: Any) -> list[str]:
     if isinstance(value, list):
         if action.nargs != "+":
             raise ValueError(f"`{name}` is a list: give one value.")
-        return [f"--{name}", *(_scalar(name, part, action) for part in value)]
+        parts = [_scalar(name, part, action) for part in value]
+        if flag := next((part for part in parts if part.startswith("-")), None):
+            raise ValueError(f"`{name}` has {flag!r}, which would be a flag: give it on the command line.")
+        return [f"--{name}", *parts]
     if isinstance(value, dict):
         if not _is_mapping(hint):
             raise ValueError(f"`{name}` is a mapping: give one value.")
-        return [f"--{name}={json.dumps(value)}"]
+        try:
+            return [f"--{name}={json.dumps(value, allow_nan=False)}"]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`{name}` is {value}, which is no JSON: {sentence(error)}.") from error
     return [f"--{name}={_scalar(name, value, action)}"]
 
 
@@ -213,7 +222,7 @@ def _instances(parser: DataclassParser, line: list[str], classes: Sequence[type]
             if not _is_mapping(hint) or not isinstance(value, str) or (name in FILES and not value.startswith("{")):
                 continue
             try:
-                whole = isinstance(json.loads(value), dict)
+                whole = isinstance(json.loads(value, parse_constant=_finite), dict)
             except ValueError as error:
                 raise ValueError(f"`{name}` is {value}, which is no JSON: {error}.") from error
             if not whole:

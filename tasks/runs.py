@@ -55,14 +55,12 @@ def check_output(args: TrainingArguments, metrics: Iterable[str]) -> None:
     Raises:
         `ValueError`: so it is.
     """
-    folder = Path(args.output_dir)
-    refuse_file(folder, "`output_dir`")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # of this process's own
-            pass
-    except OSError as error:
-        raise ValueError(f"`output_dir` is {folder}, which cannot be written to ({error}): give another.") from error
+    check_folder(args.output_dir)
+    for name in ("fp16", "fp16_full_eval"):
+        if args.device.type == "cpu" and getattr(args, name):
+            raise ValueError(
+                f"`{name}` is True, and a CPU would go on in float32 without a word: leave it out, or give bf16."
+            )
     if args.load_best_model_at_end and args.eval_strategy == "no":
         raise ValueError(
             "`load_best_model_at_end` is True, but `eval_strategy` is no, so that no model is known to be the best: set it to epoch."
@@ -71,6 +69,23 @@ def check_output(args: TrainingArguments, metrics: Iterable[str]) -> None:
     known = [*metrics, "loss"]
     if best is not None and best.removeprefix("eval_") not in known:
         raise ValueError(f"`metric_for_best_model` is {best}: choose one of {', '.join(dict.fromkeys(known))}.")
+
+
+def check_folder(output_dir: str) -> None:
+    """
+    Makes the folder, if there is none.
+
+    Raises:
+        `ValueError`: it cannot be written to.
+    """
+    folder = Path(output_dir)
+    try:
+        refuse_file(folder, "`output_dir`")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # of this process's own
+            pass
+    except OSError as error:
+        raise ValueError(f"`output_dir` is {folder}, which cannot be written to ({error}): give another.") from error
 
 
 def start(trainer: Trainer, whole: dict) -> None:
@@ -119,11 +134,14 @@ def _refuse_ignored_optim_args(trainer: Trainer) -> None:
     args = trainer.args
     if not args.optim_args:
         return
+    parts = args.optim_args.replace(" ", "").split(",")
+    if bad := [part for part in parts if part.count("=") != 1 or not all(part.split("="))]:
+        raise ValueError(f"`optim_args` is {args.optim_args}, of which {bad[0]!r} is not of the form name=value.")
     with refusals():
         cls, taken = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
     if not getattr(cls, "__module__", "").startswith("torch.optim"):
         return  # others rename what they are given
-    for part in args.optim_args.replace(" ", "").split(","):
+    for part in parts:
         name, _, value = part.partition("=")
         found = taken.get(name)
         if found is None or not isinstance(found, bool) and found != _number(value):

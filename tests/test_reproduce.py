@@ -264,6 +264,7 @@ def test_runs_are_named_by_what_they_are_and_made_once():
         (["table-99"], "there is no 'table-99': choose one of table-1"),
         ([], "a table is missing: --list names all"),
         (["2", "--seeds", "0"], "--seeds starts at 1"),
+        (["2", "--examples", "-5"], "--examples starts at 1"),
         (["2", "--processes", "4"], "--processes is 4, and cifar10-vgg-11 has batches of 125, which do not divide so"),
         (["figure-3a"], "figure-3a is not made of trainings: python -m xsam_hf.analysis toy makes it"),
         (["2", "--settings", "cifar100-vit-ti"], "table-2 has no setting cifar100-vit-ti: it has cifar10-vgg-11"),

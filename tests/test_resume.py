@@ -149,7 +149,8 @@ def test_averages_of_other_weights_are_refused(tmp_path):
     train(tmp_path, model(), **SETTINGS, perturbation="vasso")
     weights = {**dict(model().named_parameters()), "first.weight": torch.zeros(2, 2)}
     with pytest.raises(
-        ValueError, match="xsam_state.safetensors belongs to another model, in which 'first.weight' .* delete the file"
+        ValueError,
+        match="xsam_state.safetensors belongs to another model, in which 'first.weight' .* the run that wrote it",
     ):
         load_average(tmp_path / "checkpoint-5", weights)
     del weights["first.weight"]

@@ -13,11 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from translation_toys import flags as translation_flags
 from translation_toys import write_word_for_word
 
-from tasks import identity, recipes, results, runs, secret
+from tasks import command, identity, recipes, results, runs, secret
 from tasks.image_classification import train as images
 from tasks.translation import train as translation
 
@@ -321,6 +322,38 @@ def test_what_the_optimizer_would_not_be_told_is_refused(tmp_path, optim, given,
         ValueError, match=f"`optim_args` is {given}, of which {optim} does not take {ignored}: leave it out"
     ):
         train(tmp_path, optim=optim, optim_args=given)
+
+
+@pytest.mark.parametrize("given", ["beta=1,,x", "momentum", "=0.9"])
+def test_arguments_of_the_optimizer_have_a_name_and_a_value(tmp_path, given):
+    with pytest.raises(ValueError, match="`optim_args` is .* is not of the form name=value"):
+        train(tmp_path, optim="sgd", optim_args=given)
+
+
+@pytest.mark.parametrize("name, value", [("eval_steps", 0.0), ("eval_delay", -3.0)])
+def test_an_evaluation_that_never_was_meant_is_refused(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"`{name}` is {value}"):
+        parse(tmp_path, **{name: value})
+
+
+def test_half_precision_that_a_cpu_passes_over_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`fp16` is True, and a CPU would go on in float32"):
+        train(tmp_path, fp16=True)
+
+
+def test_a_full_disk_is_told_in_one_sentence(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train"])
+    for error in (SafetensorError("I/O error: No space left on device"), RuntimeError("PytorchStreamWriter failed")):
+
+        def main(argv, error=error):
+            raise error
+
+        with pytest.raises(SystemExit) as ended:
+            command.run(main)
+        assert ended.value.code == 2
+        assert capsys.readouterr().err == f"error: a file could not be read or written ({error}): is it damaged, or the disk full?\n"  # fmt: skip
+    with pytest.raises(RuntimeError, match="another"):
+        command.run(lambda argv: (_ for _ in ()).throw(RuntimeError("another")))
 
 
 def test_what_the_optimizer_is_told_changes_the_run(tmp_path):

@@ -16,6 +16,7 @@ import pytest
 
 from scripts import (
     benchmark,
+    buried,
     demo,
     epoch_cost,
     group,
@@ -383,6 +384,24 @@ def test_wrong_arguments_are_refused(root, arguments, sentence):
     assert sentence in refusal(run_seeds.main, *arguments, "--group", "group") and calls(root) == []
 
 
+@pytest.mark.parametrize(
+    "script, arguments, sentence",
+    [
+        (study, ["cifar10", "--jobs", "0"], "--jobs: '0' is no whole number from 1 on"),
+        (study, ["cifar10", "--seeds", "-1"], "--seeds: '-1' is no whole number from 0 to 4294967295"),
+        (study, ["cifar10", "--flags", "'"], "--flags: the flags cannot be taken apart"),
+        (
+            sweep,
+            ["cifar10-steps", "--flags=--seed 3"],
+            "--flags: --seed stands among the flags, and run_seeds gives it",
+        ),
+        (buried, ["--seeds", "99999999999"], "--seeds: '99999999999' is no whole number"),
+    ],
+)
+def test_wrong_arguments_of_studies_are_refused(script, arguments, sentence):
+    assert sentence in refusal(script.main, *arguments)
+
+
 def test_a_name_alone_is_the_tasks_method():
     assert run_seeds.parse_method("xsam+asam") == ("xsam+asam", "--method xsam+asam")
     assert run_seeds.parse_method("mine=") == ("mine", "") and run_seeds.parse_method("a=--rho 1") == ("a", "--rho 1")
@@ -469,6 +488,8 @@ BAD_RUNS = {
         "SAM, seed 1 has no scores of test: it has valid",
     ),
     "no passes": (lambda f: change(f, passes={}), "result.json is damaged .KeyError: 'forward'.: delete its folder"),
+    "an identity that is none": (lambda f: change(f, identity=None), "result.json is damaged .its identity is null"),
+    "arguments that are none": (lambda f: change(f, arguments=[]), "result.json is damaged .its arguments is"),
     "no time": (lambda f: change(f, seconds=None), "result.json is damaged"),
     "cut off": (lambda f: (f / "result.json").write_text('{"seed": 1, '), "result.json is damaged"),
     "empty": (lambda f: (f / "result.json").write_text(""), "result.json is damaged"),
@@ -495,6 +516,13 @@ def test_what_does_not_belong_into_one_table_is_refused_and_nothing_is_written(r
         main([str(folder)])
     assert (root / "results" / "group.json").read_text() == "the earlier table"
     assert not (folder / "report.html").exists() and not list(root.rglob("*.part"))
+
+
+def test_a_result_that_run_seeds_did_not_make_is_told(root, capsys):
+    folder = finished(root, "SAM")
+    (folder / "SAM" / "seed-1" / "request.json").unlink()
+    summarize.main([str(folder)])
+    assert "left out: SAM seed 1 (it has no request.json of run_seeds)" in capsys.readouterr().out
 
 
 def test_a_wrong_name_leaves_the_earlier_table(root):

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from huggingface_hub import ModelCard
 from processes import in_ranks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_trl import SIZE, sentence, tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel, RobertaConfig
 
@@ -133,11 +133,99 @@ def test_files_are_read_as_they_stand(tmp_path, name, content):
         ("a.jsonl", '{"text": ["a"], "label": 1}\n', r'its text is \["a"\], which is no text'),
         ("a.jsonl", '{"text": "a", "label": 1\n', "cannot be read"),
         ("a.json", '["a"]', "expected objects"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"', "line 2: "),
+        (
+            "a.jsonl",
+            '{"text": "a", "text": "b", "label": 1}\n',
+            "line 1: an object has a key twice: text, text, label",
+        ),
+        ("a.jsonl", '{"text": "\\ud800", "label": 1}\n', r'row 1: its text is "\\ud800", which is no text'),
+        ("a.csv", "text,label\na,no\nb,no \n", "has the labels 'no' and 'no ', which would be two classes"),
+        ("a.csv", "text,label\na,1\nb,01\n", "has the labels '01' and '1', which would be two classes"),
     ],
 )
 def test_files_that_are_not_whole_are_refused(tmp_path, name, content, words):
     with pytest.raises(ValueError, match=words):
         load(tmp_path, name, content)
+
+
+def test_a_long_text_is_a_text(tmp_path):
+    corpus = load(tmp_path, "a.csv", f"text,label\n{'a ' * 100_000},1\nb,0\n")
+    assert len(corpus.splits["train"]["text"][0]) == 200_000
+
+
+def test_texts_that_were_trained_on_are_said(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(data.logger, "warning", said.append)
+    rows = [f"text {i},{i % 2}\n" for i in range(20)]
+    (tmp_path / "copy.csv").write_text(
+        "text,label\n" + "".join(rows[:11]) + "".join(f"other {row}" for row in rows[:9])
+    )
+    load(tmp_path, "a.csv", "text,label\n" + "".join(rows[1:]), test_file=str(tmp_path / "copy.csv"))
+    assert not said
+    load(tmp_path, "a.csv", "text,label\n" + "".join(rows), test_file=str(tmp_path / "copy.csv"))
+    load(tmp_path, "a.csv", "text,label\n" + "".join(rows * 2), validation_share=0.1)
+    assert [text.partition(" are ")[0] for text in said] == ["11 of the 20 test texts", "4 of the 4 validation texts"]
+
+
+@pytest.mark.parametrize("columns", [["text", "text"], ["text", "label"]])
+def test_a_column_is_a_text_or_the_label(columns):
+    with pytest.raises(ValueError, match="each has to be a column of its own"):
+        data.DataArguments("a.csv", text_column_names=columns)
+
+
+def test_a_saved_model_is_whole_or_refused(tmp_path):
+    def refused(words, names=("en", "de")):
+        with pytest.raises(ValueError, match=words):
+            models.build(str(tmp_path), models.tokenizer(str(tmp_path), ["a b"]), list(names), 16, None)
+
+    tokens = models.tokenizer(None, ["a b"])
+    config = RobertaConfig(
+        vocab_size=len(tokens), id2label={0: "en", 1: "de"}, label2id={"en": 0, "de": 1}, **models.NEW
+    )
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    tokens.save_pretrained(tmp_path)
+    models.build(str(tmp_path), models.tokenizer(str(tmp_path), ["a b"]), ["en", "de"], 16, None)
+    refused("tells 2 labels apart, and `train_file` has 3", ["en", "de", "fr"])
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    name = "roberta.encoder.layer.0.attention.self.query.weight"
+    for damaged in ({**whole, name: torch.zeros(2, 2)}, {key: part for key, part in whole.items() if key != name}):
+        save_file(damaged, file, metadata={"format": "pt"})
+        refused(f"lacks 1 of the weights that its config.json asks for, {name}")
+    file.write_bytes(file.read_bytes()[:500])
+    refused(f"`model_name_or_path` {tmp_path} cannot be loaded")
+    (tmp_path / "tokenizer.json").unlink()
+    refused("knows 0% of the tokens of the training texts")
+    with pytest.raises(ValueError, match="`model_name_or_path` is /nowhere, which is no folder"):
+        models.tokenizer("/nowhere", ["a b"])
+
+
+def test_tokens_that_the_model_does_not_know_are_refused_before_training(languages, tmp_path):
+    config = RobertaConfig(vocab_size=99, id2label={0: "en", 1: "de"}, label2id={"en": 0, "de": 1}, **models.NEW)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    models.tokenizer(None, ["a b"]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="The tokenizer of .* makes token [0-9]+ of a text, and the model knows 99"):
+        train.train(
+            *parse("--train_file", languages, "--model_name_or_path", tmp_path, "--output_dir", tmp_path / "run")
+        )
+
+
+def test_the_loop_refuses_what_would_train_nothing(tmp_path):
+    for name, value in (("num_train_epochs", 0), ("max_grad_norm", -1.0), ("learning_rate", -1.0)):
+        with pytest.raises(ValueError, match=f"`{name}` is {value}"):
+            train_no_trainer.LoopArguments(**{name: value})
+    with pytest.raises(ValueError, match="--learning_rate.*: invalid finite float value: 'inf'"):
+        train_no_trainer.main(["--train_file", "a.csv", "--learning_rate", "inf"])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="`output_dir` is .*file is a file"):
+        train_no_trainer.main(["--train_file", "a.csv", "--output_dir", str(tmp_path / "file")])
+
+
+def test_the_loop_takes_no_tie_and_no_nan_for_right():
+    logits = torch.tensor([[2.0, 1.0], [1.0, 1.0], [torch.nan, torch.nan], [0.0, torch.inf], [0.0, 1.0]])
+    right = train_no_trainer.is_right(logits, torch.tensor([0, 0, 0, 1, 0]))
+    assert right.tolist() == [True, False, False, False, False]
 
 
 def test_splits(tmp_path):

@@ -192,6 +192,19 @@ class XSAMArguments:
             )
 
     def __post_init__(self):
+        self.check_method()
+        # `class X(XSAMArguments, TrainingArguments)` is one cooperative chain.
+        after = getattr(super(), "__post_init__", None)
+        if after is not None:
+            after()
+
+    def check_method(self) -> None:
+        """
+        Looks at every field of the method's; they may have been set since this was made.
+
+        Raises:
+            `ValueError`: a value is out of range or unknown.
+        """
         for name, known in _choices().items():
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}: choose one of {', '.join(known)}.")
@@ -203,7 +216,7 @@ class XSAMArguments:
             value = getattr(self, name)
             if value is None and name in _OPTIONAL:
                 continue
-            if not _is_number(value) or not (math.isfinite(value) and allowed(value)):
+            if not (_is_number(value) and _is_finite(value) and allowed(value)):
                 raise ValueError(f"`{name}` is {value!r}: give {way_out}.")
         for name in ("ascent_steps", "alpha_samples", "sharpness_every"):
             setattr(self, name, int(getattr(self, name)))  # 2.0, from a sweep for instance
@@ -228,10 +241,6 @@ class XSAMArguments:
         for refused, sentence in self._combinations():
             if refused:
                 raise ValueError(sentence)
-        # `class X(XSAMArguments, TrainingArguments)` is one cooperative chain.
-        after = getattr(super(), "__post_init__", None)
-        if after is not None:
-            after()
 
     def _combinations(self):
         """Fields that contradict each other, and the way out."""
@@ -295,6 +304,13 @@ class XSAMArguments:
 def _is_number(value: Any) -> bool:
     # `alpha=False` would be 0, the direction of the plain gradient.
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that is too large for a float
+        return False
 
 
 def _written(kind: Any) -> str:

@@ -78,6 +78,7 @@ class ModuleState:
     by_content: bool
     records: dict[_Key, _Record]
     places: frozenset[_Place]  # that were looked at: a module that a pass made later has others
+    writes: list[int] | None = None  # into each trained weight, until the pass is looked at; none in the first update
 
     def restore(self) -> None:
         """Puts back the objects that have been seen to move, by name, and all contents that were copied, bit for bit."""
@@ -133,6 +134,8 @@ class StateFollower:
             self._follow(root)
         self._places += [_Place(values, "others") for values in others]
         self.moving: set[_Key] = set()
+        self._weights: dict[str, Tensor] = {}  # the trained ones, by name
+        self._hooks: list[int] = []  # on each of them in the first update; tensor parallelism has such
         self._first = True
 
     def _follow(self, root: nn.Module) -> None:
@@ -186,7 +189,14 @@ class StateFollower:
             else:
                 record = _Record(value, size=len(value) if isinstance(value, _CONTAINERS) else None)
             records[place, name] = record
-        return ModuleState(self, by_content, records, frozenset(self._places))
+        for name, before, now in zip(self._weights, self._hooks, self._count_hooks(), strict=True):
+            if now > before:
+                raise NotImplementedError(
+                    f"{name!r} has a new hook that runs as soon as its gradient is there (`register_post_accumulate_grad_hook`), and "
+                    "XSAM takes several gradients before the step: remove it, or set `rho` to 0."
+                )
+        writes = None if self._first else self._count_writes()
+        return ModuleState(self, by_content, records, frozenset(self._places), writes)
 
     def learn(self, before: ModuleState, by_content: bool = True) -> None:
         """
@@ -225,6 +235,12 @@ class StateFollower:
                 strangers.append(key)
         if self._first:
             self._first = False
+            self._weights = {
+                place.called(name): record.value
+                for (place, name), record in before.records.items()
+                if record.checksum is not None and record.trained
+            }
+            self._hooks = self._count_hooks()
             self._forget_pass_state_of_still(before)
             named = {
                 place.called(name)
@@ -238,6 +254,25 @@ class StateFollower:
                 )
         for module in modules:
             self._follow(module)
+
+    def refuse_writes(self, before: ModuleState) -> None:
+        """
+        Looks at PyTorch's counts of writes into trained weights after the first pass since `before`, in the second update and later.
+
+        Raises:
+            `NotImplementedError`: the pass wrote into one.
+        """
+        earlier, before.writes = before.writes, None  # XSAM's own writes come next
+        if earlier is not None:
+            for name, once, now in zip(self._weights, earlier, self._count_writes(), strict=True):
+                if once != now:
+                    _refuse(f"writes into the trained weight {name!r}")
+
+    def _count_writes(self) -> list[int]:
+        return list(map(_writes, self._weights.values()))
+
+    def _count_hooks(self) -> list[int]:
+        return [len(weight._post_accumulate_grad_hooks or ()) for weight in self._weights.values()]
 
     def _forget_pass_state_of_still(self, before: ModuleState) -> None:
         """

@@ -69,6 +69,7 @@ class PassState:
     def learn(self) -> bool:
         """Looks at what a pass has moved since ([`StateFollower.learn`]); returns whether all of it can be put back."""
         if self.modules is not None:
+            self.modules.follower.refuse_writes(self.modules)
             self.modules.follower.learn(self.modules)
         return self.complete
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,8 +40,13 @@ class Passes:
         self._probe_with_gradients = False
 
     def first(self) -> Tensor:
-        """The pass at θ_0, which leaves random numbers and module state as plain training would; returns its loss."""
-        loss = self._gradient()
+        """
+        The pass at θ_0, which leaves random numbers and module state as plain training would; returns its loss.
+
+        Raises:
+            `TypeError`, `ValueError`: `gradient` returns no loss, a real 0-dim tensor.
+        """
+        loss = _loss("gradient", self._gradient())
         self._after = self._before.again()
         return loss
 
@@ -74,7 +79,7 @@ class Passes:
             `NotImplementedError`: the pass moved a large tensor that the first one had left alone.
         """
         with torch.enable_grad():
-            loss = self._again(self._gradient)
+            loss = _loss("gradient", self._again(self._gradient))
         # A teacher that is a copy of its student moves in no pass at θ_0.
         if not self._before.learn():
             raise NotImplementedError(
@@ -92,13 +97,13 @@ class Passes:
         with theta.gradients_aside():
             if not self._probe_with_gradients:
                 try:
-                    return self._again(self._probe)
+                    return _loss("probe", self._again(self._probe))
                 except RuntimeError as error:
                     if "require grad" not in str(error):
                         raise
                     self._probe_with_gradients = True
             with torch.enable_grad():
-                return self._again(self._probe).detach()
+                return _loss("probe", self._again(self._probe)).detach()
 
     def _again(self, one_pass: Callable[[], Tensor]) -> Tensor:
         self._before.restore()
@@ -161,6 +166,19 @@ def interrupts_held() -> Iterator[Stoppable]:
         signal.signal(signal.SIGINT, earlier)
         if held.waiting:
             signal.raise_signal(signal.SIGINT)
+
+
+def _loss(name: str, returned: Any) -> Tensor:
+    """What a pass has returned, if it is a loss."""
+    if not isinstance(returned, Tensor):
+        raise TypeError(f"`{name}` returned {type(returned).__name__}: let it return the loss, a 0-dim tensor.")
+    if returned.numel() != 1:
+        raise ValueError(
+            f"`{name}` returned a tensor of shape {tuple(returned.shape)}: let it return the loss as one number, its mean for instance."
+        )
+    if not returned.is_floating_point():
+        raise TypeError(f"`{name}` returned a loss of {returned.dtype}: let it return a real number.")
+    return returned if returned.ndim == 0 else returned.reshape(())
 
 
 def _at_once(one_pass: Callable[[], _Result]) -> _Result:

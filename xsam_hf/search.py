@@ -73,11 +73,19 @@ def search_alpha(
         psi (`torch.Tensor`): angle between v_0 and v_1, in radians, 0-dim.
         alphas (`Sequence[float]`): the grid.
         rho_max (`float`): radius of the search; only recorded here.
+
+    Raises:
+        `ValueError`: the losses are one and the same tensor.
     """
     angle = psi.cpu().double()
     points = [slerp(alpha, angle) for alpha in alphas]
     # One read of all losses at the end: the probes run without waiting for each other's result.
-    losses = torch.stack([loss_at(float(a), float(b)) for a, b in points])
+    found = [loss_at(float(a), float(b)) for a, b in points]
+    if found[0].data_ptr() == found[-1].data_ptr():
+        raise ValueError(
+            "`probe` returned the same tensor at every point, so that there is nothing to search: let it compute the loss anew each time."
+        )
+    losses = torch.stack(found)
     # Losses in half precision are on a coarse grid of their own, on which equal numbers are equal anyway.
     precision = torch.finfo(losses.dtype if losses.dtype == torch.float64 else torch.float32).eps
     seen = losses.tolist()

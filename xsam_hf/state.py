@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -24,6 +27,9 @@ class XSAMState:
         average (`dict[str, torch.Tensor]`):
             The running average of `vasso`, `fsam` and `stale`, by the weights' names. Empty for all others.
         memory (`list[torch.Tensor]`): room for the copy of weights on a CPU; no state, and not for a checkpoint.
+
+    Raises:
+        `ValueError`: a number is not finite, or of another kind.
     """
 
     alpha: float = 1.0
@@ -35,12 +41,45 @@ class XSAMState:
     average: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     memory: list[Tensor] = field(default_factory=list, repr=False, compare=False)
 
+    def __post_init__(self):
+        whole = _is_number(self.updates) and self.updates >= 0 and self.updates == int(self.updates)
+        fit = {
+            "alpha": _is_number(self.alpha) and self.alpha >= 0,
+            "search_due": isinstance(self.search_due, bool),
+            "updates": whole,
+            "search_gain": self.search_gain is None or _is_number(self.search_gain),
+            "alpha_at_edge": isinstance(self.alpha_at_edge, bool | None),
+            "search_noise": self.search_noise is None or _is_number(self.search_noise),
+        }
+        for name, fits in fit.items():
+            if not fits:
+                raise ValueError(f"XSAM's `{name}` is {getattr(self, name)!r}, which no update leaves")
+
+    def check_average(self, weights: Mapping[str, Tensor]) -> None:
+        """
+        Refuses a running average that is not of these weights.
+
+        Raises:
+            `ValueError`: a part of it has another shape than the weight of its name.
+        """
+        for name, weight in weights.items():
+            part = self.average.get(name)
+            if part is not None and part.shape != weight.shape:
+                raise ValueError(
+                    f"The state's average of {name!r} has the shape {tuple(part.shape)}, and the weight {tuple(weight.shape)}: it "
+                    "belongs to another model. Begin with a new XSAMState()."
+                )
+
     def remember(self, search: AlphaSearch) -> None:
         """Takes over the result of a search. One without a finite loss, or of noise alone, keeps α."""
         self.search_due = False
         self.search_noise = search.noise
         if search.alpha is not None:
             self.alpha, self.search_gain, self.alpha_at_edge = search.alpha, search.gain, search.at_edge
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass

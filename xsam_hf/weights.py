@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeAlias
+from itertools import pairwise
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from .arguments import XSAMArguments
@@ -29,18 +31,30 @@ def perturbed_and_excluded(
     The trainable weights: those that are perturbed, by name, and those that `rho_exclude` keeps where they are.
 
     Raises:
+        `TypeError`: what is given are no weights.
         `ValueError`: none is left to perturb, a pattern is in no name, or there are no names.
     """
     if isinstance(weights, nn.Module):
         weights = dict(weights.named_parameters())
+    elif isinstance(weights, Tensor) or not isinstance(weights, Iterable):
+        _refuse_weights(weights)
     elif not isinstance(weights, Mapping):
         if rho_exclude:
             raise ValueError(
                 "`rho_exclude` looks for names, and plain tensors have none: give the model, or a dictionary of names and tensors."
             )
+        weights = list(weights)
+        for weight in weights:
+            if not isinstance(weight, Tensor):
+                _refuse_weights(weight)
         # A tied weight may be listed twice.
         weights = {str(i): weight for i, weight in enumerate(dict.fromkeys(weights))}
     trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
+    if not trained:
+        raise ValueError(
+            "No weight requires a gradient: there is nothing to perturb. Unfreeze some of the model, and give tensors as a list: an "
+            "iterator such as `model.parameters()` is empty after its first use."
+        )
     patterns = rho_exclude or []
     for pattern in patterns:
         if not any(re.search(pattern, name) for name in trained):
@@ -52,9 +66,57 @@ def perturbed_and_excluded(
     perturbed = {name: w for name, w in trained.items() if name not in excluded}
     if not perturbed:
         raise ValueError(
-            "No weight requires a gradient and is not excluded: there is nothing to perturb. Unfreeze some of the model."
+            f"`rho_exclude` is {patterns}, which leaves no weight that is not excluded: there is nothing to perturb."
         )
     return perturbed, list(excluded.values())
+
+
+def _refuse_weights(given: Any) -> NoReturn:
+    raise TypeError(
+        f"The weights are given as {type(given).__name__}: give the model, a dictionary of names and tensors, or a list of tensors."
+    )
+
+
+def refuse_unfit(weights: Mapping[str, Tensor]) -> None:
+    """
+    Refuses weights that cannot be moved and put back one by one.
+
+    Raises:
+        `ValueError`: one is computed from others, has no memory (device meta), or shares memory with another or with itself: its
+            step would be added once for each.
+        `NotImplementedError`: one is a lazily conjugated or negated view.
+    """
+    ends: list[tuple[str, int, int, str]] = []
+    for name, weight in weights.items():
+        if is_lazy(weight):
+            continue
+        if not weight.is_leaf:
+            raise ValueError(
+                f"{name!r} is computed from other tensors, and no weight: give those that it is computed from."
+            )
+        if weight.is_conj() or weight.is_neg():
+            raise NotImplementedError(
+                f"{name!r} is a conjugated or negated view of other memory, which PyTorch does not write into: make it of "
+                "`resolve_conj()` or `resolve_neg()`."
+            )
+        part = weight.to_local() if isinstance(weight, DTensor) else weight
+        if part.is_meta:
+            raise ValueError(f"{name!r} is on the device meta, without memory: load the model before training.")
+        if type(part) not in (Tensor, nn.Parameter) or part.layout != torch.strided or part.numel() == 0:
+            continue
+        steps = [(stride, size) for stride, size in zip(part.stride(), part.shape, strict=True) if size > 1]
+        if any(stride == 0 for stride, _ in steps):
+            raise ValueError(f"{name!r} is expanded, so that its elements share memory: make it of a `clone()`.")
+        # A view with gaps may lie between the elements of another: there only the beginning tells.
+        has_gaps = sum((size - 1) * stride for stride, size in steps) >= part.numel()
+        length = part.element_size() if has_gaps else part.nbytes
+        ends.append((str(part.device), part.data_ptr(), part.data_ptr() + length, name))
+    for (device, _, end, name), (other_device, begin, _, other) in pairwise(sorted(ends)):
+        if device == other_device and begin < end:
+            raise ValueError(
+                f"{name!r} and {other!r} are two weights in the same memory, and each step would be added twice: tie them as one, "
+                "`b.weight = a.weight` and not `b.weight.data = a.weight.data`, and list it once."
+            )
 
 
 class MovableWeights:
@@ -85,11 +147,11 @@ class MovableWeights:
         memory: list[Tensor] | None = None,
         seen: SeenAscent | None = None,
     ):
-        named, self.excluded = perturbed_and_excluded(weights, arguments.rho_exclude)
+        self.named, self.excluded = perturbed_and_excluded(weights, arguments.rho_exclude)
         self.names: list[str] = []
         self.weights: list[Tensor] = []  # those that had a gradient in some pass so far
-        self._waiting = named  # the others
-        self._all = list(named.values())
+        self._waiting = dict(self.named)  # the others
+        self._all = list(self.named.values())
         self._origin: list[Tensor] = []
         self._memory = memory
         self._seen = seen if seen is not None and seen.is_due else None
@@ -103,6 +165,15 @@ class MovableWeights:
     @property
     def device(self) -> torch.device:
         return self._all[0].device
+
+    def refuse_unfit(self) -> None:
+        """Refuses weights that cannot be moved and put back one by one; see the function."""
+        refuse_unfit({**self.named, **{f"excluded weight {i}": weight for i, weight in enumerate(self.excluded)}})
+
+    def left_over(self) -> list[tuple[Tensor, Tensor]]:
+        """The weights that have a gradient other than 0 already, and these gradients; waits for the device."""
+        having = [(weight, weight.grad) for weight in (*self._all, *self.excluded) if weight.grad is not None]
+        return [(weight, grad) for weight, grad in having if not grad.is_sparse and local([grad])[0].any()]
 
     def gradients(self) -> tuple[list[Tensor], list[Tensor]]:
         """

@@ -15,10 +15,12 @@ the two callables `gradient` and `probe` are all that this file knows of a train
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .arguments import XSAMArguments
 from .ascent import ascent_step
@@ -32,6 +34,9 @@ from .seen import SeenAscent
 from .stale import stale_gradient
 from .state import XSAMState, XSAMUpdate
 from .weights import MovableWeights, Weights
+
+
+logger = logging.getLogger(__name__)
 
 
 def xsam_gradient(
@@ -85,14 +90,26 @@ def xsam_gradient(
         [`XSAMUpdate`]: the loss L(θ_0) and what the update saw. With `rho=0` nothing is done but call `gradient` once.
 
     Raises:
-        `ValueError`: no weight requires or received a gradient, `rho_exclude` leaves none or has no names to look at, or a
-            schedule is a share of a whole that is not known here.
+        `TypeError`: an argument is of another kind, or a callable returns no loss.
+        `ValueError`: no weight requires or received a gradient; two share memory; a hyperparameter is out of
+            range; `rho_exclude` leaves none or has no names to look at; `state` is another model's; or a schedule is a share of a
+            whole that is not known here.
         `NotImplementedError`: a gradient is sparse, or the first pass changed what cannot be put back for the others.
     """
+    _check_kinds(("arguments", arguments, XSAMArguments), ("state", state, XSAMState))
+    arguments.check_method()
     if ascend is None:
         ascend = follow_schedule(arguments, state)
     state.updates += 1
     theta = MovableWeights(weights, arguments, state.updates, state.memory, seen)
+    _check_kinds(("gradient", gradient, Callable))
+    if probe is not None or arguments.searches:
+        _check_kinds(("probe", probe, Callable))
+    if state.updates == 1:
+        theta.refuse_unfit()
+    # Only where the first two updates may wait for the device.
+    if before is None and state.updates <= 2 and (isinstance(weights, nn.Module) or theta.device.type == "cpu"):
+        gradient = _alone(gradient, theta.left_over())
     if ascend and arguments.perturbation == "stale":
         return stale_gradient(
             theta, weights, gradient, probe, arguments, state, before, loss_scaling=loss_scaling, measure=measure
@@ -134,6 +151,28 @@ def xsam_gradient(
         arc.combine(*trail.or_fall_back(c, d, arc))
         rescale(arguments.gradient_scale, trail, arc, radius, lambda times: loss_at((g, times)))  # Appendix F
     return XSAMUpdate(trail.losses[0], loss, alpha, psi, trail.norms[0], trail.norms[-1], trail.fell_back, search)
+
+
+def _check_kinds(*given: tuple[str, Any, Any]) -> None:
+    for name, value, kind in given:
+        if not isinstance(value, kind):
+            way_out = "a function that returns the loss" if kind is Callable else f"an {kind.__name__}"
+            raise TypeError(f"`{name}` is of the type {type(value).__name__}: give {way_out}.")
+
+
+def _alone(gradient: Callable[[], Tensor], left_over: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], Tensor]:
+    """`gradient`, with a warning where it adds to a gradient that was left over."""
+
+    def checked() -> Tensor:
+        loss = gradient()
+        if any(weight.grad is earlier for weight, earlier in left_over):
+            logger.warning(
+                "Weights had a gradient before the update, which is now in that of the first pass and will be lost: call "
+                "`optimizer.zero_grad()` after each step, and let `gradient` go over all micro-batches of an update."
+            )
+        return loss
+
+    return checked if left_over else gradient
 
 
 def _plain_update(loss: Tensor, theta: MovableWeights, state: XSAMState) -> XSAMUpdate:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from tasks.command import sentence
 from tasks.identity import fingerprint
 
 
+logger = logging.get_logger(__name__)
 SPLITS = ("train", "validation", "test")
 # GLUE's files have quotation marks that nothing closes.
 DIALECTS: dict[str, dict[str, Any]] = {
@@ -54,6 +56,12 @@ class DataArguments:
             raise ValueError(f"`validation_share` is {self.validation_share}: give a share from 0 to below 1.")
         if len(self.text_column_names) > 2:
             raise ValueError(f"`text_column_names` is {' '.join(self.text_column_names)}: give one column, or two.")
+        columns = [*self.text_column_names, self.label_column_name]
+        if len(set(columns)) < len(columns):
+            raise ValueError(
+                f"`text_column_names` is {' '.join(self.text_column_names)}, and `label_column_name` {self.label_column_name}: each "
+                "has to be a column of its own, or the text would hold its label."
+            )
         if self.max_seq_length < 3:
             raise ValueError(f"`max_seq_length` is {self.max_seq_length}: give 3 or more.")
 
@@ -105,6 +113,7 @@ def load(task: DataArguments) -> Corpus:
         raise ValueError("Two of `train_file`, `validation_file` and `test_file` are the same: leave one of them out.")
     splits = {name: Dataset.from_dict(read(Path(file), task)) for name, file in files.items() if file is not None}
     found = set(splits["train"]["label"])
+    _refuse_labels_alike(found, task.train_file)
     names = sorted(found, key=int) if all(name.isdecimal() for name in found) else sorted(found)
     if len(names) < 2:
         raise ValueError(f"`train_file` {task.train_file} has one label only, {names[0]}: give two classes or more.")
@@ -122,7 +131,40 @@ def load(task: DataArguments) -> Corpus:
                 f"`validation_share` is {task.validation_share}, of {len(whole)} training texts: {sentence(error)}"
             ) from error
         splits["train"], splits["validation"] = (parts[part].remove_columns("class") for part in ("train", "test"))
+    _warn_of_repetitions(splits)
     return Corpus(splits, names)
+
+
+def _refuse_labels_alike(labels: Iterable[str], file: str | None) -> None:
+    """
+    Refuses two labels that are one with another blank, or one number written in two ways.
+
+    Raises:
+        `ValueError`: there are such; it names them.
+    """
+    known: dict[str, str] = {}
+    for label in sorted(labels):
+        bare = label.strip()
+        other = known.setdefault(str(int(bare)) if bare.isdecimal() else bare, label)
+        if other != label:
+            raise ValueError(
+                f"`train_file` {file} has the labels {other!r} and {label!r}, which would be two classes: write them alike."
+            )
+
+
+def _warn_of_repetitions(splits: Mapping[str, Dataset]) -> None:
+    """Says so if more than half of the texts that are scored are trained on: a copy of the file, rows that come again and again."""
+
+    def texts(split: Dataset) -> list[tuple[str, ...]]:
+        return list(zip(*(split[name] for name in ("text", "pair") if name in split.column_names), strict=True))
+
+    trained = set(texts(splits["train"]))
+    for name, split in splits.items():
+        again = sum(text in trained for text in texts(split))
+        if name != "train" and again > len(split) / 2:
+            logger.warning(
+                f"{again} of the {len(split)} {name} texts are training texts too: their scores say what was learnt by heart."
+            )
 
 
 def read(file: Path, task: DataArguments) -> dict[str, list[str]]:
@@ -137,7 +179,7 @@ def read(file: Path, task: DataArguments) -> dict[str, list[str]]:
     try:
         text = file.read_text(encoding="utf-8-sig")
         rows = _table(text, DIALECTS[file.suffix]) if file.suffix in DIALECTS else _objects(text)
-    except (OSError, ValueError, csv.Error, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read: {sentence(error)}") from error
     if not rows:
         raise ValueError(f"{file} has no rows.")
@@ -151,14 +193,27 @@ def read(file: Path, task: DataArguments) -> dict[str, list[str]]:
             value = row[column]
             if name == "label" and isinstance(value, bool | int):
                 value = str(value)
-            if not isinstance(value, str) or not value.strip():
+            if not isinstance(value, str) or not value.strip() or not _is_whole(value):
                 raise ValueError(f"{file}, row {number}: its {column} is {json.dumps(value)}, which is no {name}.")
             found[name].append(value)
     return found
 
 
+def _is_whole(text: str) -> bool:
+    """Whether there is no half of a character in it, which JSON can have and no tokenizer takes."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _table(text: str, dialect: dict[str, Any]) -> list[dict[str, str]]:
+    csv.field_size_limit(len(text) + 1)
     lines = csv.reader(io.StringIO(text, newline=""), **dialect)
+    try:
+        return _rows(lines)
+    except csv.Error as error:  # which says little of a quotation mark that nothing closes
+        raise ValueError(f"line {lines.line_num}: {error}; is a quotation mark not closed, or not doubled?") from error
+
+
+def _rows(lines: Any) -> list[dict[str, str]]:
     header = next(lines, [])
     if len(set(header)) < len(header):
         raise ValueError(f"a column of its header, {', '.join(header)}, is there twice.")
@@ -172,8 +227,22 @@ def _table(text: str, dialect: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _objects(text: str) -> Sequence[dict[str, Any]]:
-    whole = text.lstrip().startswith("[")
-    rows = json.loads(text) if whole else [json.loads(line) for line in text.split("\n") if line.strip()]
+    if text.lstrip().startswith("["):
+        rows = json.loads(text, object_pairs_hook=_object)
+    else:
+        rows = []
+        for number, line in enumerate(text.split("\n"), 1):
+            try:
+                rows += [json.loads(line, object_pairs_hook=_object)] if line.strip() else []
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("expected objects, one a line or in a list.")
     return rows
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"an object has a key twice: {', '.join(name for name, _ in pairs)}.")
+    return found

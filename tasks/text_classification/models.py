@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
+from datasets import Dataset
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -14,22 +17,46 @@ from transformers import (
     RobertaTokenizer,
 )
 
+from tasks.command import refusals, sentence
+
 
 NEW = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 VOCABULARY = 4000
+UNKNOWN_LIMIT = 0.2  # of the tokens of the training texts
 
 
-def tokenizer(model: str | None, texts: Iterable[str]) -> PreTrainedTokenizerBase:
-    """A saved model's tokenizer; without one RoBERTa's, bytes in pairs, made of the texts."""
+def tokenizer(model: str | None, texts: Sequence[str]) -> PreTrainedTokenizerBase:
+    """
+    A saved model's tokenizer; without one RoBERTa's, bytes in pairs, made of the texts.
+
+    Raises:
+        `ValueError`: it cannot be loaded, or knows little of the texts.
+    """
     if model is not None:
-        return AutoTokenizer.from_pretrained(model)
+        if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+            raise ValueError(
+                f"`model_name_or_path` is {model}, which is no folder: give a saved model, or a name of the hub."
+            )
+        with _named(model):
+            found = AutoTokenizer.from_pretrained(model)
+            ids = [i for text in texts[:1000] for i in found(text, add_special_tokens=False)["input_ids"]]
+        unknown = 1 - sum(i != found.unk_token_id for i in ids) / max(1, len(ids))
+        if not ids or unknown > UNKNOWN_LIMIT:
+            raise ValueError(
+                f"The tokenizer of {model} knows {1 - unknown:.0%} of the tokens of the training texts: is its vocabulary there, and "
+                "for this language?"
+            )
+        return found
     # Not BERT's: WordPiece makes another vocabulary of the same texts each time, and a run could not be resumed or repeated.
     return RobertaTokenizer().train_new_from_iterator(texts, VOCABULARY, show_progress=False)
 
 
 def order(model: str | None, names: list[str]) -> list[str]:
     """The labels in the order in which a saved classifier has them, if it has exactly these."""
-    known = {} if model is None else AutoConfig.from_pretrained(model).label2id
+    known = {}
+    if model is not None:
+        with _named(model):
+            known = AutoConfig.from_pretrained(model).label2id
     return sorted(names, key=lambda name: known[name]) if known.keys() == set(names) else names
 
 
@@ -40,7 +67,7 @@ def build(
     A saved model with a head for these labels, or a new RoBERTa of two layers.
 
     Raises:
-        `ValueError`: the saved model takes fewer tokens than `length`, or `dropout` is given for it.
+        `ValueError`: the saved model cannot be loaded, lacks weights or takes fewer tokens than `length`, or `dropout` is given for it.
     """
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     if model is None:
@@ -61,4 +88,52 @@ def build(
         raise ValueError(f"`dropout` is {dropout}, and {model} has its own: leave one of the two out.")
     if length > words.model_max_length:
         raise ValueError(f"`max_seq_length` is {length}, and {model} takes {words.model_max_length} tokens at most.")
-    return AutoModelForSequenceClassification.from_pretrained(model, **labels)
+    with _named(model):
+        config = AutoConfig.from_pretrained(model)
+    is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+    if is_classifier and config.num_labels != len(names):
+        raise ValueError(
+            f"{model} tells {config.num_labels} labels apart, and `train_file` has {len(names)}: give texts of its labels, or the model "
+            "that it was made of."
+        )
+    with _named(model):
+        found, seen = AutoModelForSequenceClassification.from_pretrained(
+            model, **labels, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    # The head of a model that is no classifier yet is new. Nothing else may be.
+    lost = [str(key[0]) for key in seen["mismatched_keys"]] + (sorted(seen["missing_keys"]) if is_classifier else [])
+    if lost:
+        raise ValueError(
+            f"{model} lacks {len(lost)} of the weights that its config.json asks for, {lost[0]} among them: give a whole model."
+        )
+    return found
+
+
+def check_tokens(model: PreTrainedModel, name: str | None, encoded: Iterable[Dataset]) -> None:
+    """
+    Refuses the tokenizer of another model.
+
+    Raises:
+        `ValueError`: a token is beyond the model's table of embeddings.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    highest = max(max(ids) for split in encoded for ids in split["input_ids"])
+    if highest >= rows:
+        raise ValueError(
+            f"The tokenizer of {name} makes token {highest} of a text, and the model knows {rows}: they do not belong together."
+        )
+
+
+@contextmanager
+def _named(model: str) -> Iterator[None]:
+    """
+    Around what reads a saved model.
+
+    Raises:
+        `ValueError`: instead of whatever transformers stumbles over; it names the model.
+    """
+    try:
+        with refusals():
+            yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"`model_name_or_path` {model} cannot be loaded: {sentence(error)}") from error

@@ -105,6 +105,7 @@ def train(task: TextArguments, args: TrainingArguments) -> Path:
     """Trains, scores validation and test, and returns the path of `result.json`."""
     setup = prepare(task, args)
     trainer = setup.trainer
+    models.check_tokens(trainer.model, task.model_name_or_path, setup.splits.values())
     runs.start(trainer, setup.identity)
 
     scores = {}

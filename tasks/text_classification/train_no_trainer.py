@@ -13,9 +13,12 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, get_scheduler
 
+from tasks import runs
+from tasks.arguments import check_ranges
 from tasks.command import refusals, run
 from tasks.recipes import DataclassParser
 from tasks.text_classification import data, models
@@ -36,10 +39,15 @@ class LoopArguments(XSAMArguments):
     max_grad_norm: float = 1.0
     seed: int = 42
 
+    def __post_init__(self):
+        check_ranges(self)
+        super().__post_init__()
+
 
 def train(task: TextArguments, args: LoopArguments, accelerator: Accelerator) -> float:
     """Trains, saves the model and returns the accuracy on the validation texts after the last epoch."""
     task.use_threads()
+    runs.check_folder(args.output_dir)
     corpus = data.load(task)
     if "validation" not in corpus.splits:
         raise ValueError("`validation_share` is 0, and the loop scores validation: give a `validation_file`.")
@@ -50,6 +58,7 @@ def train(task: TextArguments, args: LoopArguments, accelerator: Accelerator) ->
         model = models.build(task.model_name_or_path, tokenizer, corpus.names, task.max_seq_length, task.dropout)
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
     splits, collator = corpus.encode(tokenizer, task.max_seq_length), DataCollatorWithPadding(tokenizer)
+    models.check_tokens(model, task.model_name_or_path, splits.values())
     size = args.per_device_train_batch_size
     loader = DataLoader(splits["train"], batch_size=size, shuffle=True, collate_fn=collator)
     eval_loader = DataLoader(splits["validation"], batch_size=size, collate_fn=collator)
@@ -88,8 +97,8 @@ def train(task: TextArguments, args: LoopArguments, accelerator: Accelerator) ->
         right = []
         for batch in eval_loader:
             with torch.no_grad():
-                predictions = model(**batch).logits.argmax(-1)
-            right.append(accelerator.gather_for_metrics(predictions == batch["labels"]))
+                logits = model(**batch).logits
+            right.append(accelerator.gather_for_metrics(is_right(logits, batch["labels"])))
         accuracy = torch.cat(right).float().mean().item()
         sharpness = (seen.last_loss - seen.loss).item()
         accelerator.print(f"epoch {epoch}: accuracy {accuracy:.4f}, loss {seen.loss:.4f}, sharpness {sharpness:.4f}")
@@ -99,6 +108,12 @@ def train(task: TextArguments, args: LoopArguments, accelerator: Accelerator) ->
     if accelerator.is_main_process:
         tokenizer.save_pretrained(args.output_dir)
     return accuracy
+
+
+def is_right(logits: Tensor, labels: Tensor) -> Tensor:
+    """Whether the label's logit is above all others, (N,): a tie, or a logit that is not finite, counts as wrong."""
+    own = logits.gather(1, labels[:, None])
+    return ((logits >= own).sum(1) == 1) & logits.isfinite().all(1)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -62,15 +62,7 @@ class XSAMCallback(TrainerCallback, ExportableState):
             self.xsam = XSAMState()
             self._resumed_inside_epoch = False
         else:
-            numbers = saved.get("attributes", {}).get("xsam", {})
-            missing = {f.name for f in dataclasses.fields(XSAMState)} - {"average", "memory"} - numbers.keys()
-            if missing:
-                raise ValueError(
-                    f"The checkpoint of update {state.global_step} lacks {', '.join(sorted(missing))} of XSAM's own state in its "
-                    "trainer_state.json: resume from another checkpoint."
-                )
-            self.xsam = XSAMState(**numbers)
-            self.averages = saved["attributes"].get("averages", 0)
+            self.xsam, self.averages = _state_in(saved, state.global_step)
             self._resumed_inside_epoch = state.epoch is not None and state.epoch % 1 != 0
         states[name] = self.state()  # the Trainer saves only what is listed here
         if state.is_world_process_zero:
@@ -106,15 +98,50 @@ class XSAMCallback(TrainerCallback, ExportableState):
             file.write(json.dumps(line) + "\n")
 
 
+def _state_in(saved: Any, step: int) -> tuple[XSAMState, int]:
+    """
+    What a checkpoint keeps of XSAM's: the state, without its averages, and how many of these there are.
+
+    Raises:
+        `ValueError`: something is missing, unknown, or of another kind.
+    """
+    where = f"The checkpoint of update {step}"
+    known = {f.name for f in dataclasses.fields(XSAMState)} - {"average", "memory"}
+    attributes = saved.get("attributes", {}) if isinstance(saved, dict) else None
+    numbers = attributes.get("xsam", {}) if isinstance(attributes, dict) else None
+    if not (isinstance(attributes, dict) and isinstance(numbers, dict)):
+        raise ValueError(f"{where} has a damaged trainer_state.json: resume from another checkpoint.")
+    if missing := known - numbers.keys():
+        raise ValueError(
+            f"{where} lacks {', '.join(sorted(missing))} of XSAM's own state in its trainer_state.json: resume from another checkpoint."
+        )
+    if unknown := numbers.keys() - known:
+        raise ValueError(
+            f"{where} has {', '.join(sorted(unknown))} in XSAM's own state, which another version has written: resume with that one."
+        )
+    try:
+        kept = XSAMState(**numbers)
+    except ValueError as error:
+        raise ValueError(
+            f"{where} has a damaged trainer_state.json ({error}): resume from another checkpoint."
+        ) from error
+    averages = attributes.get("averages", 0)
+    if type(averages) is not int:
+        raise ValueError(
+            f"{where} counts {averages!r} averages in its trainer_state.json: resume from another checkpoint."
+        )
+    return kept, averages
+
+
 def keep_lines_before(path: Path, step: int) -> None:
     """Drops the searches that a killed run made after its last checkpoint (or all, for a new run): they will come again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = []
     if step > 0 and path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
             try:
                 earlier = json.loads(line)["step"] < step
-            except json.JSONDecodeError:  # the write that a kill cut off
+            except (ValueError, LookupError, TypeError):  # the write that a kill cut off, or damage
                 continue
             if earlier:
                 kept.append(line)

@@ -146,7 +146,7 @@ def load_average(folder: Path, weights: Mapping[str, Tensor], wanted: int = 0) -
         wanted (`int`, *optional*, defaults to 0): how many tensors must be there.
 
     Raises:
-        `ValueError`: tensors are missing, the file is damaged, or a tensor belongs to no weight or to one of another shape.
+        `ValueError`: tensors are missing, the file is damaged, or a tensor belongs to no weight or to one of another shape or kind.
     """
     average: dict[str, Tensor] = {}
     try:
@@ -162,7 +162,15 @@ def load_average(folder: Path, weights: Mapping[str, Tensor], wanted: int = 0) -
         if weight is None or weight.shape != tensor.shape:
             raise ValueError(
                 f"{folder / FILE} belongs to another model, in which {name!r} has the shape {tuple(tensor.shape)}: resume with the "
-                "model of the run that wrote it, or delete the file to begin its averages anew."
+                "model of the run that wrote it."
+            )
+        if tensor.dtype.is_complex != weight.dtype.is_complex or not (
+            tensor.is_complex() or tensor.is_floating_point()
+        ):
+            raise ValueError(f"{folder / FILE} has {tensor.dtype} for {name!r}: resume from another checkpoint.")
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{folder / FILE} has numbers that are not finite for {name!r}: resume from another checkpoint."
             )
         tensor = tensor.to(weight.device)
         if isinstance(weight, DTensor):

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from ..arguments import XSAMArguments
-from ..weights import perturbed_and_excluded
+from ..weights import perturbed_and_excluded, refuse_unfit
 from .deepspeed import check_deepspeed
 
 
@@ -184,6 +184,7 @@ def _check_model(model: Any, arguments: XSAMArguments) -> None:
             "The model has no trainable weights, so XSAM has none to perturb: unfreeze some, or set `rho` to 0."
         )
     perturbed_and_excluded(model, arguments.rho_exclude)
+    refuse_unfit({name: weight for name, weight in model.named_parameters() if weight.requires_grad})
     devices = sorted({str(weight.device) for weight in weights})
     if len(devices) > 1:
         raise NotImplementedError(

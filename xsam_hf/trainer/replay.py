@@ -79,9 +79,6 @@ class ReplayMixin(_Trainer):
         if self._xsam_follower is None:  # the first pass of this training
             self._xsam_follower = follower_of(self)
             self._xsam_generator = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            # A schedule-free optimizer moves the weights when it is told that training begins.
-            if callable(train := getattr(self.optimizer, "train", None)):
-                train()
         kept, n = copy_of((inputs, num_items_in_batch))
         micro_batch = MicroBatch(
             kept,

@@ -105,6 +105,10 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
             if self.accelerator.sync_gradients:
                 self._xsam_sums.add(passes=1)
             return super().training_step(model, inputs, num_items_in_batch)
+        # A schedule-free optimizer moves the weights when it is told that training goes on, after an evaluation for instance: before
+        # the ascent, and in no pass.
+        if callable(train := getattr(self.optimizer, "train", None)):
+            train()
         if self._xsam_seen is None:  # the first update with an ascent
             zero = self._xsam_zero
             self._xsam_seen = SeenAscent(taken_in_half(self) if zero is None else zero.taken_in_half())

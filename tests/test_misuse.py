@@ -1,0 +1,256 @@
+"""What a careless caller gives the library: one sentence that says what is wrong, never a wrong number in silence."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from toys import Classifier, Points, train
+from toys import arguments as training_arguments
+
+from xsam_hf import XSAMArguments, XSAMState, XSAMTrainer, xsam_gradient
+from xsam_hf.trainer.callback import keep_lines_before
+
+
+DATA = Points(8)
+
+
+def update(net=None, weights=None, arguments=None, state=None, gradient=None, probe=None):
+    net = Classifier() if net is None else net
+    weights = net if weights is None else weights
+
+    def loss():
+        return net(DATA.x, DATA.y)["loss"]
+
+    def gradient_of_loss():
+        value = loss()
+        value.backward()
+        return value.detach()
+
+    return xsam_gradient(
+        weights,
+        gradient_of_loss if gradient is None else gradient,
+        loss if probe is None else probe,
+        XSAMArguments() if arguments is None else arguments,
+        XSAMState() if state is None else state,
+    )
+
+
+def in_place_of(**values):
+    arguments = XSAMArguments()
+    for name, value in values.items():
+        setattr(arguments, name, value)
+    return arguments
+
+
+@pytest.mark.parametrize(
+    "given, error, sentence",
+    [
+        ({"arguments": {"rho": 0.05}}, TypeError, "`arguments` is of the type dict: give an XSAMArguments"),
+        ({"arguments": XSAMState(), "state": XSAMArguments()}, TypeError, "`arguments` is of the type XSAMState"),
+        ({"state": 0.05}, TypeError, "`state` is of the type float: give an XSAMState"),
+        ({"gradient": torch.ones(())}, TypeError, "`gradient` is of the type Tensor: give a function"),
+        # Set after it was made, as a schedule of the caller's does: the plain optimizer, or another method, in silence.
+        ({"arguments": in_place_of(rho=float("nan"))}, ValueError, "`rho` is nan"),
+        ({"arguments": in_place_of(rho=-1)}, ValueError, "`rho` is -1"),
+        ({"arguments": in_place_of(rho="0.1")}, ValueError, "`rho` is '0.1'"),
+        ({"arguments": in_place_of(perturbation="SAM")}, ValueError, "`perturbation` is 'SAM'"),
+        ({"probe": 1.0}, TypeError, "`probe` is of the type float: give a function"),
+        ({"weights": torch.ones(3, requires_grad=True)}, TypeError, "weights are given as Tensor: give the model"),
+        ({"weights": torch.optim.SGD(Classifier().parameters())}, TypeError, "weights are given as SGD"),
+        ({"weights": Classifier().named_parameters()}, TypeError, "weights are given as tuple"),
+        ({"weights": iter(())}, ValueError, "is empty after its first use"),
+        ({"arguments": XSAMArguments(rho_exclude=[""])}, ValueError, "leaves no weight that is not excluded"),
+    ],
+)
+def test_what_is_no_argument_is_named(given, error, sentence):
+    with pytest.raises(error, match=sentence):
+        update(**given)
+
+
+@pytest.mark.parametrize(
+    "returned, error, sentence",
+    [
+        (lambda loss: None, TypeError, "returned NoneType: let it return the loss"),
+        (lambda loss: loss.item(), TypeError, "returned float"),
+        (lambda loss: loss.expand(8), ValueError, r"returned a tensor of shape \(8,\)"),
+        (lambda loss: loss + 0j, TypeError, "returned a loss of torch.complex64"),
+        (lambda loss: loss.int(), TypeError, "returned a loss of torch.int32"),
+    ],
+)
+def test_what_is_no_loss_is_named(returned, error, sentence):
+    net = Classifier()
+
+    def gradient():
+        loss = net(DATA.x, DATA.y)["loss"]
+        loss.backward()
+        return returned(loss.detach())
+
+    with pytest.raises(error, match=f"`gradient` {sentence}"):
+        update(net, gradient=gradient)
+    before = [weight.clone() for weight in net.parameters()]
+    with pytest.raises(error, match=f"`probe` {sentence}"):
+        update(net, probe=lambda: returned(net(DATA.x, DATA.y)["loss"].detach()))
+    assert all(map(torch.equal, before, net.parameters()))
+
+
+def test_a_loss_of_one_element_is_a_loss():
+    net = Classifier()
+    reference = update(net)
+    net.zero_grad()
+
+    def gradient():
+        loss = net(DATA.x, DATA.y)["loss"].reshape(1)
+        loss.backward()
+        return loss.detach()
+
+    again = update(net, gradient=gradient, probe=lambda: net(DATA.x, DATA.y)["loss"].reshape(1))
+    assert again.loss == reference.loss and again.alpha == reference.alpha and again.search == reference.search
+
+
+def test_a_probe_that_returns_one_loss_again_is_no_search():
+    net = Classifier()
+    loss = net(DATA.x, DATA.y)["loss"]
+    with pytest.raises(ValueError, match="`probe` returned the same tensor at every point"):
+        update(net, probe=lambda: loss.detach())
+
+
+def test_a_gradient_that_was_left_over_is_said(caplog):
+    net, state = Classifier(), XSAMState()
+    update(net, state=state)
+    net.zero_grad()
+    caplog.clear()  # of what it says about the counters of this model
+    update(net, state=state)
+    net.zero_grad(set_to_none=False)
+    assert not update(net, state=XSAMState()).fell_back and not caplog.messages
+    update(net, state=XSAMState())
+    assert ["had a gradient before the update" in message for message in caplog.messages] == [True]
+
+
+class Shared(Classifier):
+    """Two parameters in the same memory, as `b.weight.data = a.weight.data` leaves them."""
+
+    def __init__(self):
+        super().__init__()
+        weight = next(self.parameters())
+        self.other = nn.Parameter(weight.data)
+
+
+@pytest.mark.parametrize(
+    "weight, sentence",
+    [
+        (lambda: nn.Parameter(torch.randn(3, dtype=torch.complex64).conj()), "conjugated or negated view"),
+        (lambda: nn.Parameter(torch.randn(3, dtype=torch.complex64).conj().imag), "conjugated or negated view"),
+        (lambda: nn.Parameter(torch.randn(1, 3).expand(2, 3)), "is expanded"),
+        (lambda: nn.Parameter(torch.empty(3, device="meta")), "device meta"),
+        (lambda: torch.ones(3, requires_grad=True) * 2, "is computed from other tensors"),
+    ],
+)
+def test_weights_that_cannot_be_moved_are_named(weight, sentence):
+    with pytest.raises((ValueError, NotImplementedError), match=f"'w' .*{sentence}"):
+        update(weights={"w": weight()})
+
+
+def test_two_weights_in_the_same_memory_are_refused(tmp_path):
+    memory = torch.randn(4, 4)
+    halves = [nn.Parameter(memory[:, :2]), nn.Parameter(memory[:, 2:]), nn.Parameter(torch.empty(0))]
+    update(weights=halves, gradient=lambda: sum(h.square().sum() for h in halves).backward() or torch.ones(()))
+    for first, second in [(memory[:3], memory[2:]), (memory[:, :2], memory[:2])]:
+        with pytest.raises(ValueError, match="'0' and '1' are two weights in the same memory"):
+            update(weights=[nn.Parameter(first), nn.Parameter(second)])
+    with pytest.raises(ValueError, match="in the same memory"):
+        XSAMTrainer(Shared(), training_arguments(tmp_path), train_dataset=DATA)
+
+
+@pytest.mark.parametrize("perturbation", ["vasso", "stale"])
+def test_the_state_of_another_model_is_refused(perturbation):
+    state, arguments = XSAMState(), XSAMArguments(perturbation=perturbation)
+    update(arguments=arguments, state=state)
+    name = next(iter(state.average))
+    state.average[name] = torch.ones(2, 2)
+    with pytest.raises(ValueError, match=f"average of '{name}' has the shape .* belongs to another model"):
+        update(arguments=arguments, state=state)
+
+
+@pytest.mark.parametrize("begins", [1, 4])
+def test_a_forward_pass_that_begins_to_write_into_a_weight_is_refused(begins):
+    net, state = Classifier(), XSAMState()
+    weight = next(net.parameters())
+
+    def write(module, inputs):
+        with torch.no_grad():
+            weight.mul_(0.9)
+
+    for number in range(1, 6):
+        if number == begins:
+            net.register_forward_pre_hook(write)
+            with pytest.raises(NotImplementedError, match="writes into the trained weight"):
+                update(net, state=state)
+            break
+        update(net, state=state)
+        net.zero_grad()
+
+
+def test_a_hook_that_steps_is_refused_from_any_update_on():
+    net, state = Classifier(), XSAMState()
+    for _ in range(3):
+        update(net, state=state)
+        net.zero_grad()
+    for weight in net.parameters():
+        weight.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
+    with pytest.raises(NotImplementedError, match="register_post_accumulate_grad_hook"):
+        update(net, state=state)
+
+
+SETTINGS = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "rho": 0.5, "perturbation": "vasso"}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    train(folder, Classifier(), **SETTINGS)
+    return folder / "checkpoint-2"
+
+
+def test_a_damaged_state_is_not_resumed(tmp_path, checkpoint):
+    file = checkpoint / "trainer_state.json"
+    whole = file.read_text(encoding="utf-8")
+    for change, sentence in [
+        ({"alpha": float("nan")}, "`alpha` is nan"),
+        ({"alpha": "x"}, "`alpha` is 'x'"),
+        ({"alpha": -1.0}, "`alpha` is -1.0"),
+        ({"search_due": "false"}, "`search_due` is 'false'"),
+        ({"updates": "3"}, "`updates` is '3'"),
+        ({"search_gain": float("inf")}, "`search_gain` is inf"),
+        ({"news": 1}, "has news in XSAM's own state"),
+        (None, "has a damaged trainer_state.json"),
+    ]:
+        state = json.loads(whole)
+        attributes = state["stateful_callbacks"]["XSAMCallback"]["attributes"]
+        attributes["xsam"] = [] if change is None else attributes["xsam"] | change
+        file.write_text(json.dumps(state), encoding="utf-8")
+        with pytest.raises(ValueError, match=sentence):
+            train(tmp_path, Classifier(), resume=str(checkpoint), **SETTINGS)
+    file.write_text(whole, encoding="utf-8")
+
+
+def test_a_damaged_average_is_not_resumed(tmp_path, checkpoint):
+    file = checkpoint / "xsam_state.safetensors"
+    whole = load_file(file)
+    for change, sentence in [
+        (lambda part: part.fill_(torch.nan), "not finite for 'first.bias'"),
+        (lambda part: part.int(), "torch.int32 for 'first.bias'"),
+        (lambda part: part + 0j, "torch.complex64 for 'first.bias'"),
+    ]:
+        save_file({**whole, "first.bias": change(whole["first.bias"].clone())}, file)
+        with pytest.raises(ValueError, match=f"{sentence}: resume from another checkpoint"):
+            train(tmp_path, Classifier(), resume=str(checkpoint), **SETTINGS)
+    save_file(whole, file)
+
+
+def test_a_damaged_file_of_searches_costs_the_damaged_lines_alone(tmp_path):
+    file = tmp_path / "xsam_search.jsonl"
+    file.write_bytes(b'{"step": 1}\n[]\nnull\n{"step": "x"}\n{}\n\xff\xfe\n{"step": 2}\n{"step": 5}\n')
+    keep_lines_before(file, 3)
+    assert file.read_text(encoding="utf-8") == '{"step": 1}\n{"step": 2}\n'
