@@ -53,7 +53,9 @@ def build(checkpoint: str) -> XSAMTrainer:
 
 def _data_dir(checkpoint: Path) -> str | None:
     """Where the local copy of the data lay, as a finished run tells; a checkpoint does not know. Else the hub, or scikit-learn."""
-    results = [folder / RESULT for folder in (checkpoint, checkpoint.parent)]  # the run's own folder is a checkpoint too
+    results = [
+        folder / RESULT for folder in (checkpoint, checkpoint.parent)
+    ]  # the run's own folder is a checkpoint too
     for result in filter(Path.is_file, results):
         return json.loads(result.read_bytes())["arguments"].get("data_dir")
     return None
