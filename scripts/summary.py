@@ -40,7 +40,7 @@ what of it is XSAM's own arithmetic beyond SAM's, and a search. An epoch by arit
 does not grow with the batch, and there is one search."""
 SURFACES = """### How sharp the loss is at the end (the paper's table 16 and figures 11, 12 and 16)
 
-Made as [docs/analysis.md](docs/analysis.md#a-run-seen) says, on four training batches, wrong labels included. Ratios are paired by seed:
+Made as [docs/analysis.md](docs/analysis.md#runs-seen) says, on four training batches, wrong labels included. Ratios are paired by seed:
 geometric means with their 95 % intervals. Below them the batches in which the loss at the distance of two `rho` is higher along the gradient
 g₁ after the ascent than along g₀, and along v(α\\*) than along g₁."""
 BASELINES = ("base-2x", "base" + BEST_EPOCH, "base-2x" + BEST_EPOCH, "sam")

@@ -31,7 +31,7 @@ from torch.distributed.run import get_args_parser
 from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaForSequenceClassification
 from translation_toys import contents, pack, pairs
 
-from scripts import cost, find_rho, reproduce, run_seeds, summarize
+from scripts import cost, find_rho, reproduce, run_seeds, summarize, surfaces
 from tasks import recipes
 from tasks.text_classification import models
 from tasks.translation import sources
@@ -96,8 +96,8 @@ LEFT = {
     },
     "docs/analysis.md": {
         "analysis/report.html": 1,
-        "analysis/[SX]*/arc.json": 3,
-        "analysis/stale-XSAM/*.json": 2,
+        "analysis/*sam/*.json": 12,
+        "results/digits-noise-surfaces.json": 1,
         "runs/digits-seen/*/seed-0/checkpoint-2/model.safetensors": 4,
     },
     "docs/choosing_rho.md": {"runs/find_rho/*/*/*/rho.svg": 1},
@@ -193,7 +193,7 @@ def run(words):
 
 
 def filled(word):
-    """`SGD=…` is the last checkpoint of seed 0 of the run of that name."""
+    """`sam=…` is the last checkpoint of seed 0 of the run of that name."""
     name, equals, value = word.partition("=")
     return f"{name}={next(Path('runs').glob(f'*/{name}/seed-0/checkpoint-*'))}" if value == "…" else word
 
@@ -238,7 +238,8 @@ def checkout(tmp_path_factory):
     data = "import torch\ndataset = [{'input_ids': torch.arange(9) + i, 'labels': i % 2} for i in range(128)]\n"
     (folder / "mine.py").write_text(data + mine)
 
-    (folder / "TEXTS").mkdir()
+    for name in ("TEXTS", "results"):
+        (folder / name).mkdir()
     (folder / "TEXTS" / "train.csv").write_text("text\n" + "".join(f"{sentence(i, 6)}\n" for i in range(16)))
     GPT2LMHeadModel(GPT2Config(**SIZE)).save_pretrained(folder / "MODEL")
     tokenizer().save_pretrained(folder / "MODEL")
@@ -270,13 +271,13 @@ def unseen(figure, file, **_):
 
 @pytest.mark.parametrize("page", [page for page, commands in COMMANDS.items() if commands])
 def test_commands_run(checkout, monkeypatch, page):
-    for module in (cost, find_rho, reproduce, run_seeds, summarize):
+    for module in (cost, find_rho, reproduce, run_seeds, summarize, surfaces):
         monkeypatch.setattr(module, "ROOT", checkout)
     monkeypatch.setattr(sources, "HANDBOOK", checkout / sources.HANDBOOK.relative_to(ROOT))
     monkeypatch.setattr(reproduce, "cells", lambda *args, all_of=reproduce.cells: all_of(*args)[:ROWS])
     for name in ("descend", "basins"):
         monkeypatch.setattr(toy, name, functools.partial(getattr(toy, name), steps=2))
-    for name in ("plane", "gain", "landscape"):  # as many passes as all others; test_analysis.py has each
+    for name in ("plane", "landscape"):  # as many passes as all others; test_analysis.py has each
         monkeypatch.delitem(MEASURES, name)
     monkeypatch.setattr(Figure, "savefig", unseen)
     monkeypatch.setattr(run_seeds, "Starter", Here)
