@@ -15,17 +15,16 @@ the two callables `gradient` and `probe` are all that this file knows of a train
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .arguments import XSAMArguments
 from .ascent import ascent_step
 from .direction import Arc, Trail, rescale
 from .geometry import norm
+from .inputs import check_inputs, with_weights
 from .pass_state import PassState, pass_state_of
 from .passes import Passes
 from .schedule import follow_schedule
@@ -34,9 +33,6 @@ from .seen import SeenAscent
 from .stale import stale_gradient
 from .state import XSAMState, XSAMUpdate
 from .weights import MovableWeights, Weights
-
-
-logger = logging.getLogger(__name__)
 
 
 def xsam_gradient(
@@ -96,20 +92,12 @@ def xsam_gradient(
             whole that is not known here.
         `NotImplementedError`: a gradient is sparse, or the first pass changed what cannot be put back for the others.
     """
-    _check_kinds(("arguments", arguments, XSAMArguments), ("state", state, XSAMState))
-    arguments.check_method()
+    check_inputs(gradient, probe, arguments, state)
     if ascend is None:
         ascend = follow_schedule(arguments, state)
     state.updates += 1
     theta = MovableWeights(weights, arguments, state.updates, state.memory, seen)
-    _check_kinds(("gradient", gradient, Callable))
-    if probe is not None or arguments.searches:
-        _check_kinds(("probe", probe, Callable))
-    if state.updates == 1:
-        theta.refuse_unfit()
-    # Only where the first two updates may wait for the device.
-    if before is None and state.updates <= 2 and (isinstance(weights, nn.Module) or theta.device.type == "cpu"):
-        gradient = _alone(gradient, theta.left_over())
+    gradient = with_weights(weights, theta, gradient, before, state)
     if ascend and arguments.perturbation == "stale":
         return stale_gradient(
             theta, weights, gradient, probe, arguments, state, before, loss_scaling=loss_scaling, measure=measure
@@ -151,28 +139,6 @@ def xsam_gradient(
         arc.combine(*trail.or_fall_back(c, d, arc))
         rescale(arguments.gradient_scale, trail, arc, radius, lambda times: loss_at((g, times)))  # Appendix F
     return XSAMUpdate(trail.losses[0], loss, alpha, psi, trail.norms[0], trail.norms[-1], trail.fell_back, search)
-
-
-def _check_kinds(*given: tuple[str, Any, Any]) -> None:
-    for name, value, kind in given:
-        if not isinstance(value, kind):
-            way_out = "a function that returns the loss" if kind is Callable else f"an {kind.__name__}"
-            raise TypeError(f"`{name}` is of the type {type(value).__name__}: give {way_out}.")
-
-
-def _alone(gradient: Callable[[], Tensor], left_over: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], Tensor]:
-    """`gradient`, with a warning where it adds to a gradient that was left over."""
-
-    def checked() -> Tensor:
-        loss = gradient()
-        if any(weight.grad is earlier for weight, earlier in left_over):
-            logger.warning(
-                "Weights had a gradient before the update, which is now in that of the first pass and will be lost: call "
-                "`optimizer.zero_grad()` after each step, and let `gradient` go over all micro-batches of an update."
-            )
-        return loss
-
-    return checked if left_over else gradient
 
 
 def _plain_update(loss: Tensor, theta: MovableWeights, state: XSAMState) -> XSAMUpdate:
