@@ -84,3 +84,22 @@ def test_resume_is_bitwise(tmp_path):
     checkpoint = str(tmp_path / "whole" / "checkpoint-3")
     resumed = train(tmp_path / "resumed", rho=0.5, resume=checkpoint, **SETTINGS)
     assert torch.equal(weights_of(resumed), weights_of(whole))
+
+
+def test_stale_ascent_climbs_after_an_evaluation_as_without_one(tmp_path):
+    data, found = Points(32, torch.float64), []
+    for strategy in ("no", "steps"):
+        args = arguments(
+            tmp_path / strategy,
+            rho=0.5,
+            perturbation="stale",
+            alpha=1.0,
+            eval_strategy=strategy,
+            eval_steps=3,
+            **SETTINGS,
+        )
+        run = XSAMTrainer(model=Classifier(dtype=torch.float64), args=args, train_dataset=data, eval_dataset=data)
+        run.train()
+        run.optimizer.eval()  # the average, as the last evaluation leaves it
+        found.append(weights_of(run))
+    assert (found[0] - found[1]).abs().max() < 1e-12
