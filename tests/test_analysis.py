@@ -381,6 +381,16 @@ def test_report_is_one_page_and_nothing_is_measured_twice(files, tmp_path, capsy
         main(["hessian", *common, "--seed", "1"])
 
 
+def test_the_file_of_the_trainer_imports_what_lies_beside_it(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "beside_the_trainer.py").write_text("NAME = 'as for a script'\n")
+    (tmp_path / "mine.py").write_text(
+        "from beside_the_trainer import NAME\n\n\ndef build(checkpoint):\n    raise ValueError(NAME)\n"
+    )
+    with pytest.raises((ValueError, SystemExit), match="as for a script"):
+        main(["arc", str(files / "gpt2"), "--trainer", f"{tmp_path}/mine.py:build"])
+
+
 @pytest.mark.parametrize("name", MEASURES)
 def test_a_measure_is_kept_by_the_settings_that_it_looks_at(name):
     looked_at = set()

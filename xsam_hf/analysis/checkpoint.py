@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,7 @@ def _call(where: str, checkpoint: str) -> Trainer:
     spec = importlib.util.spec_from_file_location("trainer_to_analyse", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(Path(file).resolve().parent))  # as for a script that is run
     spec.loader.exec_module(module)
     function = getattr(module, name, None)
     if not callable(function):

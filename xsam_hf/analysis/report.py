@@ -37,10 +37,10 @@ def _columns(measure: str, result: Any) -> dict[str, str]:
         return {f"α* at r = {middle.rho_max:.3g}": alpha, "ψ, degrees": f"{np.degrees(middle.angle):.1f}"}
     if measure == "gain":
         rho, distance = len(result.rhos) // 2, result.distances.index(sorted(result.distances)[-2])
-        at = f"at r = {result.distances[distance]:.3g}, of {len(result.loss)} batches"
+        at, n = f"at r = {result.distances[distance]:.3g}, batches", len(result.loss)
         return {
-            f"g₁ higher than g₀ {at}": f"{result.share('last', 'first')[rho, distance]:.0%}",
-            f"v(α*) higher than g₁ {at}": f"{result.share('best', 'last')[rho, distance]:.0%}",
+            f"{higher} higher than {lower} {at}": f"{round(n * result.share(*names)[rho, distance])} of {n}"
+            for higher, lower, names in (("g₁", "g₀", ("last", "first")), ("v(α*)", "g₁", ("best", "last")))
         }
     if measure == "hessian":
         trace = "" if result.trace is None else f"{result.trace:.4g} ± {result.trace_error:.2g}"
@@ -116,5 +116,8 @@ _HEADINGS = {
 _NOTE = (
     "λ: eigenvalues of the Hessian; trace by Hutch++ ± its standard error. Average sharpness: mean rise of the loss over random "
     "directions ± its standard error, scaled filter by filter or element by element. Ascent sharpness: the highest rise that five steps of "
-    "gradient ascent find within ρ. m-sharpness: the mean over batches of the rise at ρ along a batch's own gradient."
+    "gradient ascent find within ρ. m-sharpness: the mean over batches of the rise at ρ along a batch's own gradient. ρ_max is twice ρ "
+    "unless it was given; the arc is drawn at half of it, at it and at twice it, the gains for half of ρ, ρ and twice ρ. Where a classifier's "
+    "loss is near 0 its Hessian is small in itself, wrong labels or not, and the loss may yet rise fast a step away: where losses differ λ "
+    "and the trace rank nothing."
 )
