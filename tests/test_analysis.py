@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -432,13 +433,36 @@ def test_a_measure_is_kept_by_the_settings_that_it_looks_at(name):
             "run is no checkpoint but holds some: give one of them, such as .*checkpoint-10[.]",
         ),
         ("landscape {gpt2} --data {data} --samples 0", "`samples` is 0: give 2 or more"),
+        ("arc ../a={gpt2} --data {data}", "'../a' is to name a folder"),
+        ("arc {cut} --data {data}", "cut holds no checkpoint that can be loaded"),
+        ("arc {reshaped} --data {data}", "reshaped (holds no checkpoint that can be loaded|lacks)"),
+        ("arc {listed} --data {data}", "no config.json that can be read .it is no JSON object"),
+        (
+            "arc {gpt2} --data {more} --batch_size 4 --batches 1",
+            "more.safetensors has 'sentence', which is no argument of GPT2LM",
+        ),
+        (
+            "arc {gpt2} --data {nan} --batch_size 4 --batches 1",
+            "nan.safetensors has numbers that are not finite in 'inputs_embeds'",
+        ),
     ],
 )
 def test_bad_input_gets_one_sentence(files, tmp_path, line, sentence):
     for folder in ("checkpoint-9", "checkpoint-10"):
         (files / "run" / folder).mkdir(parents=True, exist_ok=True)
     (files / "mine.py").write_text("def build(): pass\n")
-    names = {"gpt2": "gpt2", "data": "data.safetensors", "run": "run", "mine": "mine.py"}
+    for name in ("cut", "reshaped", "listed"):
+        shutil.copytree(files / "gpt2", files / name, dirs_exist_ok=True)
+    whole = (files / "gpt2" / "model.safetensors").read_bytes()
+    (files / "cut" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    config = json.loads((files / "gpt2" / "config.json").read_text())
+    (files / "reshaped" / "config.json").write_text(json.dumps({**config, "n_positions": config["n_positions"] + 1}))
+    (files / "listed" / "config.json").write_text("[]")
+    ids = torch.zeros(4, 3, dtype=torch.int64)
+    save_file({"input_ids": ids, "sentence": ids.clone()}, files / "more.safetensors")
+    save_file({"inputs_embeds": torch.full((4, 3), torch.nan), "labels": ids}, files / "nan.safetensors")
+    names = {"gpt2": "gpt2", "data": "data.safetensors", "run": "run", "mine": "mine.py", "cut": "cut"}
+    names |= {"reshaped": "reshaped", "listed": "listed", "more": "more.safetensors", "nan": "nan.safetensors"}
     argv = line.format(**{name: files / file for name, file in names.items()}).split()
     with pytest.raises(ValueError, match=sentence):
         main([*argv, "--output_dir", str(tmp_path)])

@@ -80,6 +80,8 @@ def _named(checkpoints: Sequence[str]) -> dict[str, str]:
     named = {(name if path else Path(name).name): path or name for name, _, path in pairs}
     if not named or "" in named:
         raise ValueError("Give one or more checkpoints, as FOLDER or NAME=FOLDER.")
+    if unfit := [name for name in named if Path(name).name != name]:
+        raise ValueError(f"{unfit[0]!r} is to name a folder in the output folder: leave out `/` and `..`.")
     if len(named) < len(pairs):
         raise ValueError("Two checkpoints have the same name: give them others, NAME=FOLDER.")
     return named

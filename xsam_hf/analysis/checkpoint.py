@@ -7,7 +7,8 @@ import importlib.util
 import inspect
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def load(
         return built, batches_of(built, batches)
     model = load_model(Path(checkpoint))
     loaded = load_batches(Path(str(data)), batch_size, batches)
+    _check_names(str(data), loaded[0], model)
     _check_ids(str(data), loaded, checkpoint, model)
     return model, loaded
 
@@ -86,9 +88,13 @@ def load_model(folder: Path) -> nn.Module:
             raise ValueError(
                 f"{folder} is an adapter whose `task_type` is {task!r}: give one of {', '.join(_PEFT)} in its config, or `--trainer`."
             )
-        return cls.from_pretrained(str(folder), is_trainable=True, dtype=torch.float32).to(device)
+        with _readable(folder):
+            adapted = cls.from_pretrained(str(folder), is_trainable=True, dtype=torch.float32)
+        return adapted.to(device)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it is no JSON object")
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder} has no config.json that can be read ({error}), so that its model is not known: give `--trainer` instead."
@@ -99,7 +105,8 @@ def load_model(folder: Path) -> nn.Module:
         raise ValueError(
             f"{folder} is of {name or 'no named class'}, which is not in Transformers: give `--trainer` instead."
         )
-    model, seen = cls.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    with _readable(folder):
+        model, seen = cls.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     if lost := sorted([*seen["missing_keys"], *(str(key) for key in seen["mismatched_keys"])]):
         raise ValueError(
             f"{folder} lacks {len(lost)} of the weights of {name} ({lost[0]} ...), which would be random: give a whole one."
@@ -107,12 +114,24 @@ def load_model(folder: Path) -> nn.Module:
     return model.to(device)
 
 
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """What Transformers and its libraries raise over damaged files, as one sentence."""
+    try:
+        yield
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"{folder} holds no checkpoint that can be loaded ({type(error).__name__}: {said[:200]}): give a whole one."
+        ) from error
+
+
 def load_batches(file: Path, batch_size: int, batches: int) -> list[Mapping[str, Any]]:
     """
     The first batches of a safetensors file.
 
     Raises:
-        `ValueError`: there is no such file, its tensors have no or different numbers of examples, or too few.
+        `ValueError`: there is no such file, its tensors have no or different numbers of examples, or too few, or numbers that are not finite.
     """
     try:
         tensors = load_file(file)
@@ -121,6 +140,10 @@ def load_batches(file: Path, batch_size: int, batches: int) -> list[Mapping[str,
     lengths = {name: len(tensor) if tensor.ndim else 0 for name, tensor in tensors.items()}
     if len(set(lengths.values())) != 1 or 0 in lengths.values():
         raise ValueError(f"The tensors of {file} must have the same number of examples, above 0, and have {lengths}.")
+    if unfit := [
+        name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()
+    ]:
+        raise ValueError(f"{file} has numbers that are not finite in {unfit[0]!r}: mend it first.")
     count = next(iter(lengths.values()))
     if count < batch_size * batches:
         raise ValueError(
@@ -130,6 +153,15 @@ def load_batches(file: Path, batch_size: int, batches: int) -> list[Mapping[str,
         {name: tensor[start : start + batch_size] for name, tensor in tensors.items()}
         for start in range(0, batches * batch_size, batch_size)
     ]
+
+
+def _check_names(file: str, batch: Mapping[str, Any], model: Any) -> None:
+    model = model.get_base_model() if hasattr(model, "peft_config") else model
+    taken = [name for name, of in inspect.signature(model.forward).parameters.items() if of.kind != of.VAR_KEYWORD]
+    if unknown := sorted(set(batch) - set(taken)):
+        raise ValueError(
+            f"{file} has {unknown[0]!r}, which is no argument of {type(model).__name__}: leave it out. There are {', '.join(taken)}."
+        )
 
 
 def _check_ids(file: str, batches: Sequence[Mapping[str, Any]], checkpoint: str, model: Any) -> None:
