@@ -72,6 +72,8 @@ def main(argv: Sequence[str]) -> None:
     train = importlib.import_module(f"tasks.{task.name}.train")
     given = [str(args.recipe), "--rho", "0", "--eval_strategy", "no", "--save_strategy", "no", *flags]
     trainer = train.prepare(*recipes.parse(train.ARGUMENTS, given, __doc__, "runs/find_rho")).trainer
+    if trainer.args.resume_from_checkpoint is not None:
+        raise ValueError("A range test trains anew for its epochs: leave out `resume_from_checkpoint`.")
     if args.epochs:
         trainer.add_callback(StopAfter(args.epochs))
         trainer.train()

@@ -144,6 +144,15 @@ def test_refusals(tmp_path):
             find_rho(trainer, **wrong)
     with pytest.raises(ValueError, match="share of the weights' size"):
         find_rho(build(tmp_path, perturbation="asam"))
+    diverged = build(tmp_path)
+    diverged.model.first.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="The loss at the weights as they stand is nan"):
+        find_rho(diverged)
+    recipe = "tasks/image_classification/recipes/digits-noise-resnet-small.yaml"
+    with pytest.raises(ValueError, match="leave out `resume_from_checkpoint`"):
+        find_rho_command.main(
+            [recipe, "--resume_from_checkpoint", "true", "--output_dir", str(tmp_path), "--use_cpu", "true"]
+        )
     trainer.is_in_train = True
     with pytest.raises(ValueError, match="inside of a training"):
         find_rho(trainer)

@@ -94,7 +94,8 @@ def find_rho(trainer: Trainer, *, batches: int = 4, rhos: Sequence[float] = RHOS
         [`RangeTest`]: `rho` and `band`, the curve, and the passes that it took.
 
     Raises:
-        `ValueError`: an argument is out of range, the trainer has no XSAM, is training, or measures `rho` in other units (`asam`).
+        `ValueError`: an argument is out of range, the trainer has no XSAM, is training, or measures `rho` in other units (`asam`); the
+            loss or its gradient is not finite.
         `NotImplementedError`: several processes, DeepSpeed, a GradScaler, or what [`XSAMMixin`] refuses in training.
     """
     rhos = list(rhos)
@@ -112,6 +113,11 @@ def find_rho(trainer: Trainer, *, batches: int = 4, rhos: Sequence[float] = RHOS
             seen.append(_climb(trainer, samples, n, arguments, rhos))
             passed += len(samples)
     loss, size, *rises = torch.stack(seen).mean(0).tolist()
+    if not (math.isfinite(loss) and math.isfinite(size)):
+        raise ValueError(
+            f"The loss at the weights as they stand is {loss} and its gradient's norm {size}: there is no rise to measure. Train anew with a "
+            "lower learning rate, or look at the data."
+        )
     return RangeTest(rhos, rises, loss, size, forward=passed * (1 + len(rhos)), backward=passed)
 
 
