@@ -138,15 +138,15 @@ MEASURES = {
     "arc": Measure(
         _arc, _read_arc, pictures.draw_arcs, ("rho", "rho_max", "ascent_steps"),
         "The rise of the first batch's loss at distance r from the weights, over XSAM's arc; in train mode. α = 0 is the gradient "
-        "g_0 (the ascent, for several steps), α = 1 SAM's direction, the dot where the loss is highest.",
+        "g₀ (the ascent, for several steps), α = 1 SAM's direction, the dot where the loss is highest.",
     ),
     "plane": Measure(
         _plane, lambda kept: Plane(**kept), pictures.draw_planes, ("rho", "rho_max", "ascent_steps", "samples"),
-        "The first batch's loss over the plane of the gradients g_0, at the weights θ_0, and g_1, after the ascent; in train mode.",
+        "The first batch's loss over the plane of the gradients g₀, at the weights θ₀, and g₁, after the ascent; in train mode.",
     ),
     "gain": Measure(
         _gain, lambda kept: DirectionGain(**kept), pictures.draw_gains, ("rho", "rho_max"),
-        "The mean rise over batches of a batch's loss at distance r, along its own g_0, g_1 and v(α*); in train mode.",
+        "The mean rise over batches of a batch's loss at distance r, along its own g₀, g₁ and v(α*); in train mode.",
     ),
     "hessian": Measure(
         _hessian, lambda kept: HessianSpectrum(**kept), pictures.draw_spectra, ("eigenvalues", "hessian_method", "seed"),
