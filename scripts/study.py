@@ -20,7 +20,6 @@ from scripts.run_seeds import ROOT, Run, parse_count, parse_flags, parse_seed, r
 from scripts.summarize import keep, read
 from tasks import recipes
 from tasks.command import Parser, run
-from tasks.image_classification.catalogue import DATASETS
 
 
 TASK = "image_classification"
@@ -73,6 +72,7 @@ class Setting:
         base_flags (`str`): for the runs of `base` and `base-2x`, whose best epoch is looked for.
         seeds (`int`): how many.
         tuning_seeds (`Sequence[int]`): those that `rho` is chosen by.
+        classes (`int`): of the data set.
         earlier (`str`, *optional*): a file of results/ with an older study of the same recipe, whose methods have the task's names.
     """
 
@@ -83,6 +83,7 @@ class Setting:
     base_flags: str = ""
     seeds: int = 10
     tuning_seeds: Sequence[int] = (100, 101)
+    classes: int = 10
     earlier: str | None = None
 
 
@@ -124,6 +125,7 @@ SETTINGS = {
         "CIFAR-100, 1,000 images, right labels, residual CNN, SGD",
         seeds=5,
         tuning_seeds=(100,),
+        classes=100,
     ),
     "fashion-noise-vit": Setting(
         "fashion-mnist-noise-vit-small",
@@ -223,7 +225,6 @@ def chosen(setting: str) -> dict[str, float]:
 def tune(setting: str, method: str, jobs: int, more: str = "") -> None:
     """Trains until the best `rho` stands inside its grid; `more` are flags for all runs."""
     of, start = SETTINGS[setting], METHODS[method].stretch * recipe(setting)["rho"]
-    chance = 1 / DATASETS[recipe(setting)["dataset"]].classes
     ends, before = (-1, 1), None
     while ends != before:
         before = ends
@@ -251,7 +252,7 @@ def tune(setting: str, method: str, jobs: int, more: str = "") -> None:
             statistics.mean(result["metrics"]["validation"]["accuracy"] for result in results)
             for results in found.values()
         ]
-        ends = extend(*ends, scores, chance)
+        ends = extend(*ends, scores, 1 / of.classes)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -17,23 +17,13 @@ from .weights import MovableWeights, Weights
 logger = logging.getLogger(__name__)
 
 
-def check_inputs(gradient: Any, probe: Any, arguments: Any, state: Any) -> None:
+def check_inputs(arguments: Any, state: Any) -> None:
     """
     Raises:
         `TypeError`: one is of another kind.
         `ValueError`: a hyperparameter, which may have been set since, is out of range.
     """
-    given: list[tuple[str, Any, Any]] = [
-        ("arguments", arguments, XSAMArguments),
-        ("state", state, XSAMState),
-        ("gradient", gradient, Callable),
-    ]
-    if probe is not None or (isinstance(arguments, XSAMArguments) and arguments.searches):
-        given.append(("probe", probe, Callable))
-    for name, value, kind in given:
-        if not isinstance(value, kind):
-            way_out = "a function that returns the loss" if kind is Callable else f"an {kind.__name__}"
-            raise TypeError(f"`{name}` is of the type {type(value).__name__}: give {way_out}.")
+    _check_kinds(("arguments", arguments, XSAMArguments), ("state", state, XSAMState))
     arguments.check_method()
 
 
@@ -41,20 +31,25 @@ def with_weights(
     weights: Weights,
     theta: MovableWeights,
     gradient: Callable[[], Tensor],
+    probe: Callable[[], Tensor] | None,
     before: PassState | None,
+    arguments: XSAMArguments,
     state: XSAMState,
 ) -> Callable[[], Tensor]:
     """
     `gradient`, in the first two updates with a warning where it adds to a gradient that was left over.
 
     Raises:
+        `TypeError`: `gradient` cannot be called, nor `probe` where one is needed.
         `ValueError`, `NotImplementedError`: in the first update, a weight that cannot be moved and put back.
     """
+    _check_kinds(("gradient", gradient, Callable))
+    if probe is not None or arguments.searches:
+        _check_kinds(("probe", probe, Callable))
     if state.updates == 1:
         theta.refuse_unfit()
-    may_wait = (
-        isinstance(weights, nn.Module) or theta.device.type == "cpu"
-    )  # with a model its buffers are looked at too
+    # With a model its buffers are compared in these updates too.
+    may_wait = isinstance(weights, nn.Module) or theta.device.type == "cpu"
     if state.updates > 2 or before is not None or not may_wait:
         return gradient
     left_over = theta.left_over()
@@ -69,3 +64,10 @@ def with_weights(
         return loss
 
     return checked if left_over else gradient
+
+
+def _check_kinds(*given: tuple[str, Any, Any]) -> None:
+    for name, value, kind in given:
+        if not isinstance(value, kind):
+            way_out = "a function that returns the loss" if kind is Callable else f"an {kind.__name__}"
+            raise TypeError(f"`{name}` is of the type {type(value).__name__}: give {way_out}.")

@@ -92,12 +92,12 @@ def xsam_gradient(
             whole that is not known here.
         `NotImplementedError`: a gradient is sparse, or the first pass changed what cannot be put back for the others.
     """
-    check_inputs(gradient, probe, arguments, state)
+    check_inputs(arguments, state)
     if ascend is None:
         ascend = follow_schedule(arguments, state)
     state.updates += 1
     theta = MovableWeights(weights, arguments, state.updates, state.memory, seen)
-    gradient = with_weights(weights, theta, gradient, before, state)
+    gradient = with_weights(weights, theta, gradient, probe, before, arguments, state)
     if ascend and arguments.perturbation == "stale":
         return stale_gradient(
             theta, weights, gradient, probe, arguments, state, before, loss_scaling=loss_scaling, measure=measure

@@ -184,13 +184,13 @@ def _check_model(model: Any, arguments: XSAMArguments) -> None:
             "The model has no trainable weights, so XSAM has none to perturb: unfreeze some, or set `rho` to 0."
         )
     perturbed_and_excluded(model, arguments.rho_exclude)
-    refuse_unfit({name: weight for name, weight in model.named_parameters() if weight.requires_grad})
     devices = sorted({str(weight.device) for weight in weights})
     if len(devices) > 1:
         raise NotImplementedError(
             f"The model's weights are on several devices of one process ({', '.join(devices)}), whose random numbers and norms XSAM "
             "does not follow: load it without `device_map`, and train with DDP or FSDP2, or set `rho` to 0."
         )
+    refuse_unfit({name: weight for name, weight in model.named_parameters() if weight.requires_grad})
     for name, weight in model.named_parameters():
         if weight.requires_grad and weight._post_accumulate_grad_hooks:
             raise NotImplementedError(
