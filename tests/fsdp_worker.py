@@ -32,6 +32,7 @@ SCENARIOS = {
 
 # Of accelerate's FSDP plugin. Pinned memory asks for a GPU; and `bf16=True` alone sets no policy here (see below).
 POLICIES = {
+    "not resharded": {"reshard_after_forward": False},
     "offloaded": {"cpu_offload": CPUOffloadPolicy(pin_memory=False)},
     "bf16 policy": {
         "mixed_precision_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -40,12 +41,12 @@ POLICIES = {
 
 
 def run(directory, name, batch, resume=None, **changes):
-    """One training of a tiny GPT-2; sharded if this process was started by torchrun."""
-    if "RANK" in os.environ:
+    """One training of a tiny GPT-2; sharded if this process has a rank, as a config of accelerate says if there is one."""
+    if "RANK" in os.environ and "ACCELERATE_USE_FSDP" not in os.environ:
         config = {
             "version": 2,
             "transformer_layer_cls_to_wrap": ["GPT2Block"],
-            "reshard_after_forward": name != "not resharded",
+            "reshard_after_forward": True,
             "state_dict_type": "FULL_STATE_DICT",
         }
         changes |= {"fsdp": True, "fsdp_config": config}
@@ -74,7 +75,13 @@ def note_policies():
     original, policies = fsdp.fully_shard, []
 
     def fully_shard(*args, **kwargs):
-        policies.append((kwargs["mp_policy"].param_dtype, type(kwargs["offload_policy"]).__name__))
+        policies.append(
+            (
+                kwargs["mp_policy"].param_dtype,
+                type(kwargs["offload_policy"]).__name__,
+                kwargs["reshard_after_forward"],
+            )
+        )
         return original(*args, **kwargs)
 
     fsdp.fully_shard = fully_shard

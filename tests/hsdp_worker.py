@@ -2,7 +2,6 @@
 
 import torch
 import torch.distributed as dist
-from accelerate import ParallelismConfig
 from fsdp_worker import pretend_that_accelerate_shards_on_cpu, result, run
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -42,8 +41,7 @@ def main(directory):
     pretend_that_accelerate_shards_on_cpu()
     results = {}
     for name in SCENARIOS:
-        parallel = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
-        trained = run(directory, name, batch=4, parallelism_config=parallel, max_steps=6)
+        trained = run(directory, name, batch=4, max_steps=6)
         results[name] = result(trained)
         results[f"placements {name}"] = [str(p.placements) for p in trained.model.parameters()]
     mesh = init_device_mesh("cpu", (2, 2))

@@ -9,6 +9,8 @@ import time
 import traceback
 from pathlib import Path
 
+import torch.distributed.run as torchrun
+from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
 
 from scripts.starter import Starter
@@ -51,11 +53,15 @@ def in_process(work):
     return end_process(*start_process(work))
 
 
-def in_ranks(work, number=2, seconds=300):
-    """The exit status and the report of `work(rank, report)` in each of some gloo processes."""
+def free_port():
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def in_ranks(work, number=2, seconds=300):
+    """The exit status and the report of `work(rank, report)` in each of some gloo processes."""
+    port = free_port()
 
     def ranked(rank):
         def run(report):
@@ -69,6 +75,42 @@ def in_ranks(work, number=2, seconds=300):
 
     started = [start_process(ranked(rank)) for rank in range(number)]
     return [end_process(*process, seconds) for process in started]
+
+
+def forks_for_a_script(work):
+    """From now on `torchrun` and `accelerate launch`, called here, start forks that call `work`, where they would start a script."""
+    config_from_args = torchrun.config_from_args
+
+    def forking(args):
+        config, _, _ = config_from_args(args)
+        config.start_method = "fork"
+        return config, work, ()
+
+    torchrun.config_from_args = forking
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def launched(config, work, *flags, machines=1):
+    """
+    Calls `work` in each process that `accelerate launch` starts by a config of scripts/accelerate/, with flags for what shall be other
+    than there. Machines are processes of this one, each with a launcher.
+    """
+    file = Path(__file__).parents[1] / "scripts" / "accelerate" / f"{config}.yaml"
+    address = ["--main_process_ip", "localhost", "--main_process_port", f"{free_port()}", "--num_machines", f"{machines}"]
+
+    def launch(machine):
+        def run(report):
+            forks_for_a_script(work)
+            rank = ["--machine_rank", f"{machine}"]
+            launch_command(
+                launch_command_parser().parse_args(["--config_file", f"{file}", *address, *rank, *flags, "train.py"])
+            )
+
+        return run
+
+    started = [start_process(launch(machine)) for machine in range(machines)]
+    ended = [end_process(*process) for process in started]
+    assert all(status == 0 for status, _ in ended), "\n".join(report for _, report in ended)
 
 
 @functools.cache

@@ -1,8 +1,6 @@
 """Runs every scenario of test_tensor_parallel.py with a tiny Llama whose weights processes share, and saves what was seen."""
 
 import os
-import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -104,8 +102,3 @@ def main_of_four(model, directory):
         results[f"placements {name}"] = {str(weight.placements) for weight in trainer.model.parameters()}
     torch.save(results, directory / f"rank{dist.get_rank()}.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(*map(Path, sys.argv[1:]))

@@ -3,15 +3,18 @@
 import pytest
 import torch
 from fsdp_worker import SCENARIOS, main, result, run, seen_of
-from processes import in_ranks
+from processes import in_ranks, launched
 from toys import tiny_gpt2
 
 
 @pytest.fixture(scope="module", params=[1, 2])
 def ranks(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp(f"fsdp{request.param}")
-    results = in_ranks(lambda rank, report: main(directory), request.param)
-    assert results == [(0, "")] * request.param, results
+    if request.param == 1:
+        results = in_ranks(lambda rank, report: main(directory), 1)
+        assert results == [(0, "")], results
+    else:
+        launched("fsdp2", lambda: main(directory), "--num_processes", "2", "--mixed_precision", "no")
     return [torch.load(directory / f"rank{i}.pt", weights_only=True) for i in range(request.param)]
 
 
@@ -56,8 +59,12 @@ def test_scenarios_differ(whole):
 
 
 def test_policies_reach_the_shards(ranks):
-    float32, half = (None, "OffloadPolicy"), (torch.bfloat16, "OffloadPolicy")
-    expected = {"sam": float32, "offloaded": (None, "CPUOffloadPolicy"), "bf16 policy": half}
+    expected = {
+        "sam": (None, "OffloadPolicy", True),
+        "not resharded": (None, "OffloadPolicy", False),
+        "offloaded": (None, "CPUOffloadPolicy", True),
+        "bf16 policy": (torch.bfloat16, "OffloadPolicy", True),
+    }
     for name, policy in expected.items():
         assert set(ranks[0][name]["policies"]) == {policy}, name
 

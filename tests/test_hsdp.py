@@ -4,14 +4,14 @@ import pytest
 import torch
 from fsdp_worker import result, run
 from hsdp_worker import SCENARIOS, main, measured, vectors
-from processes import in_ranks
+from processes import launched
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     directory = tmp_path_factory.mktemp("hsdp")
-    results = in_ranks(lambda rank, report: main(directory), 4)
-    assert results == [(0, "")] * 4, results
+    fewer = ("--num_processes", "4", "--parallelism_config_dp_shard_size", "2", "--mixed_precision", "no")
+    launched("hsdp", lambda: main(directory), *fewer, machines=2)
     return [torch.load(directory / f"rank{i}.pt", weights_only=True) for i in range(4)]
 
 

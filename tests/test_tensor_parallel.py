@@ -3,20 +3,12 @@ Tensor parallelism: two gloo processes that share the weights of one model equal
 share FSDP2's shards of these parts.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from fsdp_worker import result
 from processes import in_ranks
-from tensor_parallel_worker import LAYOUTS, SCENARIOS, main_of_four, run, save_model
+from tensor_parallel_worker import LAYOUTS, SCENARIOS, main, main_of_four, run, save_model
 from transformers.distributed import DistributedConfig
-
-
-TESTS = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +21,8 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ranks(model, tmp_path_factory):
     directory = tmp_path_factory.mktemp("shared")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    command = [sys.executable, *launcher, str(TESTS / "tensor_parallel_worker.py"), str(model), str(directory)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-5000:]
+    results = in_ranks(lambda rank, report: main(model, directory))
+    assert results == [(0, "")] * 2, results
     return [torch.load(directory / f"rank{i}.pt", weights_only=True) for i in range(2)]
 
 
