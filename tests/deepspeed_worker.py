@@ -278,19 +278,14 @@ def interrupted(directory, stage):
     return {"said": said, "masters": masters}
 
 
-def launched(directory):
+CONFIGURED = {"rho": 0.3, "alpha": 1.5, "max_steps": 2, "train_sampling_strategy": "sequential"}
+
+
+def configured(directory):
     """A training that `accelerate launch` and a config in scripts/accelerate/ have set up, without a word about DeepSpeed in it."""
     pretend_that_accelerate_knows_deepspeed_on_cpus()
-    settings = {
-        "rho": 0.3,
-        "alpha": 1.5,
-        "max_steps": 2,
-        "bf16": True,
-        "use_cpu": False,
-        "save_strategy": "steps",
-        "save_steps": 2,
-    }
-    data = Tokens(16)
+    settings = {**CONFIGURED, "bf16": True, "use_cpu": False, "save_strategy": "steps", "save_steps": 2}
+    data = Tokens(32)
     trainer = XSAMTrainer(tiny_gpt2(layers=1), arguments(directory, **settings), train_dataset=data, eval_dataset=data)
     trainer.train()
     trainer.evaluate()
@@ -299,8 +294,3 @@ def launched(directory):
     if dist.get_rank() == 0:
         torch.save(found, directory / "found.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    launched(Path(sys.argv[1]))

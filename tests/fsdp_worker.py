@@ -42,7 +42,7 @@ POLICIES = {
 
 def run(directory, name, batch, resume=None, **changes):
     """One training of a tiny GPT-2; sharded if this process has a rank, as a config of accelerate says if there is one."""
-    if "RANK" in os.environ and "ACCELERATE_USE_FSDP" not in os.environ:
+    if "RANK" in os.environ and "FSDP_VERSION" not in os.environ:
         config = {
             "version": 2,
             "transformer_layer_cls_to_wrap": ["GPT2Block"],
@@ -71,17 +71,13 @@ def result(trainer):
 
 
 def note_policies():
-    """What accelerate tells PyTorch of the shards' dtype and place, as a list that grows with each sharded module."""
+    """What accelerate tells PyTorch of the shards' dtype and place and of resharding, as a list that grows with each sharded module."""
     original, policies = fsdp.fully_shard, []
 
     def fully_shard(*args, **kwargs):
-        policies.append(
-            (
-                kwargs["mp_policy"].param_dtype,
-                type(kwargs["offload_policy"]).__name__,
-                kwargs["reshard_after_forward"],
-            )
-        )
+        # The last module is never resharded, and of the whole model nothing is said.
+        resharded = kwargs.get("reshard_after_forward", False)
+        policies.append((kwargs["mp_policy"].param_dtype, type(kwargs["offload_policy"]).__name__, resharded))
         return original(*args, **kwargs)
 
     fsdp.fully_shard = fully_shard
@@ -131,6 +127,13 @@ def count_reductions():
 
     geometry.dist = SimpleNamespace(all_reduce=all_reduce)
     return reductions
+
+
+def main_of_one(directory, name):
+    pretend_that_accelerate_shards_on_cpu()
+    found = result(run(directory, name, 16 // int(os.environ["WORLD_SIZE"])))
+    torch.save(found, directory / f"rank{dist.get_rank()}.pt")
+    dist.destroy_process_group()
 
 
 def main(directory):

@@ -90,13 +90,29 @@ def forks_for_a_script(work):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def under_torchrun(work, number=2):
+    def run(report):
+        forks_for_a_script(work)
+        torchrun.run(torchrun.parse_args(["--nproc_per_node", f"{number}", "--standalone", "train.py"]))
+
+    status, report = in_process(run)
+    assert status == 0, report
+
+
 def launched(config, work, *flags, machines=1):
     """
     Calls `work` in each process that `accelerate launch` starts by a config of scripts/accelerate/, with flags for what shall be other
     than there. Machines are processes of this one, each with a launcher.
     """
     file = Path(__file__).parents[1] / "scripts" / "accelerate" / f"{config}.yaml"
-    address = ["--main_process_ip", "localhost", "--main_process_port", f"{free_port()}", "--num_machines", f"{machines}"]
+    address = [
+        "--main_process_ip",
+        "localhost",
+        "--main_process_port",
+        f"{free_port()}",
+        "--num_machines",
+        f"{machines}",
+    ]
 
     def launch(machine):
         def run(report):

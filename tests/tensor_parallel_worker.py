@@ -95,8 +95,11 @@ def main(model, directory):
 def main_of_four(model, directory):
     ParallelismConfig._validate_accelerator = lambda self, accelerator: None
     dist.init_process_group("gloo")
-    results = {}
+    sizes = ParallelismConfig()  # as a script of a reader's would take them from accelerate's config
+    sizes = {"tp_size": sizes.tp_size, "fsdp_size": sizes.dp_shard_size}
+    results = {"sizes": sizes}
     for name, layout in LAYOUTS.items():
+        os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] = str(layout == sizes)
         trainer = run(model, directory, name, layout, max_steps=2)
         results[name] = result(trainer)
         results[f"placements {name}"] = {str(weight.placements) for weight in trainer.model.parameters()}

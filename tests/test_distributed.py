@@ -1,4 +1,4 @@
-"""Two real gloo processes, started by `accelerate launch` and by `torchrun`, against one process with the same batch."""
+"""Two real gloo processes, started by `accelerate launch` with a config and by `torchrun`, against one process with the same batch."""
 
 import os
 import subprocess
@@ -7,20 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_worker import COMMON, SCENARIOS, FirstPoints, Stream, data
+from distributed_worker import COMMON, SCENARIOS, FirstPoints, Stream, data, main
+from processes import under_torchrun
 from toys import Classifier, Points, train, weights_of
 
 from xsam_hf import XSAMTrainer
 
 
 TESTS = Path(__file__).parent
-LAUNCHERS = {
-    "accelerate": [
-        *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
-        *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
-    ],
-    "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"],
-}
+ACCELERATE = [
+    *("-m", "accelerate.commands.launch", "--config_file", str(TESTS.parent / "scripts" / "accelerate" / "ddp.yaml")),
+    *("--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"),
+]
 # 2 processes × 8 = 1 × 16, for every scenario that promises so.
 SAME = {
     "xsam": {"per_device_train_batch_size": 16},
@@ -73,13 +71,17 @@ SAME_DATA = {
 }
 
 
-@pytest.fixture(scope="module", params=LAUNCHERS)
+# The one start in the tests of all that a user's command starts; the others spare the imports.
+@pytest.fixture(scope="module", params=["accelerate", "torchrun"])
 def ranks(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp(request.param)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
-    command = [sys.executable, *LAUNCHERS[request.param], str(TESTS / "distributed_worker.py"), str(directory)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-5000:]
+    if request.param == "accelerate":
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
+        command = [sys.executable, *ACCELERATE, str(TESTS / "distributed_worker.py"), str(directory)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-5000:]
+    else:
+        under_torchrun(lambda: main(directory))
     return directory, [torch.load(directory / f"rank{i}.pt", weights_only=True) for i in range(2)]
 
 

@@ -191,18 +191,20 @@ def test_migrating_gives_the_gradient_of_the_other_sam(adaptive):
                 "PARALLELISM_CONFIG_DP_SHARD_SIZE": "8",
             },
         ),
+        ("tp_fsdp2", 8, {"PARALLELISM_CONFIG_TP_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "4"}),
     ],
 )
 def test_accelerate_takes_the_configs(name, processes, expected):
     file = str(SCRIPTS / "accelerate" / f"{name}.yaml")
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", file, "train.py"]))
     environment = prepare_multi_gpu_env(args)
-    assert args.num_processes == processes and args.multi_gpu == (name == "ddp") and args.use_fsdp == (name != "ddp")
+    replicated = name in ("ddp", "tp_fsdp2")
+    assert args.num_processes == processes and args.multi_gpu == replicated and args.use_fsdp != replicated
     assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16" and expected.items() <= environment.items()
-    assert ("PARALLELISM_CONFIG_DP_SHARD_SIZE" in environment) == (name == "hsdp")
+    assert ("PARALLELISM_CONFIG_DP_SHARD_SIZE" in environment) == (name in ("hsdp", "tp_fsdp2"))
 
 
 def test_every_config_is_tested_and_told_of():
     names = {file.stem for file in (SCRIPTS / "accelerate").glob("*.yaml")}
-    assert names == {"ddp", "fsdp2", "fsdp2_64_gpus", "hsdp", "zero2", "zero3"}
+    assert names == {"ddp", "fsdp2", "fsdp2_64_gpus", "hsdp", "tp_fsdp2", "zero2", "zero3"}
     assert all(f"../scripts/accelerate/{name}.yaml" in read("several_gpus") for name in names)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fsdp_worker import SCENARIOS, main, result, run, seen_of
+from fsdp_worker import SCENARIOS, main, main_of_one, result, run, seen_of
 from processes import in_ranks, launched
 from toys import tiny_gpt2
 
@@ -49,6 +49,14 @@ def test_shards_equal_whole_weights(ranks, whole, name):
         assert torch.equal(other[name]["weights"], ranks[0][name]["weights"])
 
 
+def test_two_machines_equal_whole_weights(whole, tmp_path):
+    two = ("--num_processes", "2", "--mixed_precision", "no")
+    launched("fsdp2_64_gpus", lambda: main_of_one(tmp_path, "xsam"), *two, machines=2)
+    one, other = (torch.load(tmp_path / f"rank{i}.pt", weights_only=True) for i in range(2))
+    assert one["sharded"] and torch.equal(one["weights"], other["weights"])
+    assert (one["weights"] - whole("xsam")["weights"]).abs().max() <= 1e-5
+
+
 def test_scenarios_differ(whole):
     found = {
         name: whole(name)["weights"]
@@ -60,13 +68,15 @@ def test_scenarios_differ(whole):
 
 def test_policies_reach_the_shards(ranks):
     expected = {
-        "sam": (None, "OffloadPolicy", True),
-        "not resharded": (None, "OffloadPolicy", False),
-        "offloaded": (None, "CPUOffloadPolicy", True),
-        "bf16 policy": (torch.bfloat16, "OffloadPolicy", True),
+        "sam": (None, "OffloadPolicy"),
+        "not resharded": (None, "OffloadPolicy"),
+        "offloaded": (None, "CPUOffloadPolicy"),
+        "bf16 policy": (torch.bfloat16, "OffloadPolicy"),
     }
     for name, policy in expected.items():
-        assert set(ranks[0][name]["policies"]) == {policy}, name
+        seen = ranks[0][name]["policies"]
+        assert {tuple(of_a_module[:2]) for of_a_module in seen} == {policy}, name
+        assert any(of_a_module[2] for of_a_module in seen) == (name != "not resharded"), name
 
 
 def test_a_policy_in_half_precision_is_near_whole_weights_in_float32(ranks, whole):
