@@ -41,8 +41,8 @@ POLICIES = {
 
 
 def run(directory, name, batch, resume=None, **changes):
-    """One training of a tiny GPT-2; sharded if this process has a rank, as a config of accelerate says if there is one."""
-    if "RANK" in os.environ and "FSDP_VERSION" not in os.environ:
+    """One training of a tiny GPT-2; sharded if this process has a rank, as the launcher's config says if one has started it."""
+    if "RANK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
         config = {
             "version": 2,
             "transformer_layer_cls_to_wrap": ["GPT2Block"],
