@@ -1330,7 +1330,7 @@ def test_results_md_says_what_results_do():
 
 def test_readme_says_what_results_do():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    settings = {setting: summary.named(rows) for setting, rows in summary.rows_of_settings().items()}
+    settings = summary.images(summary.results())
     digits = settings["digits-noise"]
     said = [table.paired_difference(digits["xsam"], digits["sam"])]
     table_of = ("sam", "xsam", "fraction.1", "stale-sam")
