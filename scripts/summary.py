@@ -28,6 +28,7 @@ from scripts.table import (
 )
 from tasks.command import Parser, run
 from tasks.files import write_whole
+from tasks.image_classification.corruptions import GROUPS
 from xsam_hf.analysis import svg
 
 
@@ -137,6 +138,36 @@ def section(setting: str, results: Mapping[str, Sequence[dict]]) -> str:
     return "\n\n".join(parts)
 
 
+def corruption_section(setting: str, results: Mapping[str, Sequence[dict]]) -> str | None:
+    """How the models of a setting score on corrupted test images, where they were asked."""
+    scored = {name: [run for run in runs if "corruptions" in run] for name, runs in results.items()}
+    scored = {name: runs for name, runs in scored.items() if runs}
+    if not scored:
+        return None
+
+    def rows(group: str) -> dict[str, Row]:
+        as_test = {
+            name: [run | {"metrics": {"test": {"accuracy": run["corruptions"]["groups"][group]}}} for run in runs]
+            for name, runs in scored.items()
+        }
+        return named(make_rows(as_test, "accuracy"))
+
+    by_group = {group: rows(group) for group in (*GROUPS, "corrupted")}
+    corrupted = by_group["corrupted"]
+    baselines = [name for name in BASELINES if name in corrupted]
+    cells = [["method", *by_group, *(f"corrupted, minus {name}" for name in baselines), "seeds"]]
+    for name, row in corrupted.items():
+        means = [f"{of[name].mean:.2f}" for of in by_group.values()]
+        differences = [paired_difference(row, corrupted[other]) if other != name else None for other in baselines]
+        cells.append([name, *means, *map(format_difference, differences), str(len(row.values))])
+    facts = next(iter(scored.values()))[0]["corruptions"]
+    return (
+        f"### {study.SETTINGS[setting].short}: corrupted test images (the paper's table 15)\n\n"
+        f"The study's models on {facts['test_examples']} test images with 19 corruptions at five severities, made by {facts['made_by']}: "
+        f"ImageNet-C's severities, which are not CIFAR-C's.\n\n{to_markdown(cells)}"
+    )
+
+
 def sweep_section(name: str, results: Mapping[str, Sequence[dict]]) -> str:
     """One sweep: what is varied, and its table beside the methods that are varied."""
     of = sweep.SWEEPS[name]
@@ -175,6 +206,7 @@ def summary() -> str:
     sections = [section(setting, of) for setting, of in found.items()]
     if rounded := buried.results_in(ROOT / "results"):
         sections.append(buried.section(rounded, study.results(buried.FLOAT32)))
+    sections += [text for setting, of in found.items() if (text := corruption_section(setting, of))]
     sections += [sweep_section(name, of) for name in sweep.SWEEPS if (of := sweep.results(name))]
     if costs := epoch_cost.section():
         sections.append(f"{COSTS}\n\n{costs}")
