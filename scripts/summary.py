@@ -163,8 +163,9 @@ def corruption_section(setting: str, results: Mapping[str, Sequence[dict]]) -> s
     facts = next(iter(scored.values()))[0]["corruptions"]
     return (
         f"### {study.SETTINGS[setting].short}: corrupted test images (the paper's table 15)\n\n"
-        f"The study's models on {facts['test_examples']} test images with 19 corruptions at five severities, made by {facts['made_by']}: "
-        f"ImageNet-C's severities, which are not CIFAR-C's.\n\n{to_markdown(cells)}"
+        f"`python -m tasks.image_classification.corruptions runs/{setting}/*/seed-* --data_dir DATA/{setting} --made "
+        f"--test_examples {facts['test_examples']}`; [results/{setting}.json](results/{setting}.json). 19 corruptions at five severities, "
+        f"ImageNet-C's and not CIFAR-C's, made by {facts['made_by']}.\n\n{to_markdown(cells)}"
     )
 
 
