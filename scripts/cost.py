@@ -44,7 +44,7 @@ def cost(setting: Setting, args: Any, task: Any, processes: int = 1, test: int =
     """
     examples = getattr(task, "train_examples", None) or setting.examples
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
-    epoch = setting.updates or math.ceil(examples / batch)
+    epoch = math.ceil((setting.updates or setting.examples / batch) * examples / setting.examples)
     updates = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
     if args.rho == 0:
         return Cost(updates, updates, 0, _evaluations(args, task, test, updates / epoch, batch))

@@ -60,11 +60,11 @@ def _sign(row: Row, reference: Row) -> int:
 
 def main(argv: Sequence[str]) -> None:
     Parser(description=__doc__).parse_args(argv)
-    rhos = study.chosen(SETTING)
+    of, rhos = study.SETTINGS[SETTING], study.chosen(SETTING)
     runs = [
         Run(
-            study.TASK,
-            study.SETTINGS[SETTING].recipe,
+            of.task,
+            of.recipe,
             "demo",
             name,
             seed,

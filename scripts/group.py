@@ -21,6 +21,7 @@ class FinishedRun:
     result: dict
     history: list[dict]
     searches: list[dict]
+    corruptions: dict  # how it scores on corrupted test images; empty if it was not asked
 
     @classmethod
     def load(cls, folder: Path) -> FinishedRun:
@@ -31,6 +32,7 @@ class FinishedRun:
             `ValueError`: one of them is damaged, or the result is of another seed than its folder.
         """
         state, searches = folder / "trainer_state.json", folder / "xsam_search.jsonl"
+        corruptions = folder / "corruptions.json"
         request = _read(folder / "request.json", lambda found: (list(found["command"]), str(found["recipe"])))
         result = _read(folder / "result.json", _check_result)
         if f"seed-{result['seed']}" != folder.name:
@@ -41,6 +43,9 @@ class FinishedRun:
             result=result,
             history=_read(state, lambda found: list(found["log_history"])) if state.exists() else [],
             searches=_read(searches, list, lines=True) if searches.exists() else [],
+            corruptions=_read(corruptions, lambda found: {**found, "groups": dict(found["groups"])})
+            if corruptions.exists()
+            else {},
         )
 
     @property

@@ -268,7 +268,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--settings", nargs="+", choices=SETTINGS, metavar="SETTING", help="some of the table's; default: all"
     )
-    parser.add_argument("--examples", type=int, help="train on so many images; default: all")
+    parser.add_argument("--examples", type=int, help="train on so many images, or pairs of sentences; default: all")
     parser.add_argument("--epochs", type=float, help="instead of the recipe's")
     parser.add_argument("--flags", default="", help='for all runs, such as --flags="--bf16 true"')
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; with more than one, each has one thread")
@@ -301,10 +301,6 @@ def main(argv: Sequence[str]) -> None:
                 f"--processes is {options.processes}, and {name} has batches of {batch}, which do not divide so: give another number."
             )
     found = cells(table, options)
-    if options.examples is not None and any(SETTINGS[cell.setting].task == "translation" for cell in found):
-        raise ValueError(
-            "--examples is for images, and iwslt14-transformer takes all sentences: leave it out, or choose --settings."
-        )
     if options.dry_run:
         print(plan(once(found), options.processes))
     else:

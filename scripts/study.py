@@ -4,7 +4,7 @@ Where climbing pays: trains one setting with all methods of the study, each with
     scripts/run study digits-noise --jobs 2     # writes results/digits-noise-tuning.json and results/digits-noise.json
     scripts/run study digits-noise --methods base base-2x sam xsam --seeds 0 1 2
 
-`rho` is chosen by validation accuracy on seeds that no table shows: three values, each √2 times the one before, and more of them as
+`rho` is chosen by the validation score on seeds that no table shows: three values, each √2 times the one before, and more of them as
 long as the best one stands at an end, or none trains. Call it again after a failure or an interruption: finished runs are kept.
 """
 
@@ -22,7 +22,6 @@ from tasks import recipes
 from tasks.command import Parser, run
 
 
-TASK = "image_classification"
 QUICK = "--eval_strategy no"
 MOST_VALUES = 8  # of rho: where climbing does not pay, the best is always the shortest
 
@@ -66,13 +65,15 @@ ORDER = ("base", "base-2x", "base, best epoch", "base-2x, best epoch", *list(MET
 class Setting:
     """
     Args:
-        recipe (`str`): of the image task.
+        recipe (`str`): of the task.
         short, title (`str`): for the head of a column, and of a table.
         flags (`str`): for all runs.
         base_flags (`str`): for the runs of `base` and `base-2x`, whose best epoch is looked for.
         seeds (`int`): how many.
         tuning_seeds (`Sequence[int]`): those that `rho` is chosen by.
-        classes (`int`): of the data set.
+        task (`str`): a folder of tasks/.
+        metrics (`Sequence[str]`): the scores that tables show; `rho` is chosen by the first.
+        chance (`float`): what a guess scores.
         earlier (`str`, *optional*): a file of results/ with an older study of the same recipe, whose methods have the task's names.
     """
 
@@ -83,7 +84,9 @@ class Setting:
     base_flags: str = ""
     seeds: int = 10
     tuning_seeds: Sequence[int] = (100, 101)
-    classes: int = 10
+    task: str = "image_classification"
+    metrics: Sequence[str] = ("accuracy",)
+    chance: float = 0.1
     earlier: str | None = None
 
 
@@ -125,7 +128,15 @@ SETTINGS = {
         "CIFAR-100, 1,000 images, right labels, residual CNN, SGD",
         seeds=5,
         tuning_seeds=(100,),
-        classes=100,
+        chance=0.01,
+    ),
+    "cifar100-vit": Setting(
+        "cifar100-vit-small",
+        "CIFAR-100, ViT",
+        "CIFAR-100, 1,000 images, right labels, small ViT, AdamW",
+        seeds=3,
+        tuning_seeds=(100,),
+        chance=0.01,
     ),
     "fashion-noise-vit": Setting(
         "fashion-mnist-noise-vit-small",
@@ -153,7 +164,8 @@ def flags(setting: str, method: str, rho: float | None, share: float = 1.0, more
 
 
 def recipe(setting: str) -> dict:
-    return recipes.read(ROOT / "tasks" / TASK / "recipes" / f"{SETTINGS[setting].recipe}.yaml")
+    of = SETTINGS[setting]
+    return recipes.read(ROOT / "tasks" / of.task / "recipes" / f"{of.recipe}.yaml")
 
 
 def grid(start: float, first: int, last: int) -> list[float]:
@@ -164,7 +176,7 @@ def grid(start: float, first: int, last: int) -> list[float]:
 def extend(first: int, last: int, scores: Sequence[float], chance: float) -> tuple[int, int]:
     """
     The ends of the grid, moved on by one where the best score stands at one; of equal scores the shorter `rho`'s counts. To a shorter one
-    too where none trains: no score is twice what a guess has by `chance`.
+    too where none trains: no score reaches twice `chance`, a guess's.
     """
     best = first + scores.index(max(scores))
     if last - first + 1 < MOST_VALUES:
@@ -184,31 +196,31 @@ def results(setting: str) -> dict[str, list[dict]]:
     path = ROOT / "results" / f"{setting}.json"
     if path.is_file():
         found.update(read(path))
-    check_metric(found, "accuracy", "test")
+    check_metric(found, of.metrics[0], "test")
     return {method: found[method] for method in METHODS if method in found}
 
 
 def tuning(setting: str) -> dict[str, dict[float, list[float]]]:
     """
-    What the tuning gave: the validation accuracies of the seeds for each `rho`, by method.
+    What the tuning gave: the validation scores of the seeds for each `rho`, by method.
 
     Raises:
         `ValueError`: the setting has not been tuned.
     """
-    earlier = SETTINGS[setting].earlier
+    earlier, score = SETTINGS[setting].earlier, SETTINGS[setting].metrics[0]
     files = [ROOT / "results" / f"{name}-tuning.json" for name in (earlier, setting) if name is not None]
     if not any(file.is_file() for file in files):
         raise ValueError(f"There is no {files[-1].relative_to(ROOT)}: scripts/run study {setting} makes it.")
     found: dict[str, dict[float, list[float]]] = {}
     for file in filter(Path.is_file, files):
         results = read(file)
-        check_metric(results, "accuracy", "validation")
+        check_metric(results, score, "validation")
         for name, runs in results.items():
             # The older studies' names are the task's, with numbers after them.
             method = name.rpartition("-rho-")[0] or runs[0]["method"]
             if method in METHODS:
                 scores = found.setdefault(method, {})
-                scores[runs[0]["arguments"]["rho"]] = [run["metrics"]["validation"]["accuracy"] for run in runs]
+                scores[runs[0]["arguments"]["rho"]] = [run["metrics"]["validation"][score] for run in runs]
     return {method: dict(sorted(scores.items())) for method, scores in found.items()}
 
 
@@ -225,13 +237,14 @@ def chosen(setting: str) -> dict[str, float]:
 def tune(setting: str, method: str, jobs: int, more: str = "") -> None:
     """Trains until the best `rho` stands inside its grid; `more` are flags for all runs."""
     of, start = SETTINGS[setting], METHODS[method].stretch * recipe(setting)["rho"]
+    score = of.metrics[0]
     ends, before = (-1, 1), None
     while ends != before:
         before = ends
         runs = {
             rho: [
                 Run(
-                    TASK,
+                    of.task,
                     of.recipe,
                     f"{setting}-tuning",
                     f"{method}-rho-{rho:g}",
@@ -247,12 +260,11 @@ def tune(setting: str, method: str, jobs: int, more: str = "") -> None:
             f"{method}-rho-{rho:g}": [FinishedRun.load(ROOT / run.folder).result for run in seeds]
             for rho, seeds in runs.items()
         }
-        check_metric(found, "accuracy", "validation")
+        check_metric(found, score, "validation")
         scores = [
-            statistics.mean(result["metrics"]["validation"]["accuracy"] for result in results)
-            for results in found.values()
+            statistics.mean(result["metrics"]["validation"][score] for result in results) for results in found.values()
         ]
-        ends = extend(*ends, scores, 1 / of.classes)
+        ends = extend(*ends, scores, of.chance)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -284,7 +296,7 @@ def main(argv: Sequence[str]) -> None:
         run_or_exit(
             [
                 Run(
-                    TASK,
+                    of.task,
                     of.recipe,
                     args.setting,
                     method,

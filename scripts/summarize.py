@@ -71,7 +71,11 @@ def collect(group: Path) -> tuple[dict, dict[str, list[dict]]]:
     if unfinished:
         print(f"Not finished, and so left out: {', '.join(unfinished)}.\n")
     results = {
-        name: [without_secrets({"name": name, "command": r.command, **r.result}) for r in seeds]
+        name: [
+            without_secrets({"name": name, "command": r.command, **r.result})
+            | ({"corruptions": r.corruptions} if r.corruptions else {})
+            for r in seeds
+        ]
         for name, seeds in found.items()
     }
     runs = [result for seeds in results.values() for result in seeds]

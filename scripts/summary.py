@@ -28,6 +28,7 @@ from scripts.table import (
 )
 from tasks.command import Parser, run
 from tasks.files import write_whole
+from tasks.image_classification.corruptions import GROUPS
 from xsam_hf.analysis import svg
 
 
@@ -120,50 +121,94 @@ def describe_tuning(setting: str) -> str:
     return "; ".join(parts)
 
 
-def section(setting: str, rows: Sequence[Row]) -> str:
-    """One setting: what it is, its table, its `rho`s."""
+def section(setting: str, results: Mapping[str, Sequence[dict]]) -> str:
+    """One setting: what it is, its `rho`s, and a table for each of its scores."""
     of = study.SETTINGS[setting]
-    names = [row.name for row in rows]
     files = [name for name in (of.earlier, setting) if name and (ROOT / "results" / f"{name}.json").is_file()]
     links = " and ".join(f"[results/{name}.json](results/{name}.json)" for name in files)
     tunings = " and ".join(f"[results/{name}-tuning.json](results/{name}-tuning.json)" for name in files)
-    table = to_markdown(make_cells(rows, "accuracy", [name for name in BASELINES if name in names], seconds=False))
+    parts = [
+        f"### {of.title}\n\n`scripts/run study {setting}`; {links}. `rho` by validation {of.metrics[0]} ({tunings}): "
+        f"{describe_tuning(setting)}."
+    ]
+    for metric in of.metrics:
+        rows = make_rows(results, metric)
+        baselines = [name for name in BASELINES if name in named(rows)]
+        parts.append(to_markdown(make_cells(rows, metric, baselines, seconds=False)))
+    return "\n\n".join(parts)
+
+
+def corruption_section(setting: str, results: Mapping[str, Sequence[dict]]) -> str | None:
+    """How the models of a setting score on corrupted test images, where they were asked."""
+    scored = {name: [run for run in runs if "corruptions" in run] for name, runs in results.items()}
+    scored = {name: runs for name, runs in scored.items() if runs}
+    if not scored:
+        return None
+
+    def rows(group: str) -> dict[str, Row]:
+        as_test = {
+            name: [run | {"metrics": {"test": {"accuracy": run["corruptions"]["groups"][group]}}} for run in runs]
+            for name, runs in scored.items()
+        }
+        return named(make_rows(as_test, "accuracy"))
+
+    by_group = {group: rows(group) for group in (*GROUPS, "corrupted")}
+    corrupted = by_group["corrupted"]
+    baselines = [name for name in BASELINES if name in corrupted]
+    cells = [["method", *by_group, *(f"corrupted, minus {name}" for name in baselines), "seeds"]]
+    for name, row in corrupted.items():
+        means = [f"{of[name].mean:.2f}" for of in by_group.values()]
+        differences = [paired_difference(row, corrupted[other]) if other != name else None for other in baselines]
+        cells.append([name, *means, *map(format_difference, differences), str(len(row.values))])
+    facts = next(iter(scored.values()))[0]["corruptions"]
     return (
-        f"### {of.title}\n\n`scripts/run study {setting}`; {links}. `rho` by validation accuracy ({tunings}): "
-        f"{describe_tuning(setting)}.\n\n{table}"
+        f"### {study.SETTINGS[setting].short}: corrupted test images (the paper's table 15)\n\n"
+        f"`python -m tasks.image_classification.corruptions runs/{setting}/*/seed-* --data_dir DATA/{setting} --made "
+        f"--test_examples {facts['test_examples']}`; [results/{setting}.json](results/{setting}.json). 19 corruptions at five severities, "
+        f"ImageNet-C's and not CIFAR-C's, made by {facts['made_by']}.\n\n{to_markdown(cells)}"
     )
 
 
 def sweep_section(name: str, results: Mapping[str, Sequence[dict]]) -> str:
     """One sweep: what is varied, and its table beside the methods that are varied."""
     of = sweep.SWEEPS[name]
-    rows = make_rows(results, "accuracy")
-    table = to_markdown(make_cells(rows, "accuracy", of.baselines, seconds=False))
+    metric = study.SETTINGS[of.setting].metrics[0]
+    table = to_markdown(make_cells(make_rows(results, metric), metric, of.baselines, seconds=False))
     return (
         f"### {study.SETTINGS[of.setting].short}: {of.title}\n\n`scripts/run sweep {name}`; "
         f"[results/{name}.json](results/{name}.json). `rho` is the study's, and nothing else is tuned.\n\n{table}"
     )
 
 
-def rows_of_settings() -> dict[str, list[Row]]:
-    """The rows of each setting that has results."""
-    found = {setting: study.results(setting) for setting in study.SETTINGS}
-    return {setting: make_rows(results, "accuracy") for setting, results in found.items() if results}
-
-
 def named(rows: Sequence[Row]) -> dict[str, Row]:
     return {row.name: row for row in rows}
 
 
+def results() -> dict[str, dict[str, list[dict]]]:
+    """Those of each setting that has any."""
+    found = {setting: study.results(setting) for setting in study.SETTINGS}
+    return {setting: of for setting, of in found.items() if of}
+
+
+def images(found: Mapping[str, Mapping[str, Sequence[dict]]]) -> dict[str, dict[str, Row]]:
+    """Setting by setting, the rows of those that are scored by accuracy."""
+    return {
+        setting: named(make_rows(results, "accuracy"))
+        for setting, results in found.items()
+        if study.SETTINGS[setting].metrics[0] == "accuracy"
+    }
+
+
 def summary() -> str:
     """All of it, from the files of results/."""
-    settings = rows_of_settings()
-    table = overview({setting: named(rows) for setting, rows in settings.items()})
+    found = results()
+    table = overview(images(found))
     picture = "![Points above the base at equal passes, against passes](docs/gain.svg)"
-    sections = [section(setting, rows) for setting, rows in settings.items()]
+    sections = [section(setting, of) for setting, of in found.items()]
     if rounded := buried.results_in(ROOT / "results"):
         sections.append(buried.section(rounded, study.results(buried.FLOAT32)))
-    sections += [sweep_section(name, found) for name in sweep.SWEEPS if (found := sweep.results(name))]
+    sections += [text for setting, of in found.items() if (text := corruption_section(setting, of))]
+    sections += [sweep_section(name, of) for name in sweep.SWEEPS if (of := sweep.results(name))]
     if costs := epoch_cost.section():
         sections.append(f"{COSTS}\n\n{costs}")
     if seen := [text for setting in study.SETTINGS if (text := surfaces.section(setting))]:
@@ -191,9 +236,7 @@ def main(argv: Sequence[str]) -> None:
     if not args.check:
         write_whole(path, new)
         (ROOT / "docs").mkdir(exist_ok=True)
-        svg.save(
-            draw({setting: named(rows) for setting, rows in rows_of_settings().items()}), ROOT / "docs" / "gain.svg"
-        )
+        svg.save(draw(images(results())), ROOT / "docs" / "gain.svg")
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def main(argv: Sequence[str]) -> None:
         if name not in sweep.variants:
             parser.error(f"{args.sweep} has no variant {name}: choose among {', '.join(sweep.variants)}")
     variants = {name: of for name, of in sweep.variants.items() if args.variants is None or name in args.variants}
-    rhos, recipe = study.chosen(sweep.setting), study.SETTINGS[sweep.setting].recipe
+    rhos, of = study.chosen(sweep.setting), study.SETTINGS[sweep.setting]
     for method in sweep.baselines:
         if method not in rhos:
             raise ValueError(
@@ -130,7 +130,7 @@ def main(argv: Sequence[str]) -> None:
     for seed in range(sweep.seeds) if args.seeds is None else args.seeds:
         run_or_exit(
             [
-                Run(study.TASK, recipe, args.sweep, name, seed, flags(sweep, variant, rhos[variant.of], args.flags))
+                Run(of.task, of.recipe, args.sweep, name, seed, flags(sweep, variant, rhos[variant.of], args.flags))
                 for name, variant in variants.items()
             ],
             args.jobs,

@@ -51,7 +51,7 @@ class PretendedGPU(TorchDispatchMode):
 
     def begin(self) -> None:
         self.by_name, self.one_by_one = Counter(), Counter()
-        self.bytes = self.peak = 0
+        self.bytes = self.peak = self.held = 0
         self.alive: dict[StorageWeakRef, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -79,8 +79,11 @@ class PretendedGPU(TorchDispatchMode):
             self.bytes += sum(x.numel() * x.element_size() for x in (*read, *written) if isinstance(x, torch.Tensor))
         storages = [x.untyped_storage() for x in new if x.is_cuda]
         self.alive |= {StorageWeakRef(storage): storage.nbytes() for storage in storages}
-        self.alive = {ref: size for ref, size in self.alive.items() if not ref.expired()}
-        self.peak = max(self.peak, sum(self.alive.values()))
+        self.held += sum(storage.nbytes() for storage in storages)
+        if self.held > self.peak:  # or those that have gone since do not matter yet
+            self.alive = {ref: size for ref, size in self.alive.items() if not ref.expired()}
+            self.held = sum(self.alive.values())
+            self.peak = max(self.peak, self.held)
         return out
 
     def _kernels(self, name, args, given, results) -> int:

@@ -16,6 +16,10 @@ from accelerate.state import AcceleratorState
 from scripts.starter import Starter
 
 
+# Seconds after which a process hangs. Two of them, which take half a minute alone, took five beside eight busy ones.
+HUNG = 900
+
+
 def start_process(work):
     """Starts `work(report)` in a forked process; what it reports, its traceback included, can be read from a pipe."""
     reading, writing = os.pipe()
@@ -34,7 +38,7 @@ def start_process(work):
         os._exit(status)
 
 
-def end_process(child, reading, seconds=300):
+def end_process(child, reading, seconds=HUNG):
     """Its exit status, negative for a signal, and its report. One that hangs fails the test."""
     deadline = time.time() + seconds
     while not (ended := os.waitpid(child, os.WNOHANG))[0]:
@@ -59,7 +63,7 @@ def free_port():
         return free.getsockname()[1]
 
 
-def in_ranks(work, number=2, seconds=300):
+def in_ranks(work, number=2, seconds=HUNG):
     """The exit status and the report of `work(rank, report)` in each of some gloo processes."""
     port = free_port()
 

@@ -31,11 +31,19 @@ def test_the_groups_are_those_that_make_the_papers_overall_means():
 def test_groups_are_means_of_their_corruptions(tmp_path):
     write(tmp_path)
     # The level of a file's pixels is its number, 0 to 18.
-    found = corruptions.score(corruptions.stored("cifar10", tmp_path), lambda x, labels: float(x[0, 0, 0, 0]) / 18)
-    assert found["groups"] == pytest.approx(
-        {"noise": 1.5 / 18, "blur": 6 / 18, "weather": 10 / 18, "digital": 15 / 18, "corrupted": 0.5}
-    )
+    level = lambda x, labels: float(x[0, 0, 0, 0]) / 18  # noqa: E731
+    found, half = corruptions.score(corruptions.stored("cifar10", tmp_path), level, lambda *of: level(*of) / 2)
+    groups = {"noise": 1.5 / 18, "blur": 6 / 18, "weather": 10 / 18, "digital": 15 / 18, "corrupted": 0.5}
+    assert found["groups"] == pytest.approx(groups)
+    assert half["groups"] == pytest.approx({name: share / 2 for name, share in groups.items()})
     assert list(found["corruptions"]) == list(corruptions.NAMES)
+
+
+class Movable:
+    """A function in a model's place."""
+
+    def __init__(self, forward):
+        self.to = lambda device: forward
 
 
 class Fixed(nn.Module):
@@ -66,7 +74,7 @@ def test_a_finished_run_is_scored(tmp_path, name, capsys):
     x = torch.full((10, 3, 32, 32), 18, dtype=torch.uint8)
     expected = (model(x).logits.argmax(1) == torch.arange(10)).float().mean().item()
     assert found["corruptions"]["saturate"] == pytest.approx(expected) and found["made_by"] == "CIFAR-10-C"
-    assert capsys.readouterr().out.startswith("noise ")
+    assert capsys.readouterr().out.startswith(f"{run}: noise ")
 
 
 def test_images_are_corrupted_here_by_the_library_and_always_alike(monkeypatch):
@@ -88,6 +96,38 @@ def test_images_are_corrupted_here_by_the_library_and_always_alike(monkeypatch):
     monkeypatch.setitem(sys.modules, "imagecorruptions", None)
     with pytest.raises(ValueError, match="`--made` needs the package imagecorruptions-imaug"):
         next(corruptions.made(test))
+
+
+def test_several_runs_are_scored_on_images_that_are_made_once(tmp_path, monkeypatch):
+    made, pixels = [], np.repeat(np.arange(40, dtype=np.uint8), 32 * 32 * 3).reshape(40, 32, 32, 3)
+
+    def corrupt(image, severity=1, corruption_name=None, corruption_number=-1, **seeded):
+        made.append((int(image[0, 0, 0]), severity, corruption_name))
+        return image
+
+    monkeypatch.setitem(sys.modules, "imagecorruptions", types.SimpleNamespace(corrupt=corrupt))
+    monkeypatch.setattr(corruptions.archives, "read", lambda *of: (None, (pixels, np.arange(40) % 10)))
+    datasets = {"one": "cifar10", "other": "cifar10", "foreign": "cifar100"}
+    # Their logits are highest for class 0, and nowhere.
+    models = {"one": lambda x: x * 0 + torch.eye(10)[0], "other": lambda x: x * 0, "foreign": None}
+    model = lambda name: lambda pixel_values: type("Output", (), {"logits": models[name](pixel_values[:, 0, 0, :10])})  # noqa: E731
+    for name in datasets:
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(corruptions, "load", lambda folder: (Movable(model(folder.name)), datasets[folder.name]))
+    runs = [str(tmp_path / name) for name in ("one", "other")]
+    corruptions.main([*runs, "--data_dir", "DATA", "--made", "--test_examples", "20"])
+    assert len(made) == len(set(made)) == 19 * 5 * 20  # two of every class, drawn once
+    found = [json.loads((tmp_path / name / corruptions.FILE).read_text()) for name in ("one", "other")]
+    assert [of["groups"]["corrupted"] for of in found] == [pytest.approx(0.1), 0]
+    assert {of["test_examples"] for of in found} == {20} and {of["made_by"] for of in found} == {
+        "imagecorruptions-imaug"
+    }
+    with pytest.raises(ValueError, match="Some runs were trained on cifar10, and some on cifar100"):
+        corruptions.main([*runs, str(tmp_path / "foreign"), "--data_dir", "DATA", "--made"])
+    with pytest.raises(ValueError, match="`test_examples` is for `--made`"):
+        corruptions.main([*runs, "--data_dir", "DATA", "--test_examples", "20"])
+    with pytest.raises(ValueError, match="`test_examples` is 9: give 10 or more and fewer than the 40"):
+        corruptions.main([*runs, "--data_dir", "DATA", "--made", "--test_examples", "9"])
 
 
 def test_what_is_missing_is_named(tmp_path):

@@ -216,11 +216,11 @@ def test_hours_and_corruptions_are_the_same_trainings_in_other_units(root):
 
 
 def test_passes_are_counted_as_the_runs_make_them():
-    def counted(table, row, **changes):
-        chosen = options(settings=["cifar100-resnet-18"], **changes)
+    def counted(table, row, setting="cifar100-resnet-18", **changes):
+        chosen = options(settings=[setting], **changes)
         run = next(cell for cell in reproduce.cells(TABLES[table], chosen) if cell.row == row).runs[0]
         task, args = parsed(run)
-        return cost(SETTINGS["cifar100-resnet-18"], args, task)
+        return cost(SETTINGS[setting], args, task)
 
     # 400 updates an epoch; 10,000 test images are 80 batches of 125.
     assert counted("table-2", "SGD") == Cost(80_000, 80_000, 0, 16_000)
@@ -231,6 +231,9 @@ def test_passes_are_counted_as_the_runs_make_them():
     part = counted("table-2", "XSAM", examples=1000, epochs=2, flags="--test_examples 250")
     assert part == Cost(16, 32, 42, 4)
     assert part.hours((3600, 360)) == pytest.approx(32 + 4.6)
+    # 1,100 updates an epoch of 160,239 pairs.
+    assert counted("table-3", "SAM", "iwslt14-transformer", epochs=1).updates == 1100
+    assert counted("table-3", "SAM", "iwslt14-transformer", examples=16_024, epochs=2).updates == 2 * 111
 
 
 def test_several_processes_share_an_updates_batch(monkeypatch):
@@ -268,7 +271,6 @@ def test_runs_are_named_by_what_they_are_and_made_once():
         (["2", "--processes", "4"], "--processes is 4, and cifar10-vgg-11 has batches of 125, which do not divide so"),
         (["figure-3a"], "figure-3a is not made of trainings: python -m xsam_hf.analysis toy makes it"),
         (["2", "--settings", "cifar100-vit-ti"], "table-2 has no setting cifar100-vit-ti: it has cifar10-vgg-11"),
-        (["3", "--settings", "iwslt14-transformer", "--examples", "500"], "--examples is for images"),
         (["3"], "imagenet-resnet-50 needs a local copy of its data: give the folder that holds imagenet as --data"),
         (
             ["2", "--data", "tests"],

@@ -501,6 +501,7 @@ BAD_RUNS = {
         lambda f: (f / "xsam_search.jsonl").write_text('{"step": 1}\n{"st'),
         "xsam_search.jsonl is damaged",
     ),
+    "scores without groups": (lambda f: (f / "corruptions.json").write_text("{}"), "corruptions.json is damaged"),
 }
 
 
@@ -523,6 +524,15 @@ def test_a_result_that_run_seeds_did_not_make_is_told(root, capsys):
     (folder / "SAM" / "seed-1" / "request.json").unlink()
     summarize.main([str(folder)])
     assert "left out: SAM seed 1 (it has no request.json of run_seeds)" in capsys.readouterr().out
+
+
+def test_scores_on_corrupted_images_are_kept_with_their_run(root):
+    folder = finished(root, "SAM")
+    scores = {"made_by": "a library", "groups": {"noise": 0.5}}
+    (folder / "SAM" / "seed-1" / "corruptions.json").write_text(json.dumps(scores))
+    summarize.main([str(folder)])
+    runs = summarize.read(root / "results" / "group.json")["SAM"]
+    assert [run.get("corruptions") for run in runs] == [None, scores]
 
 
 def test_a_wrong_name_leaves_the_earlier_table(root):
@@ -1199,6 +1209,25 @@ def test_the_summary_is_paired_with_the_base_at_equal_passes(summarized):
     assert drawn.count("<!-- sam -->") == drawn.count("<!-- fraction.1 -->") == 1 and "<!-- base" not in drawn
 
 
+def test_corrupted_images_have_a_table_of_the_runs_that_were_scored_on_them(summarized):
+    file = summarized / "results" / "digits-noise.json"
+    kept = json.loads(file.read_text())
+    for run in kept["runs"]:
+        if run["name"] in ("base-2x", "sam") and run["seed"] < 2:
+            level = {"base-2x": 0.2, "sam": 0.3}[run["name"]] + 0.02 * run["seed"] * (run["name"] == "sam")
+            groups = {"noise": level, "blur": 0.5, "weather": 0.5, "digital": 0.5, "corrupted": level + 0.1}
+            run["corruptions"] = {"made_by": "a library", "test_examples": 500, "groups": groups}
+    file.write_text(json.dumps(kept))
+    summary.main([])
+    text = (summarized / "RESULTS.md").read_text().partition("### digits, CNN: corrupted test images")[2]
+    assert "--made --test_examples 500`; [results/digits-noise.json]" in text and "made by a library." in text
+    lines = [[part.strip() for part in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    assert lines[2:4] == [
+        ["base-2x", "20.00", "50.00", "50.00", "50.00", "30.00", "", "-11.00 ± 12.71", "2"],
+        ["sam", "31.00", "50.00", "50.00", "50.00", "41.00", "+11.00 ± 12.71", "", "2"],
+    ]
+
+
 @pytest.mark.parametrize("xsam, share", [((70, 75, 80), ""), ((74, 75, 77), " (100%)")])
 def test_a_share_is_of_a_gain_that_its_interval_tells_from_0(xsam, share):
     """4 ± 9.94, and 4.33 ± 1.43, which is SAM's gain too."""
@@ -1330,7 +1359,7 @@ def test_results_md_says_what_results_do():
 
 def test_readme_says_what_results_do():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    settings = {setting: summary.named(rows) for setting, rows in summary.rows_of_settings().items()}
+    settings = summary.images(summary.results())
     digits = settings["digits-noise"]
     said = [table.paired_difference(digits["xsam"], digits["sam"])]
     table_of = ("sam", "xsam", "fraction.1", "stale-sam")

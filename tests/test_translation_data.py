@@ -77,6 +77,39 @@ def test_raw_text_of_any_pair_is_tokenised_encoded_and_readable_again(tmp_path):
     assert Subwords.read(tmp_path / "saved" / "code")("grün") == corpus.subwords("grün")
 
 
+def test_a_part_of_the_training_pairs_is_spread_evenly_and_teaches_its_own_subwords(tmp_path):
+    rows = pairs(100)
+    write(tmp_path, "train", [*rows[:90], ("", "left out before the part is taken")])
+    write(tmp_path, "valid", rows[90:95])
+    write(tmp_path, "test", rows[95:])
+
+    def part(examples, folder=tmp_path, **more):
+        return load(DataArguments(dataset=str(folder), train_examples=examples, **more))
+
+    found = part(20, bpe_merges=20)
+    assert texts(found.splits["train"]) == [rows[i * 90 // 20] for i in range(20)]
+    assert [len(found.splits[name]) for name in ("validation", "test")] == [5, 5]
+    assert texts(part(90, bpe_merges=20).splits["train"]) == rows[:90]
+    whole = part(None, bpe_merges=20)
+    assert found.fingerprints["train"] != whole.fingerprints["train"]
+    assert found.target_vocabulary.counts != whole.target_vocabulary.counts
+    with pytest.raises(ValueError, match="`train_examples` is 91, and there are 90 training pairs: give 90 or fewer"):
+        part(91, bpe_merges=20)
+    with pytest.raises(ValueError, match="`train_examples` is 0: give 1 or more, or leave it out"):
+        part(0)
+
+    # Of prepared data the dictionaries stay as they are.
+    whole.save(tmp_path / "prepared", "de", "en")
+    for name, split in zip(("train", "valid", "test"), ("train", "validation", "test"), strict=True):
+        encoded = [
+            [whole.subwords(line) for line in whole.splits[split][f"{side}_tokens"]] for side in ("source", "target")
+        ]
+        write(tmp_path / "prepared", name, zip(*encoded, strict=True))
+    few = part(30, tmp_path / "prepared")
+    assert few.splits["train"]["labels"] == whole.splits["train"]["labels"][::3]
+    assert few.target_vocabulary.counts == whole.target_vocabulary.counts
+
+
 def test_train_alone_is_split(tmp_path):
     rows = pairs(100)
     write(tmp_path, "train", rows)

@@ -1,11 +1,11 @@
 """
-Scores a trained model on corrupted test images: CIFAR-10-C and CIFAR-100-C (Hendrycks & Dietterich 2019, arXiv:1903.12261).
+Scores trained models on corrupted test images: CIFAR-10-C and CIFAR-100-C (Hendrycks & Dietterich 2019, arXiv:1903.12261).
 
     python -m tasks.image_classification.corruptions runs/NAME/seed-0 --data_dir CIFAR-100-C
 
-Writes `corruptions.json` into the run's folder: the accuracy of each of the 19 corruptions over five severities, of the paper's four
-groups, and of all. With `--made`, the test images are corrupted here by the package imagecorruptions-imaug, with ImageNet-C's
-severities, which are not CIFAR-C's: such figures compare with each other only.
+Writes `corruptions.json` into each run's folder: the accuracy of each of the 19 corruptions over five severities, of the paper's four
+groups, and of all. With `--made`, the test images are corrupted here by the package imagecorruptions-imaug, once for all runs that are
+given, with ImageNet-C's severities, which are not CIFAR-C's: such figures compare with each other only.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tasks.command import Parser, run, sentence
 from tasks.files import write_whole
 from tasks.image_classification import archives, models, pixels
 from tasks.image_classification.catalogue import DATASETS
+from tasks.image_classification.data import equal_shares
 from tasks.runs import RESULT
 
 
@@ -107,11 +108,15 @@ def made(test: Images) -> Iterator[tuple[str, Images]]:
         yield name, (np.stack(images).astype(np.uint8), np.tile(labels, SEVERITIES))
 
 
-def score(corrupted: Iterator[tuple[str, Images]], right: Callable[[np.ndarray, np.ndarray], float]) -> dict:
-    """The accuracies of each corruption and of the groups; `corrupted` is the mean of all 19."""
-    found = {name: right(*of) for name, of in corrupted}
-    groups = {group: fmean(found[name] for name in names) for group, names in GROUPS.items()}
-    return {"groups": {**groups, "corrupted": fmean(found.values())}, "corruptions": found}
+def score(corrupted: Iterator[tuple[str, Images]], *rights: Callable[[np.ndarray, np.ndarray], float]) -> list[dict]:
+    """For each model, its accuracies on each corruption and on the groups; `corrupted` is the mean of all 19."""
+    found = [(name, [right(*of) for right in rights]) for name, of in corrupted]
+    results = []
+    for i in range(len(rights)):
+        shares = {name: of[i] for name, of in found}
+        groups = {group: fmean(shares[name] for name in names) for group, names in GROUPS.items()}
+        results.append({"groups": {**groups, "corrupted": fmean(shares.values())}, "corruptions": shares})
+    return results
 
 
 def accuracy(
@@ -156,25 +161,45 @@ def load(folder: Path) -> tuple[torch.nn.Module, str]:
 
 def main(argv: Sequence[str]) -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("run", type=Path, help="the folder of a finished run")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a finished run")
     parser.add_argument(
         "--data_dir", type=Path, help="CIFAR-10-C or CIFAR-100-C; with --made the data set's own folder"
     )
     parser.add_argument("--made", action="store_true", help="corrupt the test images here")
+    parser.add_argument(
+        "--test_examples",
+        type=int,
+        help="with --made: so many of them, with equal shares of every class; default: all",
+    )
     args = parser.parse_args(argv)
-    model, dataset = load(args.run)
+    trained, (dataset, *others) = zip(*map(load, args.runs), strict=True)
+    if other := next((name for name in others if name != dataset), None):
+        raise ValueError(f"Some runs were trained on {dataset}, and some on {other}: score them one after the other.")
     if args.data_dir is None:
         raise ValueError(
             "`data_dir` is missing: give the folder of the corrupted images, or with `--made` of the data set."
         )
-    images = made(archives.read(dataset, args.data_dir)[1]) if args.made else stored(dataset, args.data_dir)
+    if args.made:
+        x, labels = archives.read(dataset, args.data_dir)[1]
+        if args.test_examples is not None:
+            kept = equal_shares("test", args.test_examples, np.arange(len(labels)), labels, DATASETS[dataset])
+            x, labels = x[kept], labels[kept]
+        images = made((x, labels))
+    elif args.test_examples is None:
+        images = stored(dataset, args.data_dir)
+    else:
+        raise ValueError("`test_examples` is for `--made`: the files are scored as a whole.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = {
-        "made_by": "imagecorruptions-imaug" if args.made else FOLDERS[dataset],
-        **score(images, accuracy(model.to(device), device)),
-    }
-    write_whole(args.run / FILE, json.dumps(found, indent=2) + "\n")
-    print(" ".join(f"{name} {100 * value:.2f}" for name, value in found["groups"].items()))
+    facts = (
+        {"made_by": "imagecorruptions-imaug", "test_examples": len(labels)}
+        if args.made
+        else {"made_by": FOLDERS[dataset]}
+    )
+    for folder, found in zip(
+        args.runs, score(images, *(accuracy(model.to(device), device) for model in trained)), strict=True
+    ):
+        write_whole(folder / FILE, json.dumps({**facts, **found}, indent=2) + "\n")
+        print(f"{folder}: " + " ".join(f"{name} {100 * value:.2f}" for name, value in found["groups"].items()))
 
 
 if __name__ == "__main__":

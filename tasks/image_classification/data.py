@@ -218,9 +218,9 @@ def load(
                 f"`validation_share` is {validation_share}, of {len(y)} training images: {error}"
             ) from error
     if train_examples is not None:
-        rows = _part("train", train_examples, rows, y, images)
+        rows = equal_shares("train", train_examples, rows, y, images)
     if test_examples is not None:
-        kept = _part("test", test_examples, np.arange(len(test[1])), test[1], images)
+        kept = equal_shares("test", test_examples, np.arange(len(test[1])), test[1], images)
         test = test[0][kept], test[1][kept]
     labels = _with_noise(y[rows], label_noise, images.classes)
     wrong = labels != y[rows]
@@ -272,7 +272,7 @@ def _augmentation(
     return Augmentation(images, cutout, share, random_erasing or 0.0, padding_mode)
 
 
-def _part(split: str, examples: int, rows: np.ndarray, y: np.ndarray, images: Images) -> np.ndarray:
+def equal_shares(split: str, examples: int, rows: np.ndarray, y: np.ndarray, images: Images) -> np.ndarray:
     """
     Some of the rows, with equal shares of every class, always the same.
 

@@ -47,6 +47,10 @@ class DataArguments:
         default=None,
         metadata={"help": "Joint BPE merges to learn from running text. Default: 10000. Prepared data has its own."},
     )
+    train_examples: int | None = field(
+        default=None,
+        metadata={"help": "Train on so many pairs, spread evenly over the training split. Default: all."},
+    )
     max_tokens: int = field(
         default=4096,
         metadata={"help": "Limit for a micro-batch of one process: sentences times the longest, in tokens."},
@@ -57,6 +61,10 @@ class DataArguments:
             raise ValueError(f"`max_tokens` is {self.max_tokens}: give 1 or more, 4096 for instance.")
         if self.bpe_merges is not None and self.bpe_merges < 1:
             raise ValueError(f"`bpe_merges` is {self.bpe_merges}: give 1 or more, 10000 for instance.")
+        if self.train_examples is not None and self.train_examples < 1:
+            raise ValueError(
+                f"`train_examples` is {self.train_examples}: give 1 or more, or leave it out to train on all."
+            )
         if self.source_language == self.target_language:
             raise ValueError(f"`source_language` and `target_language` are both {self.source_language!r}: give two.")
 
@@ -110,17 +118,17 @@ def load(arguments: DataArguments) -> Corpus:
     Raises:
         `ValueError`: what is there does not fit; the message names field, value and way out.
     """
-    languages = arguments.source_language, arguments.target_language
+    languages, examples = (arguments.source_language, arguments.target_language), arguments.train_examples
     folder = Path(arguments.dataset)
     if arguments.dataset in ("handbook", "ding"):
         refuse_ignored(arguments, "dataset_config")
         pairs = (sources.handbook if arguments.dataset == "handbook" else sources.ding)(*languages)
     elif data_bin_prefix(folder, "train", *languages):
         refuse_ignored(arguments, "dataset_config", "bpe_merges")
-        return from_data_bin(folder, *languages)
+        return with_part(from_data_bin(folder, *languages), examples)
     elif (folder / f"dict.{languages[0]}.txt").is_file():
         refuse_ignored(arguments, "dataset_config", "bpe_merges")
-        return from_prepared(folder, *languages)
+        return with_part(from_prepared(folder, *languages), examples)
     else:
         sources.refuse_incomplete(folder, *languages)
         if (folder / f"train.{languages[0]}").is_file():
@@ -128,7 +136,29 @@ def load(arguments: DataArguments) -> Corpus:
             pairs = sources.parallel_folder(folder, *languages)
         else:
             pairs = sources.from_datasets(arguments.dataset, arguments.dataset_config, *languages)
-    return from_text(pairs, *languages, arguments.bpe_merges or MERGES)
+    return from_text(pairs, *languages, arguments.bpe_merges or MERGES, examples)
+
+
+def rows_of_part(examples: int, pairs: int) -> list[int]:
+    """
+    So many rows of the training pairs, spread evenly.
+
+    Raises:
+        `ValueError`: there are fewer.
+    """
+    if examples > pairs:
+        raise ValueError(
+            f"`train_examples` is {examples}, and there are {pairs} training pairs: give {pairs} or fewer."
+        )
+    return [row * pairs // examples for row in range(examples)]
+
+
+def with_part(corpus: Corpus, examples: int | None) -> Corpus:
+    """The corpus with a part of its training pairs; BPE and dictionaries are the data's own."""
+    if examples is not None:
+        train = corpus.splits["train"]
+        corpus.splits["train"] = train.select(rows_of_part(examples, len(train)))
+    return corpus
 
 
 def refuse_ignored(arguments: DataArguments, *names: str) -> None:
@@ -146,11 +176,18 @@ def refuse_ignored(arguments: DataArguments, *names: str) -> None:
             )
 
 
-def from_text(splits: dict[str, sources.Pairs], source: str, target: str, merges: int) -> Corpus:
-    """Tokenises, lower-cases, learns a joint BPE and separate vocabularies on the training pairs, and encodes all."""
+def from_text(
+    splits: dict[str, sources.Pairs], source: str, target: str, merges: int, examples: int | None = None
+) -> Corpus:
+    """
+    Tokenises, lower-cases, learns a joint BPE and separate vocabularies on the training pairs that are taken, and encodes all.
+    """
     tokenizers = Tokenizer(source), Tokenizer(target)
     # A training pair with an empty side teaches to say nothing; held-out sets are scored as they are.
-    splits = dict(splits, train=[pair for pair in splits["train"] if all(side.strip() for side in pair)])
+    train = [pair for pair in splits["train"] if all(side.strip() for side in pair)]
+    if examples is not None:
+        train = [train[row] for row in rows_of_part(examples, len(train))]
+    splits = dict(splits, train=train)
     tokens = {
         name: [
             tuple(tokenizer(line) for tokenizer, line in zip(tokenizers, pair, strict=True))

@@ -105,7 +105,9 @@ def prepare(task: TranslationArguments, args: TrainingArguments) -> Setup:
     set_seed(args.seed)
     model = build_model(task, corpus)
     # The data's fingerprints stand for where it came from.
-    identity = identity_of("translation", task, args, corpus.fingerprints, dataset=None, dropout=model.config.dropout)
+    identity = identity_of(
+        "translation", task, args, corpus.fingerprints, dataset=None, train_examples=None, dropout=model.config.dropout
+    )
     output = Path(args.output_dir) if args.process_index == 0 else None
     scorers = {name: metrics.Scorer(corpus, name, output) for name in ("validation", "test")}
     meter, saved = CostMeter(model), SavedSteps()

@@ -110,7 +110,7 @@ def _measure(
         return
     curves = {name: training_curves(path) for name, path in named.items()}
     facts = {
-        **asdict(settings),
+        **{name: value for name, value in asdict(settings).items() if value is not None},
         "batches": args.batches,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

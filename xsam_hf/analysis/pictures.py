@@ -84,7 +84,7 @@ def draw_planes(planes: Mapping[str, Plane]) -> Figure:
             facecolor="white",
         )
         names = ("$g_0$", "$g_1$") if found.spanned_by == "gradients" else ("$v_0$", "$v_1$")
-        axes.set(title=name, xlabel=f"distance along {names[0]}", ylabel=f"distance across, towards {names[1]}")
+        axes.set(title=name, xlabel=f"along {names[0]}", ylabel=f"across, towards {names[1]}")
     return figure
 
 
