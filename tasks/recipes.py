@@ -216,6 +216,10 @@ def _instances(parser: DataclassParser, line: list[str], classes: Sequence[type]
         `ValueError`: a value is refused, by us or by transformers, or a mapping is no JSON.
     """
     found, _ = parser.parse_known_args(line)
+    for name, value in vars(found).items():
+        # An environment variable that is not set, for instance: as a folder it would be the current one.
+        if isinstance(value, str) and not value.strip() and value != parser.get_default(name):
+            raise ValueError(f"`{name}` is empty: give a value, or leave it out.")
     for cls in classes:
         for name, hint in get_type_hints(cls).items():
             value = getattr(found, name, None)

@@ -192,7 +192,12 @@ def check_parts(checkpoint: Path, args: TrainingArguments, scaled: bool = False)
     ranks = ("rng_state.pth",) if args.world_size == 1 else tuple(f"rng_state_{i}.pth" for i in range(args.world_size))
     sharded = bool(args.fsdp)
     parts = [
-        ("model.safetensors", "model.safetensors.index.json", *["pytorch_model_fsdp_0"] * sharded),
+        (
+            "model.safetensors",
+            "model.safetensors.index.json",
+            "adapter_model.safetensors",
+            *["pytorch_model_fsdp_0"] * sharded,
+        ),
         ("optimizer.pt", *["optimizer_0"] * sharded),
         ("scheduler.pt",),
         *[("scaler.pt",)] * scaled,

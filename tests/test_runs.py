@@ -163,6 +163,14 @@ def test_every_field_of_the_trainers_is_material_or_named_as_immaterial(tmp_path
     assert not set(whole) & identity.IMMATERIAL and "hub_token" not in whole
 
 
+def test_half_precision_that_the_launcher_asks_for_is_a_part_of_the_run(tmp_path, monkeypatch):
+    task, args = parse(tmp_path)
+    assert "mixed_precision" not in identity.identity_of("images", task, args, {})
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch` does
+    task, args = parse(tmp_path)
+    assert not args.bf16 and identity.identity_of("images", task, args, {})["mixed_precision"] == "bf16"
+
+
 def test_translation_knows_its_text_and_not_its_place(tmp_path):
     text = write_word_for_word(tmp_path_factory_folder(tmp_path, "text"))
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "threads": 1}
