@@ -213,12 +213,26 @@ def test_a_checkpoint_without_a_part_is_refused(killed, part):
 @pytest.mark.parametrize(
     "part", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
 )
-@pytest.mark.parametrize("damage", ["cut", "foreign"])
+@pytest.mark.parametrize("damage", ["cut", "foreign", "flipped"])
 def test_a_part_that_is_cut_off_names_itself(killed, part, damage):
     path = killed / "checkpoint-2" / part
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if damage == "cut" else b"<html>404</html>")
+    whole = path.read_bytes()
+    middle = whole.index(b"PK", len(whole) // 2) - 200 if part.endswith((".pt", ".pth")) else 0
+    damaged = {
+        "cut": whole[: len(whole) // 2],
+        "foreign": b"<html>404</html>",
+        "flipped": whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :],
+    }
+    path.write_bytes(damaged[damage])
     with pytest.raises(ValueError, match=f"checkpoint-2/{part} is cut off, damaged or another kind of file"):
         train(killed, resume_from_checkpoint=path.parent)
+
+
+def test_a_checkpoint_whose_writing_was_cut_off_does_not_stand_in_the_way(finished, killed):
+    shutil.copytree(killed / "checkpoint-2", killed / "checkpoint-3")
+    (killed / "checkpoint-3" / "trainer_state.json").write_text('{"epoch": 1')
+    found = train(killed, resume_from_checkpoint="true")["metrics"]
+    assert found == json.loads((finished / "result.json").read_text())["metrics"]
 
 
 @pytest.mark.parametrize("step", [3, -1, 99, "two", None, True])

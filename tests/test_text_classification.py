@@ -278,6 +278,12 @@ def test_the_loop_without_the_trainer(languages, tmp_path, capsys):
     assert all(one != other for i, one in enumerate(ends) for other in ends[:i])
 
 
+def test_the_loop_does_not_write_over_a_run_of_the_trainer(languages, tmp_path):
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds the result.json of another run"):
+        loop(languages, tmp_path)
+
+
 def test_the_loop_in_two_processes(languages, tmp_path):
     def work(rank, report):
         updates, scored = [], []
