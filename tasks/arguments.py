@@ -101,6 +101,4 @@ class CheckedArguments:
             raise ValueError("`eval_do_concat_batches` is False, but the scores need all predictions: leave it out.")
         if self.output_dir is None:
             self.output_dir = "runs"  # `recipes.parse` knows better
-        if not self.output_dir.strip():
-            raise ValueError("`output_dir` is empty: give a folder, or leave it out for one named after the run.")
         super().__post_init__()

@@ -43,6 +43,24 @@ def refuse_file(folder: Path, name: str) -> None:
             )
 
 
+def refuse_shifted(columns: Collection[str], name: str) -> None:
+    """
+    Refuses what `datasets` makes of a csv file whose rows have one field more than the header: pandas takes the first of them for
+    the rows' names, and each column has its neighbour's values.
+
+    Args:
+        columns (`Collection[str]`): as they were read.
+        name (`str`): the file's, for the message.
+
+    Raises:
+        `ValueError`: so it is.
+    """
+    if any(column.startswith("__index_level_") for column in columns):
+        raise ValueError(
+            f"{name} has rows with more fields than its header: is there a comma in a text that is not in quotation marks?"
+        )
+
+
 class _Bounded:
     """A stream that ends with an error after `LARGEST` bytes, however little it was packed into."""
 

@@ -106,6 +106,10 @@ def identity_of(
         "seed": args.seed,
         **_batches(arguments, args.world_size),
     }
+    if args.mixed_precision != "no" and not (
+        args.bf16 or args.fp16
+    ):  # `accelerate launch` asks for it, and no argument
+        whole["mixed_precision"] = args.mixed_precision
     return json.loads(json.dumps({**whole, **matter}, default=str))
 
 

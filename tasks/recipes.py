@@ -25,13 +25,21 @@ FILES = ("accelerator_config", "deepspeed", "fsdp_config")
 
 
 class DataclassParser(Parser, HfArgumentParser):
-    """Transformers' parser, whose flags are the fields of dataclasses, with our manners; its numbers are finite."""
+    """Transformers' parser, whose flags are the fields of dataclasses, with our manners; its numbers are finite, and no value is empty."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         for action in self._actions:
             if action.type is float:
                 action.type = _finite
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(found).items():
+            # An environment variable that is not set, for instance: as a folder it would be the current one.
+            if isinstance(value, str) and not value.strip() and value != self.get_default(name):
+                raise ValueError(f"`{name}` is empty: give a value, or leave it out.")
+        return found, rest
 
 
 def parse(classes: Sequence[type], argv: Sequence[str], description: str, runs: str = "runs") -> tuple[Any, ...]:

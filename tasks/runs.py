@@ -192,7 +192,12 @@ def check_parts(checkpoint: Path, args: TrainingArguments, scaled: bool = False)
     ranks = ("rng_state.pth",) if args.world_size == 1 else tuple(f"rng_state_{i}.pth" for i in range(args.world_size))
     sharded = bool(args.fsdp)
     parts = [
-        ("model.safetensors", "model.safetensors.index.json", *["pytorch_model_fsdp_0"] * sharded),
+        (
+            "model.safetensors",
+            "model.safetensors.index.json",
+            "adapter_model.safetensors",
+            *["pytorch_model_fsdp_0"] * sharded,
+        ),
         ("optimizer.pt", *["optimizer_0"] * sharded),
         ("scheduler.pt",),
         *[("scaler.pt",)] * scaled,
@@ -249,15 +254,18 @@ def check_contents(checkpoint: Path, trainer: Trainer) -> None:
 
 
 def _is_readable(file: Path) -> bool:
-    """Whether a file's table of contents is whole, which stands at its end (`.pt`, `.pth`) or gives its length (safetensors)."""
+    """Whether a file's table of contents is whole, and its content as far as there are checksums, which `.pt` and `.pth` have."""
     try:
         if file.suffix == ".json":
             return isinstance(json.loads(file.read_bytes()), dict)
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt"):
                 return True
-        return file.is_dir() or zipfile.is_zipfile(file)
-    except (ValueError, SafetensorError):
+        if file.is_dir():
+            return True
+        with zipfile.ZipFile(file) as parts:
+            return parts.testzip() is None
+    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile):
         return False
 
 
@@ -284,7 +292,8 @@ def refuse_other_runs(folder: Path, whole: dict, args: TrainingArguments) -> Non
             found = None
         compare(whole, found, f"`output_dir` {folder} holds the {RESULT} of", args)
     for checkpoint in sorted(folder.glob("checkpoint-*")):
-        if checkpoint.name.removeprefix("checkpoint-").isdecimal() and (checkpoint / "trainer_state.json").exists():
+        # One that was not written to its end is not resumed either.
+        if checkpoint.name.removeprefix("checkpoint-").isdecimal() and _is_readable(checkpoint / "trainer_state.json"):
             compare(
                 whole, identity_of_checkpoint(checkpoint), f"`output_dir` {folder} holds {checkpoint.name} of", args
             )

@@ -427,6 +427,7 @@ def test_a_measure_is_kept_by_the_settings_that_it_looks_at(name):
         ),
         ("arc {gpt2} {gpt2} --data {data}", "same name"),
         ("arc {gpt2} --trainer nowhere.py:build", "a file that is there"),
+        ("arc {gpt2} --trainer {data}:build", "a file that is there"),
         ("arc {gpt2} --trainer {mine}:build", "has to take one argument, the checkpoint's path: too many"),
         (
             "arc {run} --data {data}",

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from xsam_hf.analysis import toy
+from xsam_hf.analysis.__main__ import main
 
 
 @pytest.mark.parametrize(
@@ -46,3 +47,10 @@ def test_the_basin_map():
     assert lost == {"SGD": 0, "SAM": 19 - 2, "XSAM": 18 - 1}
     kept = json.loads((Path(__file__).parents[1] / "results" / "toy.json").read_text())
     assert found.as_json() == kept and [len(kept["flat"]["SAM"]), *map(len, kept["flat"]["SAM"])] == [25, *[15] * 25]
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_anything_is_computed(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "descend", None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError):
+        main(["toy", "--output_dir", str(tmp_path / "file")])

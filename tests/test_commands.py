@@ -149,6 +149,8 @@ def check(words):
         config.read(ROOT / "setup.cfg")
         known = config["options.extras_require"]
         for word in words[2:]:
+            if re.search(rf"^{re.escape(word)}>", known["checkout"], re.MULTILINE):
+                continue
             (extra,) = re.fullmatch(r"\.(?:\[(\w+)\])?", word).groups()
             assert extra is None or extra in known, word
     elif words[0] == "torchrun":

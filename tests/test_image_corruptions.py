@@ -139,13 +139,22 @@ def test_what_is_missing_is_named(tmp_path):
 
     (tmp_path / "fog.npy").write_bytes((tmp_path / "fog.npy").read_bytes()[:-5])
     refused("fog.npy is cut off, damaged or no array")
+    np.savez(tmp_path / "archive", np.zeros(1))
+    (tmp_path / "archive.npz").replace(tmp_path / "fog.npy")
+    refused("fog.npy is cut off, damaged or no array")
     np.save(tmp_path / "fog.npy", np.zeros((9, 32, 32, 3), np.uint8))
     refused(r"fog.npy holds uint8 of \(9, 32, 32, 3\), and labels.npy 10 labels")
     (tmp_path / "fog.npy").unlink()
     refused("lacks fog.npy, and 1 of 20 files: give the folder CIFAR-10-C")
     np.save(tmp_path / "fog.npy", np.zeros((10, 32, 32, 3), np.uint8))
-    np.save(tmp_path / "labels.npy", np.arange(10) * 9)
-    refused("labels.npy does not hold labels from 0 to 9: is it cifar10's?")
+    for labels, told in (
+        (np.arange(10) * 9, "row 2 has the label 18"),
+        (np.arange(10) * 0.9, "row 0 has the label 0.0"),  # which would be cut to whole numbers
+        (np.arange(10) < 5, "row 0 has the label True"),
+        (np.array(["1"] * 10), "row 0 has the label '1'"),
+    ):
+        np.save(tmp_path / "labels.npy", labels)
+        refused(f"labels.npy, {told}: expected a whole number from 0 to 9")
     refused("is not a finished run of image classification", lambda: corruptions.load(tmp_path))
     (tmp_path / "result.json").write_text('{"dataset": "digits"}')
     refused(

@@ -250,11 +250,9 @@ def test_folders_differ_by_recipe_method_and_seed(parse):
         assert parse(recipe, *argv)[1].output_dir == "there"
 
 
-@pytest.mark.parametrize(
-    "recipe, argv", [("", ["--output_dir", ""]), ("", ["--output_dir= "]), ("output_dir: ''", [])]
-)
-def test_an_empty_folder_name_is_refused(parse, recipe, argv):
-    with pytest.raises(ValueError, match="`output_dir` is empty: give a folder, or leave it out"):
+@pytest.mark.parametrize("recipe, argv", [("", ["--output_dir", ""]), ("", ["--data_dir= "]), ("model: ''", [])])
+def test_an_empty_value_is_refused(parse, recipe, argv):
+    with pytest.raises(ValueError, match="`(output_dir|data_dir|model)` is empty: give a value, or leave it out"):
         parse(recipe, *argv)
 
 

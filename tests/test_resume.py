@@ -158,6 +158,15 @@ def test_averages_of_other_weights_are_refused(tmp_path):
         load_average(tmp_path / "checkpoint-5", weights)
 
 
+def test_another_perturbations_average_is_refused(tmp_path):
+    train(tmp_path, model(), **SETTINGS, max_steps=2, perturbation="vasso")
+    checkpoint = str(tmp_path / "checkpoint-2")
+    for other in ("fsam", "stale"):
+        with pytest.raises(ValueError, match=f"`perturbation` is '{other}', .* was made by 'vasso'"):
+            train(tmp_path / "again", model(), resume=checkpoint, **SETTINGS, perturbation=other)
+    train(tmp_path / "again", model(), resume=checkpoint, **SETTINGS, perturbation="sam")  # which has none
+
+
 def test_averages_of_weights_that_are_not_perturbed_any_more_stay_as_they_are(tmp_path):
     train(tmp_path, model(), **SETTINGS, perturbation="vasso")
     saved = load_average(tmp_path / "checkpoint-5", dict(model().named_parameters()))

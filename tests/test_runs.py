@@ -163,6 +163,14 @@ def test_every_field_of_the_trainers_is_material_or_named_as_immaterial(tmp_path
     assert not set(whole) & identity.IMMATERIAL and "hub_token" not in whole
 
 
+def test_half_precision_that_the_launcher_asks_for_is_a_part_of_the_run(tmp_path, monkeypatch):
+    task, args = parse(tmp_path)
+    assert "mixed_precision" not in identity.identity_of("images", task, args, {})
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch` does
+    task, args = parse(tmp_path)
+    assert not args.bf16 and identity.identity_of("images", task, args, {})["mixed_precision"] == "bf16"
+
+
 def test_translation_knows_its_text_and_not_its_place(tmp_path):
     text = write_word_for_word(tmp_path_factory_folder(tmp_path, "text"))
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "threads": 1}
@@ -205,12 +213,26 @@ def test_a_checkpoint_without_a_part_is_refused(killed, part):
 @pytest.mark.parametrize(
     "part", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
 )
-@pytest.mark.parametrize("damage", ["cut", "foreign"])
+@pytest.mark.parametrize("damage", ["cut", "foreign", "flipped"])
 def test_a_part_that_is_cut_off_names_itself(killed, part, damage):
     path = killed / "checkpoint-2" / part
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if damage == "cut" else b"<html>404</html>")
+    whole = path.read_bytes()
+    middle = whole.index(b"PK", len(whole) // 2) - 200 if part.endswith((".pt", ".pth")) else 0
+    damaged = {
+        "cut": whole[: len(whole) // 2],
+        "foreign": b"<html>404</html>",
+        "flipped": whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :],
+    }
+    path.write_bytes(damaged[damage])
     with pytest.raises(ValueError, match=f"checkpoint-2/{part} is cut off, damaged or another kind of file"):
         train(killed, resume_from_checkpoint=path.parent)
+
+
+def test_a_checkpoint_whose_writing_was_cut_off_does_not_stand_in_the_way(finished, killed):
+    shutil.copytree(killed / "checkpoint-2", killed / "checkpoint-3")
+    (killed / "checkpoint-3" / "trainer_state.json").write_text('{"epoch": 1')
+    found = train(killed, resume_from_checkpoint="true")["metrics"]
+    assert found == json.loads((finished / "result.json").read_text())["metrics"]
 
 
 @pytest.mark.parametrize("step", [3, -1, 99, "two", None, True])

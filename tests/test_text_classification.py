@@ -278,6 +278,12 @@ def test_the_loop_without_the_trainer(languages, tmp_path, capsys):
     assert all(one != other for i, one in enumerate(ends) for other in ends[:i])
 
 
+def test_the_loop_does_not_write_over_a_run_of_the_trainer(languages, tmp_path):
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds the result.json of another run"):
+        loop(languages, tmp_path)
+
+
 def test_the_loop_in_two_processes(languages, tmp_path):
     def work(rank, report):
         updates, scored = [], []
@@ -297,17 +303,28 @@ def test_the_loop_in_two_processes(languages, tmp_path):
     assert updates == 7 and scored == 12  # 108 texts in shares of 54, and each of those held out once
 
 
-def test_trls_script_trains_adapters(tmp_path):
-    (tmp_path / "data").mkdir()
-    texts = "".join(json.dumps({"text": sentence(i, 4 + i % 5)}) + "\n" for i in range(16))
-    (tmp_path / "data" / "train.jsonl").write_text(texts)
+@pytest.fixture
+def fine_tune(tmp_path):
+    """trl's script on a tiny model and sixteen texts."""
     torch.manual_seed(0)
     GPT2LMHeadModel(GPT2Config(**SIZE)).save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
-    flags = ["--dataset_name", tmp_path / "data", "--model_name_or_path", tmp_path / "model", "--output_dir", tmp_path / "run", "--use_peft", "true"]  # fmt: skip
-    flags += ["--lora_target_modules", "all-linear", "--max_steps", "2", "--logging_steps", "1", "--per_device_train_batch_size", "4"]  # fmt: skip
-    flags += ["--bf16", "false", "--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--rho", "0.01", "--method", "sam"]  # fmt: skip
-    trainer = sft.train(*recipes.parse(sft.ARGUMENTS, list(map(str, flags)), ""))
+    (tmp_path / "data").mkdir()
+
+    def train(*more, texts=None):
+        texts = texts or [{"text": sentence(i, 4 + i % 5)} for i in range(16)]
+        lines = texts if isinstance(texts, str) else "".join(json.dumps(row) + "\n" for row in texts)
+        (tmp_path / "data" / "train.jsonl").write_text(lines)
+        flags = ["--dataset_name", tmp_path / "data", "--model_name_or_path", tmp_path / "model", "--output_dir", tmp_path / "run", "--use_peft", "true"]  # fmt: skip
+        flags += ["--lora_target_modules", "all-linear", "--max_steps", "2", "--logging_steps", "1", "--per_device_train_batch_size", "4"]  # fmt: skip
+        flags += ["--bf16", "false", "--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--rho", "0.01", "--method", "sam"]  # fmt: skip
+        return sft.train(*recipes.parse(sft.ARGUMENTS, list(map(str, [*flags, *more])), ""))
+
+    return train
+
+
+def test_trls_script_trains_adapters(fine_tune, tmp_path):
+    trainer = fine_tune()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == 2 and all(entry["xsam/alpha"] == 1 and entry["xsam/sharpness"] > 0 for entry in logs)
     assert XSAMArguments.of(trainer.args).rho == 0.01
@@ -317,6 +334,40 @@ def test_trls_script_trains_adapters(tmp_path):
     assert {"xsam", "sharpness-aware", "points", "trl"} <= set(card.data.tags) and "| rho | 0.01 |" in card.text
     with pytest.raises(ValueError, match="`dataset_name` is missing: give a folder, or a name of the hub"):
         sft.train(*recipes.parse(sft.ARGUMENTS, ["--bf16", "false", "--use_cpu", "true"], ""))
+
+
+def test_trls_script_goes_on_from_its_own_run_alone(fine_tune, tmp_path):
+    saving = ["--save_strategy", "steps", "--save_steps", "1"]
+    whole = fine_tune(*saving)
+    resumed = fine_tune(
+        "--output_dir", tmp_path / "again", "--resume_from_checkpoint", tmp_path / "run" / "checkpoint-1"
+    )
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("again", "run"))
+    assert whole.state.global_step == resumed.state.global_step == 2
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    with pytest.raises(ValueError, match="checkpoint-2 belongs to another run: its `method` is sam, this one's xsam"):
+        fine_tune("--method", "xsam", "--resume_from_checkpoint", "true")
+    with pytest.raises(ValueError, match="holds checkpoint-1 of another run: its `train_data` is"):
+        fine_tune(texts=[{"text": "w1 w2 w3"}] * 8)
+
+
+@pytest.mark.parametrize(
+    "texts, flags, words",
+    [
+        ([{"text": ""}] * 4, [], "No token of the training texts is to be predicted"),
+        ([{"text": "w1 w2"}, {"text": None}], [], "data, train, row 1 has None as text"),
+        ([{"say": "w1 w2"}], [], "data, train has the columns say: trl expects text"),
+        ('{"text": "w1', [], "`dataset_name` is .*, which `datasets` could not load: JSON parse error"),
+        ([{"text": "w1 w2"}], ["--dataset_train_split", "all"], "`dataset_train_split` is all, and .* has train"),
+        ([{"text": "w1 w2"}], ["--eval_strategy", "epoch"], "`dataset_test_split` is test, and .* has train"),
+        ([{"text": "w1 w2"}], ["--dataset_streaming", "true"], "`dataset_streaming` is True, and this script has no use"),
+        ([{"text": "w1 w2"}], ["--model_name_or_path", "/no/such/model"], "`model_name_or_path` is .*, which does not exist"),
+        ([{"text": "w1 w2"}], ["--attn_implementation", "none"], "attn_implementation=.none"),
+    ],
+)  # fmt: skip
+def test_trls_script_refuses(fine_tune, texts, flags, words):
+    with pytest.raises(ValueError, match=words):
+        fine_tune(*flags, texts=texts)
 
 
 def test_trls_script_says_what_it_needs(monkeypatch, capsys):

@@ -79,6 +79,12 @@ def test_rows_without_text_are_left_out_of_training_and_refused_elsewhere(tmp_pa
         sources.from_datasets(str(tmp_path), None, "de", "en")
 
 
+def test_a_comma_that_makes_another_field_is_refused(tmp_path):
+    (tmp_path / "train.csv").write_text("de,en\nja, gut,yes\nnein, gut,no\n")  # pandas reads " gut" and "yes"
+    with pytest.raises(ValueError, match="`dataset` has rows with more fields than its header"):
+        sources.from_datasets(str(tmp_path / "train.csv"), None, "de", "en")
+
+
 def test_a_prepared_folder_without_its_source_dictionary_is_not_prepared_again(tmp_path):
     write(tmp_path, "train", pairs())
     arguments = DataArguments(dataset=str(tmp_path), bpe_merges=20)

@@ -24,6 +24,7 @@ class XSAMState:
         search_gain (`float`, *optional*): L(θ_0 + ρ_max v(α*)) − L(θ_0 + ρ_max v(1)) of the last search.
         alpha_at_edge (`bool`, *optional*): whether the last search ended at an end of its grid.
         search_noise (`float`, *optional*): noise of the last search's curve as a share of its range; above 1, α was kept.
+        average_of (`str`, *optional*): the perturbation that made the average.
         average (`dict[str, torch.Tensor]`):
             The running average of `vasso`, `fsam` and `stale`, by the weights' names. Empty for all others.
         memory (`list[torch.Tensor]`): room for the copy of weights on a CPU; no state, and not for a checkpoint.
@@ -38,6 +39,7 @@ class XSAMState:
     search_gain: float | None = None
     alpha_at_edge: bool | None = None
     search_noise: float | None = None
+    average_of: str | None = None
     average: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     memory: list[Tensor] = field(default_factory=list, repr=False, compare=False)
 
@@ -50,18 +52,25 @@ class XSAMState:
             "search_gain": self.search_gain is None or _is_number(self.search_gain),
             "alpha_at_edge": isinstance(self.alpha_at_edge, bool | None),
             "search_noise": self.search_noise is None or _is_number(self.search_noise),
+            "average_of": isinstance(self.average_of, str | None),
         }
         for name, fits in fit.items():
             if not fits:
                 raise ValueError(f"XSAM's `{name}` is {getattr(self, name)!r}, which no update leaves")
 
-    def check_average(self, weights: Mapping[str, Tensor]) -> None:
+    def check_average(self, perturbation: str, weights: Mapping[str, Tensor]) -> None:
         """
-        Refuses a running average that is not of these weights.
+        Refuses a running average that another perturbation made, or that is not of these weights.
 
         Raises:
-            `ValueError`: a part of it has another shape than the weight of its name.
+            `ValueError`: so it is.
         """
+        if self.average and self.average_of not in (None, perturbation):
+            raise ValueError(
+                f"`perturbation` is {perturbation!r}, and the state's running average was made by {self.average_of!r}, to which it means "
+                f"something else: go on with {self.average_of!r}, or begin anew."
+            )
+        self.average_of = perturbation
         for name, weight in weights.items():
             part = self.average.get(name)
             if part is not None and part.shape != weight.shape:

@@ -82,9 +82,7 @@ def refuse_unfit(weights: Mapping[str, Tensor]) -> None:
     Refuses weights that cannot be moved and put back one by one.
 
     Raises:
-        `ValueError`: one is computed from others, has no memory (device meta), or shares memory with another or with itself: its
-            step would be added once for each.
-        `NotImplementedError`: one is a lazily conjugated or negated view.
+        `ValueError`: one is computed from others, or shares memory with another, so that its step would be added twice.
     """
     ends: list[tuple[str, int, int, str]] = []
     for name, weight in weights.items():
@@ -94,19 +92,15 @@ def refuse_unfit(weights: Mapping[str, Tensor]) -> None:
             raise ValueError(
                 f"{name!r} is computed from other tensors, and no weight: give those that it is computed from."
             )
-        if weight.is_conj() or weight.is_neg():
-            raise NotImplementedError(
-                f"{name!r} is a conjugated or negated view of other memory, which PyTorch does not write into: make it of "
-                "`resolve_conj()` or `resolve_neg()`."
-            )
         part = weight.to_local() if isinstance(weight, DTensor) else weight
-        if part.is_meta:
-            raise ValueError(f"{name!r} is on the device meta, without memory: load the model before training.")
-        if type(part) not in (Tensor, nn.Parameter) or part.layout != torch.strided or part.numel() == 0:
+        if (
+            type(part) not in (Tensor, nn.Parameter)
+            or part.layout != torch.strided
+            or part.is_meta
+            or not part.numel()
+        ):
             continue
         steps = [(stride, size) for stride, size in zip(part.stride(), part.shape, strict=True) if size > 1]
-        if any(stride == 0 for stride, _ in steps):
-            raise ValueError(f"{name!r} is expanded, so that its elements share memory: make it of a `clone()`.")
         # A view with gaps may lie between the elements of another: there only the beginning tells.
         has_gaps = sum((size - 1) * stride for stride, size in steps) >= part.numel()
         length = part.element_size() if has_gaps else part.nbytes

@@ -24,7 +24,7 @@ from .arguments import XSAMArguments
 from .ascent import ascent_step
 from .direction import Arc, Trail, rescale
 from .geometry import norm
-from .inputs import check_inputs, with_weights
+from .inputs import with_weights
 from .pass_state import PassState, pass_state_of
 from .passes import Passes
 from .schedule import follow_schedule
@@ -86,18 +86,18 @@ def xsam_gradient(
         [`XSAMUpdate`]: the loss L(θ_0) and what the update saw. With `rho=0` nothing is done but call `gradient` once.
 
     Raises:
-        `TypeError`: an argument is of another kind, or a callable returns no loss.
+        `TypeError`: the weights are none, or a callable returns no loss.
         `ValueError`: no weight requires or received a gradient; two share memory; a hyperparameter is out of
             range; `rho_exclude` leaves none or has no names to look at; `state` is another model's; or a schedule is a share of a
             whole that is not known here.
         `NotImplementedError`: a gradient is sparse, or the first pass changed what cannot be put back for the others.
     """
-    check_inputs(arguments, state)
+    arguments.check_method()  # a field may have been set since it was made
     if ascend is None:
         ascend = follow_schedule(arguments, state)
     state.updates += 1
     theta = MovableWeights(weights, arguments, state.updates, state.memory, seen)
-    gradient = with_weights(weights, theta, gradient, probe, before, arguments, state)
+    gradient = with_weights(weights, theta, gradient, before, state)
     if ascend and arguments.perturbation == "stale":
         return stale_gradient(
             theta, weights, gradient, probe, arguments, state, before, loss_scaling=loss_scaling, measure=measure

@@ -58,7 +58,7 @@ def read(name: str, folder: Path, columns: tuple[str, str] | None = None) -> tup
         raise ValueError(f"`data_dir` is {folder}, which does not exist: give a folder with the files of {name}.")
     images = DATASETS[name] if columns is None else replace(DATASETS[name], columns=columns)
     parquet = {
-        split: [file for file in sorted(folder.rglob("*.parquet")) if _says(split, file, folder)]
+        split: [file for file in sorted(folder.rglob("*.parquet")) if _says(split, file, folder) and file.is_file()]
         for split in ("train", images.test_split)
     }
     if all(parquet.values()):

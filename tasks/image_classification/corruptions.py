@@ -59,11 +59,9 @@ def stored(dataset: str, folder: Path) -> Iterator[tuple[str, Images]]:
             f"{FOLDERS[dataset]}, as it is unpacked."
         )
     images = DATASETS[dataset]
-    labels = _array(folder / "labels.npy")
-    if labels.ndim != 1 or not len(labels) or labels.min() < 0 or labels.max() >= images.classes:
-        raise ValueError(
-            f"{folder / 'labels.npy'} does not hold labels from 0 to {images.classes - 1}: is it {dataset}'s?"
-        )
+    labels = archives.checked_labels(
+        np.atleast_1d(_array(folder / "labels.npy")).tolist(), images, f"{folder}/labels.npy"
+    )
     for name in NAMES:
         x = _array(folder / f"{name}.npy")
         if x.shape != (len(labels), *images.shape) or x.dtype != np.uint8:
@@ -75,7 +73,7 @@ def stored(dataset: str, folder: Path) -> Iterator[tuple[str, Images]]:
 
 def _array(file: Path) -> np.ndarray:
     try:
-        return np.load(file, mmap_mode="r", allow_pickle=False)
+        return np.lib.format.open_memmap(file, mode="r")  # which takes neither archives nor pickles
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"{file} is cut off, damaged or no array ({sentence(error)}): fetch it again.") from error
 

@@ -203,11 +203,12 @@ def load(
         _warn_of_another_data_set(name, x)
     if name != "digits" and not images.on_disk:
         _refuse_repetitions(x, test[0], data_dir or images.hub)
-    missing = sorted(set(range(images.classes)) - set(y.tolist()))
-    if missing:
-        logger.warning(
-            f"No training image is of class {missing[0]}, and {len(missing)} of {images.classes} have none."
-        )
+    for split, classes in (("training", y), ("test", test[1])):
+        missing = sorted(set(range(images.classes)) - set(classes.tolist()))
+        if missing:
+            logger.warning(
+                f"No {split} image is of class {missing[0]}, and {len(missing)} of {images.classes} have none."
+            )
     rows = np.arange(len(y))
     held_out = rows[:0]
     if validation_share:

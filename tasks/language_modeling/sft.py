@@ -11,20 +11,22 @@ trl's among them. It needs `pip install trl peft`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from datasets import load_dataset
+from datasets import Dataset, DatasetDict, load_dataset
 from transformers import set_seed
 
 from tasks import recipes, runs
 from tasks.arguments import CheckedArguments
-from tasks.command import needs, refusals, run
+from tasks.command import needs, refusals, run, sentence
+from tasks.files import refuse_shifted
+from tasks.identity import fingerprint, identity_of
 from xsam_hf import XSAMArguments, XSAMMixin
 
 
 with needs("trl peft", __name__):
-    from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, get_peft_config
+    from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 
 class XSAMSFTTrainer(XSAMMixin, SFTTrainer):
@@ -36,7 +38,62 @@ class TrainingArguments(CheckedArguments, XSAMArguments, SFTConfig):
     pass
 
 
+IGNORED = -100  # the label of a token that is not predicted
 ARGUMENTS = (ScriptArguments, ModelConfig, TrainingArguments)
+
+
+# What an evaluation measures, without `eval_`.
+METRICS = ("loss", "mean_token_accuracy", "entropy", "num_tokens")
+
+
+def load(script: ScriptArguments, args: TrainingArguments) -> DatasetDict:
+    """
+    The texts.
+
+    Raises:
+        `ValueError`: `datasets` cannot load them, a split that is needed is missing, or one of its rows has no text.
+    """
+    name, text = script.dataset_name, args.dataset_text_field
+    try:
+        data = load_dataset(name, name=script.dataset_config)
+    except Exception as error:  # of the network, the hub's client and `datasets`
+        raise ValueError(
+            f"`dataset_name` is {name}, which `datasets` could not load: {sentence(error.__cause__ or error)}"
+        ) from error
+    wanted = {"dataset_train_split": script.dataset_train_split}
+    if args.eval_strategy != "no":
+        wanted["dataset_test_split"] = script.dataset_test_split
+    for field, split in wanted.items():
+        if split not in data:
+            raise ValueError(f"`{field}` is {split}, and {name} has {', '.join(data)}: choose one of these.")
+        columns = data[split].column_names
+        refuse_shifted(columns, name)
+        if {text, "messages", "prompt", "input_ids"}.isdisjoint(columns):
+            raise ValueError(
+                f"{name}, {split} has the columns {', '.join(columns)}: trl expects {text} (`dataset_text_field`), messages, or prompt "
+                "and completion."
+            )
+        for number, value in enumerate(data[split][text] if text in columns else ()):
+            if not isinstance(value, str):
+                raise ValueError(f"{name}, {split}, row {number} has {value!r} as {text}: expected text.")
+    return data
+
+
+def fingerprints(rows: Dataset) -> dict[str, str]:
+    """
+    Twelve digits that stand for the tokens, and for which of them are predicted.
+
+    Raises:
+        `ValueError`: none is.
+    """
+    columns = [rows[name] for name in ("input_ids", "labels") if name in rows.column_names]
+    if not columns:  # pictures are read later
+        return {}
+    if not any(label != IGNORED for labels in columns[-1] for label in labels[1:]):  # the first is never predicted
+        raise ValueError(
+            "No token of the training texts is to be predicted: are they empty, or `max_length` too short for more than a prompt?"
+        )
+    return {"train": fingerprint(*(ids for column in columns for ids in column))}
 
 
 def train(script: ScriptArguments, model: ModelConfig, args: TrainingArguments) -> XSAMSFTTrainer:
@@ -44,10 +101,23 @@ def train(script: ScriptArguments, model: ModelConfig, args: TrainingArguments) 
     for name, value in (("dataset_name", script.dataset_name), ("model_name_or_path", model.model_name_or_path)):
         if value is None:
             raise ValueError(f"`{name}` is missing: give a folder, or a name of the hub.")
+        if len(Path(value).parts) > 2 and not Path(value).exists():  # the hub's are one or two
+            raise ValueError(f"`{name}` is {value}, which does not exist: give a folder, or a name of the hub.")
+    for name in ("dataset_streaming", "ignore_bias_buffers"):
+        if getattr(script, name):
+            raise ValueError(f"`{name}` is True, and this script has no use for it: leave it out.")
+    runs.check_output(args, METRICS)
     set_seed(args.seed)
+    data = load(script, args)
+    loading = {
+        "dtype": model.dtype,
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+    }
     with refusals():
-        data = load_dataset(script.dataset_name, name=script.dataset_config)
-        args.model_init_kwargs = {"dtype": model.dtype, **(args.model_init_kwargs or {})}
+        if (quantized := get_quantization_config(model)) is not None:
+            loading["quantization_config"] = quantized
+        args.model_init_kwargs = {**loading, **(args.model_init_kwargs or {})}
         trainer = XSAMSFTTrainer(
             model=model.model_name_or_path,
             args=args,
@@ -55,9 +125,12 @@ def train(script: ScriptArguments, model: ModelConfig, args: TrainingArguments) 
             eval_dataset=data[script.dataset_test_split] if args.eval_strategy != "no" else None,
             peft_config=get_peft_config(model),
         )
-    checkpoint = runs.resume_point(args.resume_from_checkpoint, Path(args.output_dir))
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    trainer.save_model()
+    # The tokens' fingerprint stands for where they came from.
+    identity = identity_of(
+        "sft", script, args, fingerprints(trainer.train_dataset), **asdict(model), dataset_name=None
+    )
+    trainer.add_callback(runs.RunIdentity(identity))
+    runs.start(trainer, identity)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
     return trainer

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -48,6 +49,10 @@ def train(task: TextArguments, args: LoopArguments, accelerator: Accelerator) ->
     """Trains, saves the model and returns the accuracy on the validation texts after the last epoch."""
     task.use_threads()
     runs.check_folder(args.output_dir)
+    if (Path(args.output_dir) / runs.RESULT).exists():
+        raise ValueError(
+            f"`output_dir` {args.output_dir} holds the {runs.RESULT} of another run: give another folder."
+        )
     corpus = data.load(task)
     if "validation" not in corpus.splits:
         raise ValueError("`validation_share` is 0, and the loop scores validation: give a `validation_file`.")

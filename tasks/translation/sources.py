@@ -11,6 +11,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from transformers.utils import logging
 
 from tasks.command import sentence
+from tasks.files import refuse_shifted
 
 
 logger = logging.get_logger(__name__)
@@ -141,7 +142,7 @@ def refuse_incomplete(folder: Path, source: str, target: str) -> None:
     )
     if texts and not (folder / f"train.{source}").is_file():
         raise ValueError(
-            f"`dataset` {folder} holds {', '.join(dict.fromkeys(texts))}, but train.{source} is missing; is "
+            f"`dataset` {folder} holds {', '.join(dict.fromkeys(texts))}, but train.{source} is missing, or no file; is "
             f"`source_language` {source} right?"
         )
 
@@ -153,8 +154,10 @@ def column_pairs(rows: Dataset, source: str, target: str, held_out: bool = False
     Training pairs without text in one language (an empty cell of a csv file, for instance) are left out with a warning.
 
     Raises:
-        `ValueError`: neither is there, a cell cannot be read or is no text, a language is missing everywhere, or in a held-out row.
+        `ValueError`: neither is there, a cell cannot be read or is no text, a language is missing everywhere, or in a held-out row;
+            the rows have more fields than the header.
     """
+    refuse_shifted(rows.column_names, "`dataset`")
     if {source, target} <= set(rows.column_names):
         pairs = list(zip(rows[source], rows[target], strict=True))
     elif "translation" in rows.column_names:

@@ -26,7 +26,7 @@ import json
 import shlex
 import sys
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,7 @@ def _named(checkpoints: Sequence[str]) -> dict[str, str]:
 def _measure(
     measures: Sequence[str], named: dict[str, str], args: AnalysisArguments, settings: Any, folder: Path, argv: Sequence[str]
 ) -> None:  # fmt: skip
+    from . import svg
     from .checkpoint import load
     from .curves import training_curves
     from .measures import MEASURES, take
@@ -98,12 +99,13 @@ def _measure(
     results: dict[str, dict[str, Any]] = {measure: {} for measure in measures}
     for name, path in named.items():
         model, batches = load(path, args.data, args.trainer, args.batch_size, args.batches)
+        folder.mkdir(parents=True, exist_ok=True)  # which may fail, and measures take long
         for measure in measures:
             print(f"{name}: {measure}", file=sys.stderr, flush=True)
             file = folder / name / f"{measure}.json"
             results[measure][name] = take(measure, file, model, batches, settings, path)
     for measure in measures:
-        _save(MEASURES[measure].draw, results[measure], file=folder / f"{measure}.svg")
+        svg.write(MEASURES[measure].draw, results[measure], file=folder / f"{measure}.svg")
     print(to_text(summarise(results)))
     if len(measures) == 1:
         print(f"\n{folder / measures[0]}.svg")
@@ -122,24 +124,17 @@ def _measure(
 
 
 def _toy(folder: Path) -> None:
-    from . import pictures, toy
+    from . import pictures, svg, toy
 
+    folder.mkdir(parents=True, exist_ok=True)  # which may fail, and this takes long
     descents = {name: toy.descend(toy.START, arguments) for name, arguments in toy.METHODS.items()}
     basins = toy.basins()
-    folder.mkdir(parents=True, exist_ok=True)
     found = basins.as_json()
     (folder / "toy.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
-    _save(pictures.draw_toy, descents, basins, file=folder / "toy.svg")
+    svg.write(pictures.draw_toy, descents, basins, file=folder / "toy.svg")
     for name, share in found["share"].items():
         print(f"{name}: {share:.1%} of {basins.flat[name].numel()} starts end nearer to the flat minimum")
     print(f"\n{folder / 'toy.svg'}")
-
-
-def _save(plot: Callable[..., Any], *results: Any, file: Path) -> None:
-    from . import svg
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    svg.write(plot, *results, file=file)
 
 
 if __name__ == "__main__":

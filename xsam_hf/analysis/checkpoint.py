@@ -199,12 +199,11 @@ def fingerprint(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> str:
 
 def _call(where: str, checkpoint: str) -> Trainer:
     file, _, name = where.rpartition(":")
-    if not Path(file).is_file():
+    spec = importlib.util.spec_from_file_location("trainer_to_analyse", file)  # none if it is no .py file
+    if spec is None or spec.loader is None or not Path(file).is_file():
         raise ValueError(
             f"`--trainer` is {where!r}: give FILE.py:FUNCTION, a file that is there and a function in it."
         )
-    spec = importlib.util.spec_from_file_location("trainer_to_analyse", file)
-    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(Path(file).resolve().parent))  # as for a script that is run
     spec.loader.exec_module(module)
