@@ -145,6 +145,6 @@ def run_command(log, module, *arguments, status=0):
     """What `python -m` of a task's module says on both streams, once it has ended with that status."""
     with open(log, "w") as file:
         run = starter().start([module, *map(str, arguments)], file)
-    ended, said = run.wait(timeout=500), Path(log).read_text()
+    ended, said = run.wait(timeout=900), Path(log).read_text()
     assert ended == status, said[-3000:]
     return said

@@ -78,7 +78,7 @@ def ranks(request, tmp_path_factory):
     if request.param == "accelerate":
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
         command = [sys.executable, *ACCELERATE, str(TESTS / "distributed_worker.py"), str(directory)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr[-5000:]
     else:
         under_torchrun(lambda: main(directory))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
+from processes import free_port
 
 from tasks.methods import METHODS, flags
 from xsam_hf import XSAMArguments, XSAMState, xsam_gradient
@@ -196,7 +197,9 @@ def test_migrating_gives_the_gradient_of_the_other_sam(adaptive):
 )
 def test_accelerate_takes_the_configs(name, processes, expected):
     file = str(SCRIPTS / "accelerate" / f"{name}.yaml")
-    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", file, "train.py"]))
+    # Another launcher of this machine may be at the default port.
+    line = ["--config_file", file, "--main_process_port", f"{free_port()}", "train.py"]
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(line))
     environment = prepare_multi_gpu_env(args)
     replicated = name in ("ddp", "tp_fsdp2")
     assert args.num_processes == processes and args.multi_gpu == replicated and args.use_fsdp != replicated

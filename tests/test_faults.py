@@ -364,7 +364,7 @@ def test_torchrun_restarts_a_killed_process_exactly(tmp_path, whole_of_two):
         "1"  # else gloo finds the addresses of the processes that are gone
     )
     command = [sys.executable, *command, str(Path(__file__).with_name("fault_worker.py")), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-5000:]
     killed = tmp_path / "killed"
     assert killed.read_text() == "rank 1, update 5"

@@ -180,7 +180,7 @@ def test_hostile_batches_are_refused_in_two_gigabytes_of_memory(tmp_path):
         env={"PYTHONPATH": str(ROOT), "PATH": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=900,
     )
     said = done.stdout.splitlines()
     assert done.returncode == 0, f"{[*HOSTILE][len(said)]}: {done.stderr[-2000:]}"

@@ -537,7 +537,7 @@ def test_a_killed_run_goes_on_exactly(tmp_path, whole, sent):
     with process.stdout as output:
         assert any("checkpoint 4 is written" in line for line in output)
         process.send_signal(sent)
-        process.wait(300)
+        process.wait(900)
     assert process.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 128 + signal.SIGINT}[sent]
     assert (killed / "checkpoint-4").exists() and not (killed / "checkpoint-6").exists()
     assert not (killed / "result.json").exists()
@@ -636,7 +636,7 @@ def test_two_processes(tmp_path):
     ]
     flags = ["--report_to", "none", "--use_cpu", "true", "--output_dir"]
     done = subprocess.run([*launch, *flags, str(tmp_path / "two"), "--per_device_train_batch_size", "250"], cwd=ROOT,
-                          capture_output=True, text=True, timeout=500)  # fmt: skip
+                          capture_output=True, text=True, timeout=900)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     run(tmp_path / "one")
     two, one = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("two", "one"))

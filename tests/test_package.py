@@ -203,7 +203,7 @@ def test_the_sdist_has_all_that_its_tests_need(built, tmp_path):
         p.name for p in folder.iterdir()
     }
     line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_layers.py", "tests/test_translation_text.py"]  # fmt: skip
-    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:]
 
 
@@ -251,7 +251,7 @@ def test_the_examples_of_the_readme_run_with_the_wheel_alone(built, tmp_path):
             env={"PYTHONPATH": str(tmp_path / "wheel"), "PATH": "", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
         )
         assert done.returncode == 0, f"{block}\n{done.stderr[-2000:]}"
 

@@ -273,7 +273,7 @@ COMMANDS = {
 def run(*arguments, **environment):
     line = [sys.executable, *map(str, arguments)]
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
-    return subprocess.run(line, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
+    return subprocess.run(line, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=900)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -537,7 +537,7 @@ def test_a_finished_training_leaves_its_result_wherever_it_runs(tmp_path, text, 
             str(output),
         ]
     command = [sys.executable, "-m", f"tasks.{task}.train", *line]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=500)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((output / "result.json").read_text())
     assert (

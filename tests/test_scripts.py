@@ -350,7 +350,7 @@ def test_an_interruption_stops_the_runs_and_their_children(root, number):
         time.sleep(0.05)
     assert all(map(is_alive, pids))
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=900)
     assert process.returncode == 1 and "the same command goes on from here" in said
     deadline = time.monotonic() + 60
     while any(map(is_alive, pids)):

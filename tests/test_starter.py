@@ -71,7 +71,7 @@ def start(starter, *arguments, name="log"):
 def ended(starter, *arguments):
     """The exit status of a run, and what it said."""
     (starter.folder / "log").unlink(missing_ok=True)
-    return start(starter, *arguments).wait(timeout=60), (starter.folder / "log").read_text()
+    return start(starter, *arguments).wait(timeout=900), (starter.folder / "log").read_text()
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks at open files through /proc")
@@ -120,7 +120,7 @@ def test_a_run_is_of_the_code_as_it_is_when_it_starts(starter):
     assert "2 imported before" in ended(starter, "version")[1]
     assert first.poll() is None
     (starter.folder / "gate").write_text("go on")
-    assert first.wait(timeout=60) == 0
+    assert first.wait(timeout=900) == 0
     assert "1 imported before" in (starter.folder / "first").read_text()
 
 
@@ -145,7 +145,7 @@ def test_a_server_that_was_killed_is_replaced(starter):
     run = start(starter, "version", "gate")
     starter.servers[0][0].kill()
     starter.servers[0][0].wait()
-    assert run.wait(timeout=60) == 255
+    assert run.wait(timeout=900) == 255
     run.kill(signal.SIGKILL)
     assert ended(starter, "exit")[0] == 3
 
@@ -172,7 +172,7 @@ def test_a_signal_reaches_all_of_a_run_and_none_is_too_late(starter):
     os.mkfifo(starter.folder / "gate")
     run = start(starter, "version", "gate")
     run.kill(signal.SIGTERM)
-    assert run.wait(timeout=60) == -signal.SIGTERM
+    assert run.wait(timeout=900) == -signal.SIGTERM
     run.kill(signal.SIGTERM)
 
 
@@ -191,7 +191,7 @@ def test_a_training_in_a_fork_is_the_same_to_the_last_bit(tmp_path):
             forked = [*line, "--output_dir", str(tmp_path / "forked")]
             run = starter.start(["tasks.image_classification.train", *forked], log)
         images.main([*line, "--output_dir", str(tmp_path / "here")])
-        assert run.wait(timeout=120) == 0, (tmp_path / "log").read_text()
+        assert run.wait(timeout=900) == 0, (tmp_path / "log").read_text()
     finally:
         starter.close()
         torch.set_num_threads(1)
