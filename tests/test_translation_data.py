@@ -108,6 +108,13 @@ def test_a_part_of_the_training_pairs_is_spread_evenly_and_teaches_its_own_subwo
     few = part(30, tmp_path / "prepared")
     assert few.splits["train"]["labels"] == whole.splits["train"]["labels"][::3]
     assert few.target_vocabulary.counts == whole.target_vocabulary.counts
+    code = tmp_path / "prepared" / "code"
+    assert few.subwords.codes == code.read_text()
+    code.write_text("".join(code.read_text().splitlines(True)[:10]))
+    with pytest.raises(ValueError, match=r"code splits \d+ of 10 lines of this folder otherwise than they are"):
+        part(30, tmp_path / "prepared")
+    code.unlink()
+    assert part(30, tmp_path / "prepared").subwords is None
 
 
 def test_train_alone_is_split(tmp_path):

@@ -27,6 +27,7 @@ MERGES = 10000
 # Of the training tokens of a side, which a dictionary is made from: none are unknown with BPE, and a few where rare words were
 # left out. Another language's dictionary, of the same BPE, leaves more than a fifth.
 UNKNOWN_LIMIT = 0.2
+SAMPLE = 300  # pairs of a prepared folder, by which its BPE is known again
 
 
 @dataclass
@@ -216,6 +217,7 @@ def from_prepared(folder: Path, source: str, target: str) -> Corpus:
     """A folder of BPE text with dictionaries, as `scripts/run prepare_iwslt14` writes it."""
     vocabularies = read_dictionaries(folder, source, target)
     datasets = {}
+    pairs: sources.Pairs = []
     for name, prefix in SPLITS.items():
         pairs = sources.parallel(folder, prefix, source, target)
         ids = [tuple(v.encode(line) for v, line in zip(vocabularies, pair, strict=True)) for pair in pairs]
@@ -225,7 +227,25 @@ def from_prepared(folder: Path, source: str, target: str) -> Corpus:
         tokens = [tuple(join_subwords(line).replace("<unk>", "<<unk>>") for line in pair) for pair in pairs]
         datasets[name] = build(ids, tokens, running_text(tokens, source, target), held_out=name != "train")
     code = folder / "code"
-    return Corpus(datasets, *vocabularies, Tokenizer(target), Subwords.read(code) if code.is_file() else None)
+    return Corpus(datasets, *vocabularies, Tokenizer(target), read_subwords(code, pairs) if code.is_file() else None)
+
+
+def read_subwords(code: Path, pairs: sources.Pairs) -> Subwords:
+    """
+    The BPE that encoded some pairs.
+
+    Raises:
+        `ValueError`: it would have encoded one of the first hundreds otherwise.
+    """
+    subwords = Subwords.read(code)
+    lines = [line for pair in pairs[:SAMPLE] for line in pair]
+    foreign = sum(subwords(join_subwords(line)).split() != line.split() for line in lines)
+    if foreign:
+        raise ValueError(
+            f"{code} splits {foreign} of {len(lines)} lines of this folder otherwise than they are: put the file there that the text was "
+            "prepared with, or remove it (the model is then saved without its BPE)."
+        )
+    return subwords
 
 
 def from_data_bin(folder: Path, source: str, target: str) -> Corpus:
