@@ -9,7 +9,7 @@ from datasets import Dataset
 from translation_toys import pairs, texts, write
 
 from tasks.translation import sources
-from tasks.translation.data import DataArguments, load
+from tasks.translation.data import DataArguments, load, warn_of_repetitions
 from tasks.translation.text import Subwords, Tokenizer, join_subwords
 from tasks.translation.vocabulary import Vocabulary
 
@@ -115,6 +115,17 @@ def test_a_part_of_the_training_pairs_is_spread_evenly_and_teaches_its_own_subwo
         part(30, tmp_path / "prepared")
     code.unlink()
     assert part(30, tmp_path / "prepared").subwords is None
+
+
+def test_scored_pairs_that_are_trained_on_are_told(tmp_path, caplog):
+    rows = pairs(100)
+    write(tmp_path, "train", rows[:60])
+    write(tmp_path, "valid", [*rows[60:79], rows[0]])
+    write(tmp_path, "test", [*rows[79:97], *rows[:3]])
+    warn_of_repetitions(load(DataArguments(dataset=str(tmp_path), bpe_merges=20)))
+    assert [record.getMessage() for record in caplog.records] == [
+        "3 of the 21 pairs of test are training pairs too, and scores of them mean little."
+    ]
 
 
 def test_train_alone_is_split(tmp_path):

@@ -140,6 +140,21 @@ def load(arguments: DataArguments) -> Corpus:
     return from_text(pairs, *languages, arguments.bpe_merges or MERGES, examples)
 
 
+def warn_of_repetitions(corpus: Corpus) -> None:
+    """Warns where more than a tenth of the pairs that are scored are training pairs too; of the usual data sets at most a hundredth are."""
+    of = {
+        name: list(zip(split["source_tokens"], split["target_tokens"], strict=True))
+        for name, split in corpus.splits.items()
+    }
+    trained = set(of.pop("train"))
+    for name, pairs in of.items():
+        again = sum(pair in trained for pair in pairs)
+        if again > len(pairs) / 10:
+            logger.warning(
+                f"{again} of the {len(pairs)} pairs of {name} are training pairs too, and scores of them mean little."
+            )
+
+
 def rows_of_part(examples: int, pairs: int) -> list[int]:
     """
     So many rows of the training pairs, spread evenly.

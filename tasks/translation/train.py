@@ -96,6 +96,7 @@ def prepare(task: TranslationArguments, args: TrainingArguments) -> Setup:
     task.use_threads()
     runs.check_output(args, metrics.NAMES)
     corpus = data.load(task)
+    data.warn_of_repetitions(corpus)
     beams = args.generation_num_beams
     if beams is not None and beams > len(corpus.target_vocabulary):
         raise ValueError(
