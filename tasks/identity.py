@@ -106,9 +106,8 @@ def identity_of(
         "seed": args.seed,
         **_batches(arguments, args.world_size),
     }
-    if args.mixed_precision != "no" and not (
-        args.bf16 or args.fp16
-    ):  # `accelerate launch` asks for it, and no argument
+    # `accelerate launch` can ask for it where no argument does.
+    if args.mixed_precision != "no" and not (args.bf16 or args.fp16):
         whole["mixed_precision"] = args.mixed_precision
     return json.loads(json.dumps({**whole, **matter}, default=str))
 
