@@ -110,6 +110,18 @@ def test_examples_run(monkeypatch, tmp_path, page):
         CHECKS[page](**vars(module))
 
 
+def test_the_tests_that_pages_name_are_there():
+    files = {file.name: file.read_text(encoding="utf-8") for file in Path(__file__).parent.glob("test_*.py")}
+    tests = set(re.findall(r"^ *def (test_\w+)", "".join(files.values()), re.MULTILINE))
+    for page in sorted(DOCS.glob("*.md")):
+        text = read(page.stem)
+        assert {name for name in re.findall(r"\btest_\w+\.py\b", text)} <= files.keys(), page
+        for name, more in re.findall(r"::(test_\w+)(\*?)", text):
+            assert name in tests or more and any(test.startswith(name) for test in tests), f"{page}: {name}"
+    # What a resumed run owes to its data, with the proof.
+    assert "test_augmentation_from_the_processs_stream_" in read("compatibility")
+
+
 def test_there_are_examples():
     assert set(CHECKS) <= set(EXAMPLES)
 
