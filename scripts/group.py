@@ -11,6 +11,7 @@ from typing import Any
 
 from tasks.command import sentence
 from tasks.identity import difference
+from tasks.secret import without_secret_flags
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ class FinishedRun:
         """
         state, searches = folder / "trainer_state.json", folder / "xsam_search.jsonl"
         corruptions = folder / "corruptions.json"
-        request = _read(folder / "request.json", lambda found: (list(found["command"]), str(found["recipe"])))
+        request = _read(
+            folder / "request.json", lambda found: (without_secret_flags(found["command"]), str(found["recipe"]))
+        )
         result = _read(folder / "result.json", _check_result)
         if f"seed-{result['seed']}" != folder.name:
             raise ValueError(f"{folder} holds a result of seed {result['seed']}: run this seed again.")

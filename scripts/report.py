@@ -135,7 +135,7 @@ def make_page(
         "seeds": sorted({run.result["seed"] for run in every}),
         "device": sorted({run.result["device"] for run in every}),
         "threads a run": sorted({run.result["threads"] for run in every}),
-        "commit": sorted({run.result["git_commit"] or "none" for run in every}),
+        "commit": sorted({run.result.get("git_commit") or "none" for run in every}),
         **{name: sorted({str(run.result["versions"][name]) for run in every}) for name in first["versions"]},
     }
     commands = [

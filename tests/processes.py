@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed.run as torchrun
@@ -18,6 +19,16 @@ from scripts.starter import Starter
 
 # Seconds after which a process hangs. Two of them, which take half a minute alone, took five beside eight busy ones.
 HUNG = 900
+
+
+@contextmanager
+def ignoring(number):
+    """As a shell starts the tests with `nohup` or `&`: a process that begins here ignores the signal, unless it is told not to."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def start_process(work):

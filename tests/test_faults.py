@@ -615,6 +615,17 @@ def test_other_handlers_are_called_too_in_a_pass_and_after_the_restore(monkeypat
         signal.signal(signal.SIGINT, earlier)
 
 
+def test_these_tests_pass_where_interrupts_are_ignored():
+    """One of them, in a process that `nohup` or `&` might have started."""
+    test = f"{__file__}::{test_an_interrupt_between_two_passes_comes_before_the_next_one.__name__}"
+
+    def work(report):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        report(f"{pytest.main([test, '-q', '-p', 'no:cacheprovider'])!r}")
+
+    assert in_process(work) == (0, "<ExitCode.OK: 0>")
+
+
 def test_a_thread_has_no_interrupts_to_hold():
     def fault():
         raise RuntimeError("out of memory")

@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from processes import ignoring
 
 from scripts import (
     benchmark,
@@ -30,7 +31,7 @@ from scripts import (
     table,
 )
 from scripts import report as report_script
-from tasks import command, identity
+from tasks import command, files, identity
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -335,15 +336,15 @@ def is_alive(pid):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interruption_stops_the_runs_and_their_children(root, number):
     line = [sys.executable, "scripts/run_seeds.py", "fake", "tiny", "--group", "group", "--jobs", "2"]
-    process = subprocess.Popen(
-        [*line, "--seeds", "0", "1", "2", "--", "SAM=--then sleep"],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell that starts the tests with `nohup` or `&` makes them, and so this process, ignore some of these.
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
-    )
+    with ignoring(number):
+        process = subprocess.Popen(
+            [*line, "--seeds", "0", "1", "2", "--", "SAM=--then sleep"],
+            cwd=root,
+            env={**os.environ, "PYTHONPATH": str(root)},
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+        )
     deadline = time.monotonic() + 120
     while len(pids := " ".join(p.read_text() for p in root.glob("runs/group/SAM/*/pids")).split()) < 4:
         assert time.monotonic() < deadline and process.poll() is None
@@ -547,6 +548,25 @@ def test_a_wrong_name_leaves_the_earlier_table(root):
     assert not (root / "results").exists()
 
 
+def test_a_table_that_cannot_be_written_leaves_the_earlier_one(root, monkeypatch):
+    folder = make_group(root / "runs" / "group")
+    summarize.main([str(folder)])
+    (file,) = (root / "results").iterdir()
+    earlier = file.read_bytes()
+    change(folder / "SAM" / "seed-1", seconds=2.5)
+
+    def full(part, file):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files.os, "replace", full)  # the last step: all that was written until then is another file
+        with pytest.raises(OSError, match="No space left"):
+            summarize.main([str(folder)])
+    assert {path: path.read_bytes() for path in (root / "results").iterdir()} == {file: earlier}
+    summarize.main([str(folder)])
+    assert file.read_bytes() != earlier
+
+
 def make_group(folder, older=False, **changes):
     """Two runs of one method; the second with changes, wherever such a name stands. Older ones have no identity."""
     arguments = {
@@ -624,6 +644,20 @@ def test_runs_of_one_method_may_differ_in_their_seed_only(tmp_path, kind):
         group.load_group(folder)
     with pytest.raises(ValueError, match=f"kept.json: SAM, seed 0 and .*kept.json: SAM, seed 1 .* and {words}"):
         summarize.read(folder / "kept.json")
+
+
+@pytest.mark.parametrize("name, other", [("task", "translation"), ("dataset", "fashion_mnist")])
+def test_methods_are_compared_on_one_data_set(tmp_path, name, other):
+    """Of each method all runs are alike."""
+    folder = make_group(tmp_path / "group")
+    shutil.copytree(folder / "SAM", folder / "XSAM")
+    assert list(group.load_group(folder)[0]) == ["SAM", "XSAM"]
+    for run in (folder / "XSAM").iterdir():
+        change(run, **{name: other})
+    with pytest.raises(
+        ValueError, match=rf"SAM/seed-0 and .*XSAM/seed-0 differ in their {name} \(.* and {other}\), so that"
+    ):
+        group.load_group(folder)
 
 
 @pytest.mark.parametrize("older", [False, True])
@@ -760,6 +794,20 @@ def test_a_secret_is_in_no_file_of_a_group(root, capsys):
     for path in root.rglob("*"):
         assert not path.is_file() or b"s3cret" not in path.read_bytes(), path
     assert "s3cret" not in "".join(capsys.readouterr())
+
+
+def test_a_secret_that_stands_in_a_run_is_not_kept(root, capsys):
+    """Of a task that is not ours, or made by hand."""
+    folder = make_group(root / "runs" / "group")
+    run = folder / "SAM" / "seed-0"
+    arguments = json.loads((run / "result.json").read_text())["arguments"]
+    change(run, arguments={**arguments, "hub_token": "s3cret"})
+    change(run, "request.json", command=["-m", "train", "--hub_token", "s3cret"])
+    summarize.main([str(folder)])
+    report_script.report(folder, "accuracy", [])
+    kept = (root / "results" / "group.json").read_text()
+    assert "s3cret" not in kept + (folder / "report.html").read_text() + "".join(capsys.readouterr())
+    assert '"hub_token": "<hub_token>"' in kept and "<hub_token>" in json.loads(kept)["runs"][0]["command"]
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
@@ -973,6 +1021,8 @@ def test_the_lowest_versions_get_an_environment_of_their_own(shell):
     )
     for version in ("python3.10", "python3.11"):
         shell.add_python(shell.bin / version)
+    with open(shell.bin / "python3.10", "a") as lowest:
+        lowest.write("# 3.10\n")
     done, asked = shell(shell.root / "scripts/test", "--lowest", "-k", "xsam")
     assert done.returncode == 0, done.stderr
     install = (
@@ -985,6 +1035,7 @@ def test_the_lowest_versions_get_an_environment_of_their_own(shell):
         "-m pytest -n 2 --dist worksteal -k xsam",
     ]  # no lint: its tools' versions matter
     assert (shell.root / ".venv-lowest/lowest.txt").read_text() == "torch==2.8\na.b-c==1.0.2\n"
+    assert (shell.root / ".venv-lowest/bin/python").read_text().endswith("# 3.10\n")
     assert not (shell.root / ".venv").exists()
 
 
