@@ -20,7 +20,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from processes import run_command
+from processes import ignoring, run_command
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
 from transformers import TrainingArguments as HFArguments
@@ -525,15 +525,15 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_goes_on_exactly(tmp_path, whole, sent):
     killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        [sys.executable, "-c", WAITING, *SHORT, "--report_to", "none", "--output_dir", str(killed), *KILL],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        # A shell that starts the tests in the background makes them, and so this process, ignore Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    with ignoring(signal.SIGINT):
+        process = subprocess.Popen(
+            [sys.executable, "-c", WAITING, *SHORT, "--report_to", "none", "--output_dir", str(killed), *KILL],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
     with process.stdout as output:
         assert any("checkpoint 4 is written" in line for line in output)
         process.send_signal(sent)
