@@ -197,6 +197,12 @@ def test_only_arrays_and_their_kinds_have_a_state(kind):
     assert archives._encode.__defaults__ == before == ("latin1",) and archives._Array.state is None
 
 
+def test_object_pointers_are_no_array():
+    """Only its kind is read of a dtype, and no array is made of another one than bytes."""
+    with pytest.raises(ValueError, match="its 'data' is of type 'O8', not of unsigned bytes"):
+        archives.unpickle(HOSTILE["object pointers"] + op("STOP"), "train")
+
+
 def test_after_a_hostile_batch_whole_ones_are_still_read(tmp_path):
     for content in HOSTILE.values():
         with pytest.raises(ValueError):

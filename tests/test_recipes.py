@@ -164,6 +164,7 @@ def test_a_recipe_that_is_not_there_is_told_from_the_one_meant(monkeypatch, give
         (["other.yaml"], "other.yaml comes too late: a recipe is the first argument"),
         (["--rho", "0.1", "0.2"], "'0.2' is not expected there"),
         (["--hub_tokn", "hf_secret"], "there is no flag --hub_tokn; did you mean --hub_token?"),
+        (["--hub_tokn=hf_secret"], "there is no flag --hub_tokn; did you mean --hub_token?"),
         (["--lr_scheduler_kwargs", "{a}"], "`lr_scheduler_kwargs` is {a}, which is no JSON"),
         (["--gradient_accumulation_steps", "0"], "`gradient_accumulation_steps` is 0: give 1 or more"),
         (["--num_train_epochs", "0"], "`num_train_epochs` is 0.0"),
