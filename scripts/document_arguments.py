@@ -1,9 +1,11 @@
 """Writes docs/arguments.md: every field of XSAMArguments with its choices, its default and its help."""
 
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+from tasks.command import Parser, run
 from xsam_hf import XSAMArguments
 
 
@@ -30,5 +32,10 @@ def page() -> str:
     return HEAD + "".join(rows)
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str]) -> None:
+    Parser(description=__doc__).parse_args(argv)
     PAGE.write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -282,6 +283,15 @@ def test_every_command_refuses_in_one_sentence_with_status_2(name):
     lines = done.stderr.splitlines()
     assert done.returncode == 2 and done.stdout == "" and len(lines) == 1
     assert lines[0].startswith("error: ") and lines[0].endswith(".") and "hf_secret" not in lines[0]
+
+
+def test_every_command_is_run_so():
+    begins = 'if __name__ == "__main__":\n'
+    for file in [*(ROOT / "scripts").glob("*.py"), *(ROOT / "tasks").rglob("*.py")]:
+        code, found, end = file.read_text(encoding="utf-8").partition(begins)
+        if found and file.name != "make_fairseq_golden.py":  # runs where nothing of ours is installed
+            ours = re.search(r"^from tasks.command import .*\brun\b", code, re.MULTILINE)
+            assert ours and end == "    run(main)\n", file
 
 
 @pytest.mark.parametrize("name", ["image", "summarize"])

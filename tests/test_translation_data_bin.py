@@ -182,8 +182,8 @@ def test_a_byte_order_mark_is_no_part_of_a_token(tmp_path):
 
 
 def test_an_empty_dictionary_is_refused(tmp_path):
-    for content in (b"", b"\xef\xbb\xbf", b"\n"):
-        with pytest.raises(ValueError, match="dict.de.txt"):
+    for content, words in ((b"", " is empty"), (b"\xef\xbb\xbf", " is empty"), (b"\n", ", line 1 is ''")):
+        with pytest.raises(ValueError, match=f"dict.de.txt{words}"):
             load(DataArguments(dataset=str(data_bin(tmp_path, content))))
 
 
