@@ -5,7 +5,9 @@ Where climbing pays: trains one setting with all methods of the study, each with
     scripts/run study digits-noise --methods base base-2x sam xsam --seeds 0 1 2
 
 `rho` is chosen by the validation score on seeds that no table shows: three values, each √2 times the one before, and more of them as
-long as the best one stands at an end, or none trains. Call it again after a failure or an interruption: finished runs are kept.
+long as the best one stands at an end, or none trains. What results/ holds of this is taken as it is, but with --tune_only. Call it again
+after a failure or an interruption: finished runs are kept. results/ gets the new runs, in place of those of the same method and seed, and
+its table is printed.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from pathlib import Path
 from scripts.group import FinishedRun, check_metric
 from scripts.run_seeds import ROOT, Run, parse_count, parse_flags, parse_seed, run_or_exit
 from scripts.summarize import keep, read
+from scripts.table import make_cells, make_rows, to_markdown
 from tasks import recipes
 from tasks.command import Parser, run
 
@@ -138,6 +141,16 @@ SETTINGS = {
         tuning_seeds=(100,),
         chance=0.01,
     ),
+    "multi30k": Setting(
+        "multi30k-part-small",
+        "Multi30k, Transformer",
+        "Multi30k, 3,000 pairs, German to English, small Transformer, AdamW",
+        seeds=3,
+        tuning_seeds=(100,),
+        task="translation",
+        metrics=("bleu_tokenised", "bleu_detokenised", "chrf"),
+        chance=1,  # of 100; less is noise
+    ),
     "fashion-noise-vit": Setting(
         "fashion-mnist-noise-vit-small",
         "Fashion-MNIST, ViT",
@@ -200,6 +213,14 @@ def results(setting: str) -> dict[str, list[dict]]:
     return {method: found[method] for method in METHODS if method in found}
 
 
+def tuning_files(setting: str) -> list[Path]:
+    return [ROOT / "results" / f"{name}-tuning.json" for name in (SETTINGS[setting].earlier, setting) if name]
+
+
+def is_tuned(setting: str) -> bool:
+    return any(file.is_file() for file in tuning_files(setting))
+
+
 def tuning(setting: str) -> dict[str, dict[float, list[float]]]:
     """
     What the tuning gave: the validation scores of the seeds for each `rho`, by method.
@@ -207,9 +228,8 @@ def tuning(setting: str) -> dict[str, dict[float, list[float]]]:
     Raises:
         `ValueError`: the setting has not been tuned.
     """
-    earlier, score = SETTINGS[setting].earlier, SETTINGS[setting].metrics[0]
-    files = [ROOT / "results" / f"{name}-tuning.json" for name in (earlier, setting) if name is not None]
-    if not any(file.is_file() for file in files):
+    score, files = SETTINGS[setting].metrics[0], tuning_files(setting)
+    if not is_tuned(setting):
         raise ValueError(f"There is no {files[-1].relative_to(ROOT)}: scripts/run study {setting} makes it.")
     found: dict[str, dict[float, list[float]]] = {}
     for file in filter(Path.is_file, files):
@@ -283,8 +303,9 @@ def main(argv: Sequence[str]) -> None:
     )
     args = parser.parse_args(argv)
     of = SETTINGS[args.setting]
+    known = chosen(args.setting) if is_tuned(args.setting) and not args.tune_only else {}
     for method in args.methods:
-        if METHODS[method].stretch is not None:
+        if METHODS[method].stretch is not None and method not in known:
             tune(args.setting, method, args.jobs, args.flags)
             keep(ROOT / "runs" / f"{args.setting}-tuning")
     if args.tune_only:
@@ -308,6 +329,11 @@ def main(argv: Sequence[str]) -> None:
             args.jobs,
         )
         keep(ROOT / "runs" / args.setting)
+    found = results(args.setting)
+    for metric in of.metrics:
+        print(
+            to_markdown(make_cells(make_rows(found, metric), metric, [m for m in ("base", "base-2x") if m in found]))
+        )
 
 
 if __name__ == "__main__":

@@ -58,9 +58,9 @@ def merged(common: Mapping, row: Mapping) -> dict:
     return whole
 
 
-def collect(group: Path) -> tuple[dict, dict[str, list[dict]]]:
+def collect(group: Path) -> dict[str, list[dict]]:
     """
-    The finished runs of a group as one object (`common`, and `runs` with what is special about each), and whole by method.
+    The whole results of a group's finished runs, by method.
 
     Raises:
         `ValueError`: there is none, or see [`~scripts.group.load_group`].
@@ -70,7 +70,7 @@ def collect(group: Path) -> tuple[dict, dict[str, list[dict]]]:
         raise ValueError(f"There is no finished run in {group}.")
     if unfinished:
         print(f"Not finished, and so left out: {', '.join(unfinished)}.\n")
-    results = {
+    return {
         name: [
             without_secrets({"name": name, "command": r.command, **r.result})
             | ({"corruptions": r.corruptions} if r.corruptions else {})
@@ -78,27 +78,39 @@ def collect(group: Path) -> tuple[dict, dict[str, list[dict]]]:
         ]
         for name, seeds in found.items()
     }
+
+
+def keep(group: Path) -> None:
+    """
+    Adds the finished runs of a folder of runs/ to the file of the same name in results/, in place of those of the same method and seed.
+
+    Raises:
+        `ValueError`: see `collect`; or the file's runs of a method are another training ([`~scripts.group.check_one_method`]).
+    """
+    path = file_of(group)
+    results = read(path) if path.exists() else {}
+    for name, runs in collect(group).items():
+        by_seed = {run["seed"]: run for run in (*results.get(name, []), *runs)}
+        results[name] = [by_seed[seed] for seed in sorted(by_seed)]
+        check_one_method([f"{name}, seed {run['seed']}," for run in results[name]], results[name])
+    write(results, path)
+
+
+def file_of(group: Path) -> Path:
+    return ROOT / "results" / f"{group.resolve().name}.json"
+
+
+def write(results: Mapping[str, Sequence[dict]], path: Path) -> None:
+    """Writes runs by method as one object: `common`, and `runs` with what is special about each; `read` reads it."""
     runs = [result for seeds in results.values() for result in seeds]
     common = common_part(runs) if len(runs) > 1 else {}
-    return {"common": common, "runs": [without(run, common) for run in runs]}, results
-
-
-def keep(group: Path) -> dict[str, list[dict]]:
-    """Writes the finished runs of a folder of runs/ to the file of the same name in results/, and returns them by method."""
-    kept, results = collect(group)
-    write(kept, group)
-    return results
-
-
-def write(kept: dict, group: Path) -> None:
-    path = ROOT / "results" / f"{group.resolve().name}.json"
     path.parent.mkdir(exist_ok=True)
-    write_whole(path, json.dumps(kept, indent=1) + "\n")
+    write_whole(path, json.dumps({"common": common, "runs": [without(run, common) for run in runs]}, indent=1) + "\n")
 
 
 def read(path: Path) -> dict[str, list[dict]]:
     """
-    The whole results of each method in a file that `collect` made.
+    The whole results of each method in a file that `write` made.
 
     Raises:
         `ValueError`: it is no such file, or see [`~scripts.group.check_one_method`].
@@ -130,15 +142,15 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(
             f"There is no {args.source}, here or in {ROOT}: give a folder of runs/, or a file of results/."
         )
-    kept, results = collect(source) if source.is_dir() else (None, read(source))
+    results = collect(source) if source.is_dir() else read(source)
     check_metric(results, args.metric, args.split)
     rows = make_rows(results, args.metric, args.split)
     names = [row.name for row in rows]
     if missing := [name for name in args.baselines if name not in names]:
         raise ValueError(f"There is no run of the baseline {', '.join(missing)}: choose among {', '.join(names)}.")
     table = to_markdown(make_cells(rows, args.metric, args.baselines, args.split))
-    if kept is not None:
-        write(kept, source)
+    if source.is_dir():
+        write(results, file_of(source))
     print(table)
 
 

@@ -144,11 +144,18 @@ def _refuse_ignored_optim_args(trainer: Trainer) -> None:
     for part in parts:
         name, _, value = part.partition("=")
         found = taken.get(name)
-        if found is None or not isinstance(found, bool) and found != _number(value):
+        if isinstance(found, bool):
+            heard = value.lower() in _YES_NO  # other words are no to transformers
+        else:  # the groups of weights have a decay of their own
+            heard = found is not None and found == _number(value) and name != "weight_decay"
+        if not heard:
             raise ValueError(
                 f"`optim_args` is {args.optim_args}, of which {args.optim.value} does not take {part}: leave it out, or give it as a "
                 "flag of its own if there is one."
             )
+
+
+_YES_NO = ("true", "1", "yes", "false", "0", "no")
 
 
 def _number(text: str) -> float | None:

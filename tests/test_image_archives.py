@@ -286,6 +286,10 @@ def parquet(folder, name, pictures=GOOD, labels=(1, 2, 3), label=None):
             "row 0 is not an image of the data set",
         ),
         ({"pictures": [{"bytes": GOOD[0]["bytes"][:40], "path": None}, GOOD[0], GOOD[0]]}, "row 0 is not an image"),
+        (
+            {"pictures": [GOOD[0], {"bytes": None, "path": "picture.png"}, GOOD[0]]},
+            "row 1 .* no picture, but the path",
+        ),
         ({"pictures": [GOOD[0], None, GOOD[0]]}, "row 1 is not an image of the data set"),
         ({"pictures": [1.5, 2.5, 3.5]}, "is no parquet file of images"),
         ({"pictures": [], "labels": []}, "is no parquet file of images|holds no images|has the columns"),
@@ -323,6 +327,12 @@ def test_the_split_is_a_word_of_the_name(tmp_path, train, test):
     parquet(tmp_path, "contest-trained", labels=[9, 9, 9])
     (_, y), (_, y_test) = archives.read("cifar100", tmp_path)
     assert set(y) == {1} and set(y_test) == {2}
+
+
+def test_a_half_unpacked_archive_says_what_is_missing(tmp_path):
+    (cifar(tmp_path / "c", batch()) / "test").unlink()
+    with pytest.raises(ValueError, match="test is missing in .*, which holds other parts of cifar100: unpack"):
+        archives.read("cifar100", tmp_path)
 
 
 def test_a_name_that_merely_contains_the_word_is_no_split(tmp_path):

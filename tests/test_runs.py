@@ -336,6 +336,8 @@ def test_a_best_model_that_nothing_would_tell_is_refused(tmp_path):
         ("adamw_torch", "lr=5.0", "lr=5.0"),
         ("sgd", "momentun=0.9", "momentun=0.9"),
         ("sgd", "momentum=0.9, lr=1", "lr=1"),
+        ("sgd", "weight_decay=0.5", "weight_decay=0.5"),
+        ("sgd", "momentum=0.9,nesterov=Ture", "nesterov=Ture"),
         ("rmsprop", "centred=true", "centred=true"),
     ],
 )

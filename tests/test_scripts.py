@@ -1163,9 +1163,23 @@ def test_the_study_tunes_inside_the_grid_and_compares_on_other_seeds(root, monke
     assert study.tuning("digits-noise")["sam"][0.1] == pytest.approx([0.81, 0.80])
     kept = summarize.read(root / "results" / "digits-noise.json")
     assert {name: [run["seed"] for run in runs] for name, runs in kept.items()} == dict.fromkeys(methods[1:5], [0, 1])
+    # Seeds 0 and 1: 95 % and one or two points of the toy's more, less 0.7 for a rho of .57.
+    assert " 95.30 ± 1.41 " in done.stdout
     assert {run["arguments"]["rho"] for run in kept["sam"]} == {0.57}
     assert kept["base-2x"][0]["passes"]["backward"] == 2 * kept["base"][0]["passes"]["backward"]
     assert called == len(calls(root)) == 2 * (8 + 6) + 2 * 4
+    # A fresh checkout has results/ alone: what was chosen is not searched for again, and runs are added.
+    shutil.rmtree(root / "runs")
+    done = script(root, "study", "digits-noise", "--methods", "sam", "--seeds", "1", "2")
+    assert done.returncode == 0, done.stderr
+    assert len(calls(root)) == called + 2
+    more = summarize.read(root / "results" / "digits-noise.json")
+    assert [run["seed"] for run in more.pop("sam")] == [0, 1, 2]
+    assert more == {name: runs for name, runs in kept.items() if name != "sam"}
+    # Another training under the same name is not added to it.
+    done = script(root, "study", "digits-noise", "--methods", "sam", "--seeds", "3", "--flags=--rho 0.4")
+    assert done.returncode == 2 and "stand for one method and differ in their rho (0.57 and 0.4)" in done.stderr
+    assert [run["seed"] for run in summarize.read(root / "results" / "digits-noise.json")["sam"]] == [0, 1, 2]
 
 
 def test_the_grid_of_rho_grows_towards_the_best_and_ends():

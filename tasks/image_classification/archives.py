@@ -161,7 +161,7 @@ def pictures(rows: Iterable[dict], images: Images, where: str) -> Arrays:
     Encoded pictures and labels as arrays.
 
     Args:
-        rows (`Iterable[dict]`): with an image column of `{"bytes": ...}` (or `{"path": ...}`) and a label column.
+        rows (`Iterable[dict]`): with an image column of `{"bytes": ...}` and a label column.
         images ([`Images`]): what they should be.
         where (`str`): names the file in messages.
 
@@ -180,7 +180,9 @@ def pictures(rows: Iterable[dict], images: Images, where: str) -> Arrays:
 
 def _picture(cell: Any, images: Images, where: str) -> np.ndarray:
     try:
-        with Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])) as picture:
+        if cell["bytes"] is None:  # a file of others must not choose what is read here
+            raise ValueError(f"it holds no picture, but the path {cell['path']}")
+        with Image.open(io.BytesIO(cell["bytes"])) as picture:
             # Before it is unpacked: a small file can hold a huge picture.
             found, expected = (picture.size, picture.mode), ((images.edge, images.edge), MODES[images.channels])
             if found != expected:
@@ -262,8 +264,13 @@ def _cifar(name: str, folder: Path) -> tuple[Arrays, Arrays] | None:
         found = [
             next((file for file in sorted(folder.rglob(batch)) if file.is_file()), None) for batch in [*train, test]
         ]
-        if None in found:
+        if not any(found):
             return None
+        if None in found:
+            missing = [*train, test][found.index(None)]
+            raise ValueError(
+                f"{missing} is missing in {folder}, which holds other parts of {name}: unpack the archive anew."
+            )
         for file in found:
             if file.stat().st_size > LARGEST:
                 raise ValueError(f"{file} is not a batch of CIFAR: it has more than {LARGEST >> 20} MiB.")
