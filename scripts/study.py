@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.group import FinishedRun, check_metric
-from scripts.run_seeds import ROOT, Run, parse_count, parse_flags, parse_seed, run_or_exit
+from scripts.run_seeds import ROOT, Run, parse_count, parse_flags, parse_seed, refuse_overridden, run_or_exit
 from scripts.summarize import keep, read
 from tasks import recipes
 from tasks.command import Parser, run
@@ -283,6 +283,8 @@ def main(argv: Sequence[str]) -> None:
     )
     args = parser.parse_args(argv)
     of = SETTINGS[args.setting]
+    for method in args.methods:
+        refuse_overridden(flags(args.setting, method, 1), args.flags)
     for method in args.methods:
         if METHODS[method].stretch is not None:
             tune(args.setting, method, args.jobs, args.flags)

@@ -280,7 +280,10 @@ def parquet(folder, name, pictures=GOOD, labels=(1, 2, 3), label=None):
             "row 0 is not an image of the data set",
         ),
         ({"pictures": [{"bytes": GOOD[0]["bytes"][:40], "path": None}, GOOD[0], GOOD[0]]}, "row 0 is not an image"),
-        ({"pictures": [GOOD[0], {"bytes": None, "path": "picture.png"}, GOOD[0]]}, "row 1 .* no picture, but the path"),
+        (
+            {"pictures": [GOOD[0], {"bytes": None, "path": "picture.png"}, GOOD[0]]},
+            "row 1 .* no picture, but the path",
+        ),
         ({"pictures": [GOOD[0], None, GOOD[0]]}, "row 1 is not an image of the data set"),
         ({"pictures": [1.5, 2.5, 3.5]}, "is no parquet file of images"),
         ({"pictures": [], "labels": []}, "is no parquet file of images|holds no images|has the columns"),

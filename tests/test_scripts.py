@@ -1286,6 +1286,7 @@ def test_a_sweep_takes_the_studys_rho_and_changes_one_argument(summarized, monke
     assert [(run.name, run.seed) for run in trained] == [(n, s) for s in (0, 1) for n in SWEEP.variants]
     assert trained[0].flags == "--method sam --rho 0.4 --ascent_steps 2 --threads 1"
     assert trained[1].flags == "--method xsam --rho 0.3 --rho_max 0.6 --threads 1"
+    assert "--rho stands in --flags" in refusal(sweep.main, "digits-noise-steps", "--flags=--rho 0.3")
     assert "digits-noise-steps has no variant narrow: choose among sam-2-steps, wide" in refusal(
         sweep.main, "digits-noise-steps", "--variants", "narrow"
     )

@@ -268,7 +268,9 @@ def _cifar(name: str, folder: Path) -> tuple[Arrays, Arrays] | None:
             return None
         if None in found:
             missing = [*train, test][found.index(None)]
-            raise ValueError(f"{missing} is missing in {folder}, which holds other parts of {name}: unpack the archive anew.")
+            raise ValueError(
+                f"{missing} is missing in {folder}, which holds other parts of {name}: unpack the archive anew."
+            )
         for file in found:
             if file.stat().st_size > LARGEST:
                 raise ValueError(f"{file} is not a batch of CIFAR: it has more than {LARGEST >> 20} MiB.")
