@@ -30,7 +30,7 @@ from typing import Any
 from scripts.cost import parsed, plan
 from scripts.group import FinishedRun, check_one_method
 from scripts.paper import SETTINGS, TABLES, Number, Setting, Table, deviations, numbers, slug
-from scripts.run_seeds import OURS, ROOT, Run, is_finished, run_or_exit
+from scripts.run_seeds import OURS, ROOT, Run, is_finished, refuse_overridden, run_or_exit
 from scripts.table import to_markdown
 from tasks import recipes
 from tasks.command import Parser, run
@@ -80,6 +80,7 @@ def _run(setting: str, flags: str, seed: int, options: argparse.Namespace) -> Ru
         # An update's batch stays the paper's.
         name = "per_device_train_batch_size" if of.task == "image_classification" else "max_tokens"
         parts.append(f"--{name} {_recipe(of)[name] // options.processes}")
+    refuse_overridden(" ".join(parts[1:]), options.flags)  # a setting's own model may be another
     parts.append(options.flags)
     return Run(of.task, of.recipe, group, slug(flags), seed, " ".join(filter(None, parts)))
 

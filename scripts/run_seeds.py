@@ -217,6 +217,22 @@ def parse_flags(text: str, where: str = "the flags") -> str:
     return text
 
 
+def refuse_overridden(own: str, given: str) -> None:
+    """
+    Refuses flags for all runs that would make one run of several: what a table's row is called after stays as it is.
+
+    Raises:
+        `ValueError`: a flag stands in both texts.
+    """
+    names, again = (
+        {part.partition("=")[0] for part in shlex.split(flags) if part[:2] == "--"} for flags in (own, given)
+    )
+    if names & again:
+        raise ValueError(
+            f"{min(names & again)} stands in --flags, and some runs have a value of their own for it: leave it out."
+        )
+
+
 def parse_seed(text: str) -> int:
     """
     Raises:

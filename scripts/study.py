@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.group import FinishedRun, check_metric
-from scripts.run_seeds import ROOT, Run, parse_count, parse_flags, parse_seed, run_or_exit
+from scripts.run_seeds import ROOT, Run, parse_count, parse_flags, parse_seed, refuse_overridden, run_or_exit
 from scripts.summarize import keep, read
 from scripts.table import make_cells, make_rows, to_markdown
 from tasks import recipes
@@ -303,6 +303,8 @@ def main(argv: Sequence[str]) -> None:
     )
     args = parser.parse_args(argv)
     of = SETTINGS[args.setting]
+    for method in args.methods:
+        refuse_overridden(flags(args.setting, method, 1), args.flags)
     known = chosen(args.setting) if is_tuned(args.setting) and not args.tune_only else {}
     for method in args.methods:
         if METHODS[method].stretch is not None and method not in known:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from scripts import study
-from scripts.run_seeds import ROOT, Run, parse_count, parse_flags, parse_seed, run_or_exit
+from scripts.run_seeds import ROOT, Run, parse_count, parse_flags, parse_seed, refuse_overridden, run_or_exit
 from scripts.summarize import keep, read
 from tasks.command import Parser, run
 
@@ -120,6 +120,8 @@ def main(argv: Sequence[str]) -> None:
         if name not in sweep.variants:
             parser.error(f"{args.sweep} has no variant {name}: choose among {', '.join(sweep.variants)}")
     variants = {name: of for name, of in sweep.variants.items() if args.variants is None or name in args.variants}
+    for variant in variants.values():
+        refuse_overridden(flags(sweep, variant, 1), args.flags)
     rhos, of = study.chosen(sweep.setting), study.SETTINGS[sweep.setting]
     for method in sweep.baselines:
         if method not in rhos:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 import zipfile
@@ -24,7 +25,7 @@ RESULT = "result.json"
 
 class RunIdentity(TrainerCallback, ExportableState):
     """
-    Writes a run's [`~tasks.identity.identity_of`] into its checkpoints.
+    Writes a run's [`~tasks.identity.identity_of`] into its checkpoints, and a digest of each part that was saved before.
 
     Args:
         whole (`dict`, *optional*): left out only by the Trainer, when it restores callbacks from a checkpoint.
@@ -33,15 +34,18 @@ class RunIdentity(TrainerCallback, ExportableState):
     def __init__(self, whole: dict | None = None):
         self.whole = whole
         self.training = False
+        self.checkpoint: Path | None = None  # after this update
 
     def state(self) -> dict:
-        return {"args": {}, "attributes": {"whole": self.whole}}
+        parts = {} if self.checkpoint is None else _digests(self.checkpoint)
+        return {"args": {}, "attributes": {"whole": self.whole, "parts": parts}}
 
     def on_train_begin(self, args, state, control, **kwargs):
         state.stateful_callbacks[type(self).__name__] = self.state()
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.training = True
+        self.checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step + 1}"
 
 
 def check_output(args: TrainingArguments, metrics: Iterable[str]) -> None:
@@ -106,6 +110,7 @@ def start(trainer: Trainer, whole: dict) -> None:
         check_parts(checkpoint, args, scaled=trainer.accelerator.scaler is not None)
         compare(whole, identity_of_checkpoint(checkpoint), f"`resume_from_checkpoint` {checkpoint} belongs to", args)
         check_contents(checkpoint, trainer)
+        check_digests(checkpoint)
     refuse_other_runs(folder, whole, args)
     _refuse_ignored_optim_args(trainer)
     if not len(trainer.get_train_dataloader()):
@@ -260,6 +265,35 @@ def check_contents(checkpoint: Path, trainer: Trainer) -> None:
         )
 
 
+def check_digests(checkpoint: Path) -> None:
+    """
+    Refuses parts that are there, but not as they were saved together: another checkpoint's, or changed since.
+
+    Raises:
+        `ValueError`: so it is.
+    """
+    saved, found = _of_checkpoint(checkpoint, "parts") or {}, _digests(checkpoint)
+    for name, digits in saved.items():
+        if name in found and found[name] != digits:
+            raise ValueError(
+                f"{checkpoint / name} is not the one that was saved in this checkpoint: resume from another checkpoint, or start anew in "
+                "another `output_dir`."
+            )
+
+
+def _digests(checkpoint: Path) -> dict[str, str]:
+    """SHA-256 of the files with tensors, by name; of those that other processes write at the same time, none."""
+    digests = {}
+    for file in sorted(checkpoint.glob("*")):
+        if file.suffix in (".safetensors", ".pt", ".pth") and not file.name.startswith("rng_state_"):
+            digest = hashlib.sha256()
+            with file.open("rb") as stream:
+                while chunk := stream.read(1 << 20):
+                    digest.update(chunk)
+            digests[file.name] = digest.hexdigest()
+    return digests
+
+
 def _is_readable(file: Path) -> bool:
     """Whether a file's table of contents is whole, and its content as far as there are checksums, which `.pt` and `.pth` have."""
     try:
@@ -277,9 +311,13 @@ def _is_readable(file: Path) -> bool:
 
 
 def identity_of_checkpoint(checkpoint: Path) -> dict | None:
+    return _of_checkpoint(checkpoint, "whole")
+
+
+def _of_checkpoint(checkpoint: Path, name: str) -> dict | None:
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_bytes())
-        return state["stateful_callbacks"]["RunIdentity"]["attributes"]["whole"]
+        return state["stateful_callbacks"]["RunIdentity"]["attributes"][name]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

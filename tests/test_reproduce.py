@@ -278,6 +278,8 @@ def test_runs_are_named_by_what_they_are_and_made_once():
         ),
         (["15"], "The corrupted images are local files: give the folder that holds CIFAR-100-C as --data"),
         (["2", "--flags", "--seed 7"], "--seed stands in --flags, and this script gives it to each run"),
+        (["2", "--flags", "--rho 0.3"], "--rho stands in --flags, and some runs have a value of their own for it"),
+        (["2", "--epochs", "3", "--flags", "--num_train_epochs 5"], "--num_train_epochs stands in --flags"),
         (["2", "--flags", "--no_such 7"], "there is no flag --no_such"),
         (["2", "--flags", "'"], "--flags cannot be taken apart"),
     ],

@@ -243,7 +243,24 @@ def test_a_checkpoint_of_another_step_than_its_folders_is_refused(killed, step):
         train(killed, resume_from_checkpoint="true")
 
 
+@pytest.mark.parametrize("part", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_part_of_another_checkpoint_is_refused(finished, killed, part):
+    runs.check_digests(killed / "checkpoint-2")
+    shutil.copy(finished / "checkpoint-4" / part, killed / "checkpoint-2" / part)
+    with pytest.raises(ValueError, match=f"checkpoint-2/{part} is not the one that was saved in this checkpoint"):
+        train(killed, resume_from_checkpoint="true")
+
+
+def without_digests(checkpoint):
+    """As a hostile or an older hand would write it."""
+    file = checkpoint / "trainer_state.json"
+    state = json.loads(file.read_text())
+    assert state["stateful_callbacks"]["RunIdentity"]["attributes"].pop("parts")
+    file.write_text(json.dumps(state))
+
+
 def test_a_checkpoint_that_lacks_a_weight_is_refused_and_one_too_many_is_not_missed(finished, killed):
+    without_digests(killed / "checkpoint-2")
     file = killed / "checkpoint-2" / "model.safetensors"
     weights = load_file(file)
     save_file({**weights, "surplus": torch.zeros(1)}, file, metadata={"format": "pt"})
@@ -266,6 +283,7 @@ class Hostile:
 @pytest.mark.parametrize("part", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_hostile_part_is_refused_in_a_sentence(killed, part, monkeypatch):
     monkeypatch.chdir(killed)
+    without_digests(killed / "checkpoint-2")
     torch.save({"state": Hostile()}, killed / "checkpoint-2" / part)
     with pytest.raises(ValueError, match="Weights only load failed"):
         train(killed, resume_from_checkpoint="true")

@@ -141,6 +141,7 @@ def test_files_are_read_as_they_stand(tmp_path, name, content):
         ),
         ("a.jsonl", '{"text": "\\ud800", "label": 1}\n', r'row 1: its text is "\\ud800", which is no text'),
         ("a.csv", "text,label\na,no\nb,no \n", "has the labels 'no' and 'no ', which would be two classes"),
+        ("a.csv", "text,label\na,no\nb,No\n", "has the labels 'No' and 'no', which would be two classes"),
         ("a.csv", "text,label\na,1\nb,01\n", "has the labels '01' and '1', which would be two classes"),
     ],
 )

@@ -137,14 +137,14 @@ def load(task: DataArguments) -> Corpus:
 
 def _refuse_labels_alike(labels: Iterable[str], file: str | None) -> None:
     """
-    Refuses two labels that are one with another blank, or one number written in two ways.
+    Refuses two labels that are one with another blank or other capitals, or one number written in two ways.
 
     Raises:
         `ValueError`: there are such; it names them.
     """
     known: dict[str, str] = {}
     for label in sorted(labels):
-        bare = label.strip()
+        bare = label.strip().casefold()
         other = known.setdefault(str(int(bare)) if bare.isdecimal() else bare, label)
         if other != label:
             raise ValueError(
