@@ -74,6 +74,10 @@ def main(argv: Sequence[str]) -> None:
     trainer = train.prepare(*recipes.parse(train.ARGUMENTS, given, __doc__, "runs/find_rho")).trainer
     if trainer.args.resume_from_checkpoint is not None:
         raise ValueError("A range test trains anew for its epochs: leave out `resume_from_checkpoint`.")
+    if trainer.args.max_steps <= 0 and args.epochs > trainer.args.num_train_epochs:
+        raise ValueError(
+            f"--epochs is {args.epochs}, and the schedule ends after {trainer.args.num_train_epochs:g}: give `--num_train_epochs` too."
+        )
     if args.epochs:
         trainer.add_callback(StopAfter(args.epochs))
         trainer.train()

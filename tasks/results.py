@@ -107,6 +107,7 @@ def write_result(trainer: Trainer, meter: CostMeter, arguments: Any, identity: d
         "seconds": round(meter.elapsed, 2),
         "seed": args.seed,
         "device": str(args.device),
+        "mixed_precision": args.mixed_precision,  # the environment's too
         "processes": args.world_size,
         "threads": torch.get_num_threads(),
         # torch tells its build too (+cpu, +cu130), which its metadata does not everywhere.

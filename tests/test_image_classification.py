@@ -395,7 +395,9 @@ def test_result_and_model_card(tmp_path, flags, method, forward, backward):
         "backward_examples": examples[backward],
     }
     assert (result["task"], result["dataset"], result["model"]) == ("image_classification", "digits", "vit-small")
-    assert result["threads"] == 1 and result["seed"] == 42 and result["seconds"] > 0
+    assert (
+        (result["threads"], result["mixed_precision"]) == (1, "no") and result["seed"] == 42 and result["seconds"] > 0
+    )
     assert result["versions"]["torch"] == torch.__version__
     assert result["arguments"]["max_steps"] == 6 and result["arguments"]["dataset"] == "digits"
     for split, n in (("validation", 144), ("test", 360)):
@@ -471,7 +473,8 @@ def test_every_weight_decays_where_that_is_asked_for(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--eval_splits", "training"], "`eval_splits` is training: choose among validation, test, wrong_labels."),
+        (["--eval_splits", "training"], "`eval_splits` is training: choose among validation, test, wrong_labels"),
+        (["--eval_splits", "test", "test"], "`eval_splits` is test test: choose among .*, each once."),
         (
             ["--eval_splits", "wrong_labels", "--eval_strategy", "epoch"],
             "`label_noise` is 0.0, so there is no wrong_labels to evaluate",

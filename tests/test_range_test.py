@@ -179,5 +179,9 @@ def test_the_command_draws_what_it_suggests(tmp_path, capsys):
         in told
     )
     assert f"suggestion {kept['rho']:.2g}" in (tmp_path / "rho.svg").read_text()
+    with pytest.raises(
+        ValueError, match="--epochs is 3, and the schedule ends after 2: give `--num_train_epochs` too"
+    ):
+        find_rho_command.main([recipe, "--epochs", "3", "--num_train_epochs", "2", "--threads", "1", *flags])
     with pytest.raises(ValueError, match="in no task's folder of recipes"):
         find_rho_command.main([str(tmp_path / "rho.yaml")])

@@ -7,9 +7,9 @@ import torch
 from toys import CLASSES, HIDDEN, INPUTS, Classifier, Points, train, weights_of
 from transformers import Trainer
 
-from xsam_hf import XSAMArguments
+from xsam_hf import XSAMArguments, XSAMState
 from xsam_hf.pass_state import PassState
-from xsam_hf.schedule import ascends_at, search_at
+from xsam_hf.schedule import ascends_at, follow_schedule, search_at
 from xsam_hf.trainer.micro_batch import MicroBatch, random_subset
 
 
@@ -31,6 +31,9 @@ def test_the_schedule_by_hand():
     # Shares cover everything once: before, between and after.
     parts = [on(sharpness_end=0.3), on(sharpness_start=0.3, sharpness_end=0.6), on(sharpness_start=0.6)]
     assert sum(parts, []) == list(range(12))
+    for name, value in (("ascent_fraction", 0.5), ("ascent_scope", "micro")):
+        with pytest.raises(ValueError, match=f"`{name}` is {value!r}, and a loop of your own cuts its batches itself"):
+            follow_schedule(XSAMArguments(**{name: value}), XSAMState())
     with pytest.raises(ValueError, match="`sharpness_start` is 0.5, a share of training"):
         ascends_at(XSAMArguments(sharpness_start=0.5), 0)
     with pytest.raises(ValueError, match="`sharpness_end` is 0.5, a share of training"):

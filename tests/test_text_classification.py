@@ -142,6 +142,13 @@ def test_files_are_read_as_they_stand(tmp_path, name, content):
         ("a.jsonl", '{"text": "\\ud800", "label": 1}\n', r'row 1: its text is "\\ud800", which is no text'),
         ("a.csv", "text,label\na,no\nb,no \n", "has the labels 'no' and 'no ', which would be two classes"),
         ("a.csv", "text,label\na,no\nb,No\n", "has the labels 'No' and 'no', which would be two classes"),
+        ("a.csv", "text,label\na,sch\u00f6n\nb,scho\u0308n\n", "which would be two classes"),
+        (
+            "a.csv",
+            "text,label\na,no\nb,no\u200b\n",
+            r"has the labels 'no' and 'no\\u200b', which would be two classes",
+        ),
+        ("a.csv", "text,label\na,1\ntext,label\nb,2\n", "row 2 is its header again"),
         ("a.csv", "text,label\na,1\nb,01\n", "has the labels '01' and '1', which would be two classes"),
     ],
 )
@@ -236,6 +243,10 @@ def test_splits(tmp_path):
     assert sorted(train_texts["label"]) == ["no"] * 15 + ["yes"] * 45
     assert sorted(held_out["label"]) == ["no"] * 5 + ["yes"] * 15
     assert not set(train_texts["text"]) & set(held_out["text"])
+    with pytest.raises(ValueError, match="has the label 'odd' once, and texts of each label are held out"):
+        load(tmp_path, "a.csv", "text,label\n" + rows + "z,odd\n", validation_share=0.25)
+    with pytest.raises(ValueError, match="`validation_share` is 0.3, and `validation_file` is given"):
+        load(tmp_path, "a.csv", "text,label\n" + rows, validation_share=0.3, validation_file=str(tmp_path / "a.csv"))
     with pytest.raises(ValueError, match="`validation_share` is 0.9999, of 80 training texts"):
         load(tmp_path, "a.csv", "text,label\n" + rows, validation_share=0.9999)
     (tmp_path / "b.csv").write_text("text,label\na,maybe\n")

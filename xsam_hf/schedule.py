@@ -9,7 +9,18 @@ from .state import XSAMState
 
 
 def follow_schedule(arguments: XSAMArguments, state: XSAMState) -> bool:
-    """Whether the coming update of a bare loop, which counts its own, ascends; asks for a search if one is due."""
+    """
+    Whether the coming update of a bare loop, which counts its own, ascends; asks for a search if one is due.
+
+    Raises:
+        `ValueError`: a schedule is a share of a whole that is not known, or a field is for the Trainer, which cuts batches.
+    """
+    if arguments.rho > 0 and (arguments.ascent_fraction < 1 or arguments.ascent_scope == "micro"):
+        name = "ascent_fraction" if arguments.ascent_fraction < 1 else "ascent_scope"
+        raise ValueError(
+            f"`{name}` is {getattr(arguments, name)!r}, and a loop of your own cuts its batches itself: leave it out and take a part of "
+            "the batch in `gradient`, or use XSAMTrainer."
+        )
     state.search_due |= arguments.searches and search_at(arguments, state.updates)
     return arguments.rho > 0 and ascends_at(arguments, state.updates)
 

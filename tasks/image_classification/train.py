@@ -84,8 +84,11 @@ class ImageArguments(TaskArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.eval_splits or not set(self.eval_splits) <= set(EVAL_SPLITS):
-            raise ValueError(f"`eval_splits` is {' '.join(self.eval_splits)}: choose among {', '.join(EVAL_SPLITS)}.")
+        known = set(self.eval_splits) <= set(EVAL_SPLITS) and len(set(self.eval_splits)) == len(self.eval_splits)
+        if not self.eval_splits or not known:
+            raise ValueError(
+                f"`eval_splits` is {' '.join(self.eval_splits)}: choose among {', '.join(EVAL_SPLITS)}, each once."
+            )
         if self.weight_decay_scope not in (None, "all"):
             raise ValueError(f"`weight_decay_scope` is {self.weight_decay_scope}: give all, or leave it out.")
 

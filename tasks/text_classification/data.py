@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +54,10 @@ class DataArguments:
     def __post_init__(self):
         if self.train_file is None:
             raise ValueError(f"`train_file` is missing: give a file in {', '.join(ENDINGS)}.")
+        if self.validation_file is not None and self.validation_share not in (0, 0.1):
+            raise ValueError(
+                f"`validation_share` is {self.validation_share}, and `validation_file` is given: leave one of them out."
+            )
         if not 0 <= self.validation_share < 1:
             raise ValueError(f"`validation_share` is {self.validation_share}: give a share from 0 to below 1.")
         if len(self.text_column_names) > 2:
@@ -121,6 +127,12 @@ def load(task: DataArguments) -> Corpus:
         if unknown := sorted(set(split["label"]) - found):
             raise ValueError(f"`{name}_file` {files[name]} has the label {unknown[0]}, which no training text has.")
     if "validation" not in splits and task.validation_share:
+        label, times = min(Counter(splits["train"]["label"]).items(), key=lambda pair: pair[1])
+        if times < 2:
+            raise ValueError(
+                f"`train_file` {task.train_file} has the label {label!r} once, and texts of each label are held out: give more of it, or "
+                "set `validation_share` to 0."
+            )
         whole = splits["train"].add_column("class", list(map(names.index, splits["train"]["label"])))
         try:
             parts = whole.class_encode_column("class").train_test_split(
@@ -137,14 +149,16 @@ def load(task: DataArguments) -> Corpus:
 
 def _refuse_labels_alike(labels: Iterable[str], file: str | None) -> None:
     """
-    Refuses two labels that are one with another blank or other capitals, or one number written in two ways.
+    Refuses two labels that look alike or differ in a blank or in capitals, or one number written in two ways.
 
     Raises:
         `ValueError`: there are such; it names them.
     """
     known: dict[str, str] = {}
     for label in sorted(labels):
-        bare = label.strip().casefold()
+        # One letter may be written in two ways in Unicode, and some signs have no width.
+        letters = unicodedata.normalize("NFKC", label).strip().casefold()
+        bare = "".join(letter for letter in letters if unicodedata.category(letter) != "Cf")
         other = known.setdefault(str(int(bare)) if bare.isdecimal() else bare, label)
         if other != label:
             raise ValueError(
@@ -186,6 +200,10 @@ def read(file: Path, task: DataArguments) -> dict[str, list[str]]:
     columns = dict(zip(("text", "pair"), task.text_column_names, strict=False)) | {"label": task.label_column_name}
     found: dict[str, list[str]] = {name: [] for name in columns}
     for number, row in enumerate(rows, 1):
+        if all(row.get(column) == column for column in columns.values()):
+            raise ValueError(
+                f"{file}, row {number} is its header again: join files without the headers of all but the first."
+            )
         for name, column in columns.items():
             if column not in row:
                 field = "label_column_name" if name == "label" else "text_column_names"

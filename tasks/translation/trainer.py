@@ -93,6 +93,7 @@ class TranslationTrainer(XSAMSeq2SeqTrainer):
             "auto_find_batch_size": "`max_tokens` limits a batch",
             "dataloader_drop_last": "every sentence comes once an epoch",
             "train_sampling_strategy": "batches hold sentences of like length already",
+            "sortish_sampler": "batches hold sentences of like length already",
         }
         defaults = {field.name: field.default for field in fields(Seq2SeqTrainingArguments)}
         for name, why in instead.items():
