@@ -18,6 +18,7 @@ from tasks.translation.vocabulary import Vocabulary
 
 FIXTURES = Path(__file__).parent / "fixtures" / "fairseq"
 CHECKPOINT = FIXTURES / "checkpoint.pt"
+FIRST, OUTPUT = "encoder.layers.0.fc1.weight", "decoder.output_projection.weight"
 
 
 def test_lines_that_are_not_parallel_are_refused(tmp_path):
@@ -188,6 +189,16 @@ def test_another_model_is_refused(tmp_path, change, words):
         fairseq.read_checkpoint(tmp_path / "other.pt")
 
 
+def test_another_direction_is_refused(tmp_path):
+    with torch.serialization.safe_globals([Namespace]):
+        checkpoint = torch.load(CHECKPOINT, weights_only=True)
+    checkpoint["cfg"]["model"].source_lang, checkpoint["cfg"]["model"].target_lang = "en", "de"
+    torch.save(checkpoint, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="translates from en to de: give --source_language en --target_language de"):
+        fairseq.to_hugging_face(tmp_path / "other.pt", CHECKPOINT.parent, tmp_path / "out", ("de", "en"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_dictionaries_of_another_model_are_refused(tmp_path):
     for name in ("de", "en"):
         Vocabulary.learn(["a b"]).write(tmp_path / f"dict.{name}.txt")
@@ -221,6 +232,15 @@ def test_dictionaries_of_another_model_are_refused(tmp_path):
         (
             lambda d: d["model"].update({"encoder.layers.0.fc1.weight": 5}),
             "encoder.layers.0.fc1.weight is a int, not a tensor",
+        ),
+        (lambda d: setattr(d["cfg"]["model"], "dropout", 7.0), "`dropout` = 7.0, and a number from 0 to below 1"),
+        (lambda d: d["model"].update({FIRST: d["model"][FIRST].long()}), f"{FIRST} is no plain tensor"),
+        (lambda d: d["model"].update({FIRST: d["model"][FIRST].to_sparse()}), f"{FIRST} is no plain tensor"),
+        (lambda d: d["model"].update({FIRST: d["model"][FIRST].to("meta")}), f"{FIRST} is no plain tensor"),
+        (lambda d: d["model"].update({FIRST: d["model"][FIRST] / 0}), f"numbers in {FIRST} that are not finite"),
+        (
+            lambda d: d["model"].update({OUTPUT: d["model"][OUTPUT] + 1}),
+            "has an output projection that is not the decoder's embedding",
         ),
     ],
 )

@@ -43,14 +43,14 @@ DEFAULTS |= {"max_target_positions": 1024}
 ELEMENT_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2", 9: "<u4", 10: "<u8"}
 
 
-def read_checkpoint(file: Path) -> TranslationTransformer:
+def read_checkpoint(file: Path, languages: tuple[str, str] | None = None) -> TranslationTransformer:
     """
     The model of a fairseq checkpoint, of 0.12.2 or of the main branch; dictionaries are separate files of fairseq's.
 
     Only tensors, plain containers and `argparse.Namespace` are unpickled: a file cannot run code.
 
     Raises:
-        `ValueError`: not a checkpoint, one that holds anything else, or another architecture.
+        `ValueError`: not a checkpoint, one that holds anything else, or another architecture; or one of other `languages`, source and target.
     """
     try:
         with torch.serialization.safe_globals([Namespace]):
@@ -72,6 +72,11 @@ def read_checkpoint(file: Path) -> TranslationTransformer:
     missing += [name for name in tables if name not in checkpoint["model"]]
     if missing:
         raise ValueError(f"{file} has no {', '.join(missing)}: is it a transformer_iwslt_de_en?")
+    told = tuple(getattr(options, f"{end}_lang", None) for end in ("source", "target"))
+    if languages is not None and None not in told and told != languages:
+        raise ValueError(
+            f"{file} translates from {told[0]} to {told[1]}: give --source_language {told[0]} --target_language {told[1]}."
+        )
     for name, default in DEFAULTS.items():
         setattr(options, name, getattr(options, name, default))
     for name, needed in ARCHITECTURE.items():
@@ -119,6 +124,11 @@ def read_checkpoint(file: Path) -> TranslationTransformer:
                 f"{file} is not a transformer_iwslt_de_en: {name} is {tuple(tensor.shape)}, and its arguments ask for "
                 f"{tuple(expected[name].shape)}; encoder and decoder must be of one width."
             )
+    shared, output = (weights[f"model.decoder.{name}.weight"] for name in ("embed_tokens", "output_projection"))
+    if not torch.equal(shared, output):
+        raise ValueError(
+            f"{file} has an output projection that is not the decoder's embedding, which it says is shared."
+        )
     model.load_state_dict(weights)
     return model
 
@@ -133,10 +143,18 @@ def _check_dimensions(file: Path, options: Namespace, weights: dict) -> None:
     for name, weight in weights.items():
         if not isinstance(weight, torch.Tensor):
             raise ValueError(f"{file} is no fairseq checkpoint: {name} is a {type(weight).__name__}, not a tensor.")
+        if weight.is_meta or weight.layout != torch.strided or not weight.is_floating_point():
+            raise ValueError(f"{file} is damaged: {name} is no plain tensor of floating-point numbers.")
+        if not CONSTANTS.fullmatch(name) and not weight.isfinite().all():  # fairseq never fills those in
+            raise ValueError(f"{file} holds numbers in {name} that are not finite: its training has diverged.")
     for name in (*DIMENSIONS, "max_target_positions"):
         value = getattr(options, name)
         if type(value) is not int or not 1 <= value <= 1 << 16:
             raise ValueError(f"{file} has `{name}` = {value!r}, and a number from 1 to 65536 is expected.")
+    for name in ("dropout", "attention_dropout", "activation_dropout"):
+        value = getattr(options, name)
+        if not isinstance(value, int | float) or not 0 <= value < 1:
+            raise ValueError(f"{file} has `{name}` = {value!r}, and a number from 0 to below 1 is expected.")
     for side in SIDES:
         layers = {name.split(".")[2] for name in weights if name.startswith(f"{side}.layers.")}
         if len(layers) != getattr(options, f"{side}_layers"):
@@ -192,7 +210,7 @@ def to_hugging_face(checkpoint: Path, dictionaries: Path, folder: Path, language
         `ValueError`: the dictionaries are another model's, or see [`read_checkpoint`].
     """
     _check_destination(folder)
-    model = read_checkpoint(checkpoint)
+    model = read_checkpoint(checkpoint, languages)
     vocabularies = read_dictionaries(dictionaries, *languages)
     sizes = model.config.src_vocab_size, model.config.tgt_vocab_size
     for language, vocabulary, size in zip(languages, vocabularies, sizes, strict=True):
