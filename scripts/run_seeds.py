@@ -219,7 +219,7 @@ def parse_flags(text: str, where: str = "the flags") -> str:
 
 def refuse_overridden(own: str, given: str) -> None:
     """
-    Refuses flags for all runs that would make one run of several: what a table's row is called after stays as it is.
+    Refuses a flag for all runs that a run has a value of its own for: rows of several names would be one training.
 
     Raises:
         `ValueError`: a flag stands in both texts.

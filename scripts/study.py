@@ -5,9 +5,9 @@ Where climbing pays: trains one setting with all methods of the study, each with
     scripts/run study digits-noise --methods base base-2x sam xsam --seeds 0 1 2
 
 `rho` is chosen by the validation score on seeds that no table shows: three values, each √2 times the one before, and more of them as
-long as the best one stands at an end, or none trains. What results/ holds of this is taken as it is, but with --tune_only. Call it again
-after a failure or an interruption: finished runs are kept. results/ gets the new runs, in place of those of the same method and seed, and
-its table is printed.
+long as the best one stands at an end, or none trains. A `rho` that results/ holds already is taken; --tune_only tunes it anew. Call the
+script again after a failure or an interruption: finished runs are kept. New runs go into results/, in place of those of the same method and
+seed, and the table is printed.
 """
 
 from __future__ import annotations
