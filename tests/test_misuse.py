@@ -1,5 +1,8 @@
 """What a careless caller gives the library: one sentence that says what is wrong, never a wrong number in silence."""
 
+import copy
+import dataclasses
+import io
 import json
 
 import pytest
@@ -156,6 +159,49 @@ def test_the_state_of_another_model_is_refused(perturbation):
     state.average[name] = torch.ones(2, 2)
     with pytest.raises(ValueError, match=f"average of '{name}' has the shape .* belongs to another model"):
         update(arguments=arguments, state=state)
+
+
+@pytest.mark.parametrize("perturbation", ["vasso", "fsam", "stale"])
+def test_one_state_for_two_models_of_one_shape_is_refused(perturbation):
+    arguments = XSAMArguments(perturbation=perturbation)
+    for keep in (True, False):  # the first model, beside the second
+        state, first = XSAMState(), Classifier()
+        update(first, arguments=arguments, state=state)
+        first.zero_grad()
+        if not keep:
+            del first
+        before = {name: part.clone() for name, part in state.average.items()}
+        with pytest.raises(ValueError, match="average was made with another model, .* begin with a new XSAMState"):
+            update(Classifier(), arguments=arguments, state=state)
+        assert all(torch.equal(part, before[name]) for name, part in state.average.items())
+
+
+def test_a_state_goes_on_with_its_model_and_with_one_that_it_is_loaded_for():
+    arguments, net, state = XSAMArguments(perturbation="vasso"), Classifier(), XSAMState()
+
+    def goes_on(weights, state):
+        net.zero_grad()
+        update(net, weights, arguments, state)
+
+    goes_on(net, state)
+    kept = {name: getattr(state, name) for name in ("alpha", "updates", "average", "average_of")}
+    with torch.serialization.safe_globals([XSAMState]):
+        torch.save(state, file := io.BytesIO())
+        file.seek(0)
+        loaded = torch.load(file, weights_only=True)
+    copies = (XSAMState(**kept), copy.copy(state), copy.deepcopy(state), dataclasses.replace(state), loaded)
+    for wrapped in (nn.ModuleList([net]), nn.ModuleList(net.children()), net.double(), net.float()):
+        goes_on(wrapped, state)
+    net.load_state_dict({name: part.clone() for name, part in net.state_dict().items()}, assign=True)
+    goes_on(net, state)
+    for _ in range(2):
+        goes_on(nn.ParameterList(net.parameters()), state)
+    for known in copies:
+        other = Classifier()
+        update(other, arguments=arguments, state=known)
+        other.zero_grad()
+        with pytest.raises(ValueError, match="another model"):
+            goes_on(net, known)
 
 
 @pytest.mark.parametrize("begins", [1, 4])

@@ -35,7 +35,7 @@ def ascent_step(
         return sam(size, length)
     if arguments.perturbation == "asam":
         return asam(gradient, theta.weights, length, arguments.asam_eta, arguments.asam_scope)
-    state.check_average(arguments.perturbation, theta.named)
+    state.check_average(arguments.perturbation, theta.named, theta.model)
     if arguments.perturbation == "vasso":
         return vasso(gradient, size, theta.names, state.average, length, arguments.vasso_decay)
     return fsam(gradient, size, theta.names, state.average, length, arguments.fsam_sigma, arguments.fsam_lambda)

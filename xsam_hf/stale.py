@@ -38,7 +38,7 @@ def climbed(theta: MovableWeights, arguments: XSAMArguments, state: XSAMState) -
     Yields:
         [`Stoppable`]: runs the pass, which Ctrl-C may end.
     """
-    state.check_average(arguments.perturbation, theta.named)
+    state.check_average(arguments.perturbation, theta.named, theta.model)
     with interrupts_held() as stoppable, torch.no_grad(), theta.kept():
         theta.climb_along(state.average, arguments.rho)
         with torch.enable_grad():

@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .search import AlphaSearch
 
@@ -15,7 +16,7 @@ from .search import AlphaSearch
 @dataclass
 class XSAMState:
     """
-    What XSAM remembers between updates: plain numbers, and for some methods tensors. Keep both with your checkpoint.
+    What XSAM remembers between updates of one model: plain numbers, and for some methods tensors. Keep both with your checkpoint.
 
     Args:
         alpha (`float`): position on the arc that the last search found; starts at 1, SAM's direction.
@@ -44,6 +45,7 @@ class XSAMState:
     memory: list[Tensor] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self):
+        self._averaged: WeakSet[nn.Module] | None = None  # the modules whose gradients the average is of
         whole = _is_number(self.updates) and self.updates >= 0 and self.updates == int(self.updates)
         fit = {
             "alpha": _is_number(self.alpha) and self.alpha >= 0,
@@ -58,9 +60,18 @@ class XSAMState:
             if not fits:
                 raise ValueError(f"XSAM's `{name}` is {getattr(self, name)!r}, which no update leaves")
 
-    def check_average(self, perturbation: str, weights: Mapping[str, Tensor]) -> None:
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy may be for a copy of the model, and a loaded state for one that is built anew.
+        return {**self.__dict__, "_averaged": None}
+
+    def check_average(self, perturbation: str, weights: Mapping[str, Tensor], model: nn.Module | None) -> None:
         """
         Refuses a running average that another perturbation made, or that is not of these weights.
+
+        Args:
+            perturbation (`str`): of this update.
+            weights (`Mapping[str, torch.Tensor]`): the perturbed ones, by name.
+            model (`torch.nn.Module`, *optional*): that they are of, if it is known.
 
         Raises:
             `ValueError`: so it is.
@@ -78,6 +89,16 @@ class XSAMState:
                     f"The state's average of {name!r} has the shape {tuple(part.shape)}, and the weight {tuple(weight.shape)}: it "
                     "belongs to another model. Begin with a new XSAMState()."
                 )
+        if model is None:
+            return
+        if not self.average or self._averaged is None:
+            self._averaged = WeakSet(model.modules())
+        # What wraps a model or changes it in place (DDP, FSDP, PEFT, `model.to`) keeps some of its modules.
+        elif not any(module in self._averaged for module in model.modules()):
+            raise ValueError(
+                "The state's running average was made with another model, none of whose modules is in this one: begin with a new "
+                "XSAMState(), or with copy.copy(state) if this model goes on from that one."
+            )
 
     def remember(self, search: AlphaSearch) -> None:
         """Takes over the result of a search. One without a finite loss, or of noise alone, keeps α."""

@@ -142,6 +142,9 @@ class MovableWeights:
         seen: SeenAscent | None = None,
     ):
         self.named, self.excluded = perturbed_and_excluded(weights, arguments.rho_exclude)
+        # A list of weights, which may be made anew for each update, says nothing of the model.
+        listed = isinstance(weights, nn.ParameterList | nn.ParameterDict)
+        self.model = weights if isinstance(weights, nn.Module) and not listed else None
         self.names: list[str] = []
         self.weights: list[Tensor] = []  # those that had a gradient in some pass so far
         self._waiting = dict(self.named)  # the others
