@@ -181,6 +181,62 @@ def test_a_byte_order_mark_is_no_part_of_a_token(tmp_path):
     assert marked.splits["train"]["source_tokens"] == plain.splits["train"]["source_tokens"] == ["b a", "c", "d b b"]
 
 
+WORDS = [f"w{i:02d}" for i in range(14)]
+TIMES = [40, 33, 27, 20, 17, 14, 12, 9, 8, 8, 5, 3, 2, 2]  # of each in the training text
+
+
+def counted(folder, lines=None, times=TIMES, joined=False):
+    """A data set whose dictionary is made of its training text, as fairseq-preprocess does, or says what it is told to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = [[i + 4, 2] for i, n in enumerate(TIMES) for _ in range(n)]
+    for language in ("de", "en"):
+        for split in ("train", "valid", "test"):
+            binary(folder, text, name=f"{split}.de-en.{language}")
+        own = [f"{word} {n * (1 + joined)}" for word, n in zip(WORDS, times, strict=True)]
+        own += ["madeupword0000 0", "madeupword0001 0"]
+        (folder / f"dict.{language}.txt").write_text(
+            "\n".join(own if lines is None or language == "en" else lines(own))
+        )
+    return folder
+
+
+def test_a_dictionary_that_was_sorted_anew_is_refused(tmp_path):
+    folder = counted(tmp_path / "sorted", lambda own: sorted(own, reverse=True))
+    with pytest.raises(ValueError, match=r"dict.de.txt, line 3 .'w11 3'. has a higher count than the lines before"):
+        load(DataArguments(dataset=str(folder)))
+    for language in ("de", "en"):
+        lines = (FIXTURES / f"dict.{language}.txt").read_text().splitlines()
+        (folder / f"dict.{language}.txt").write_text("\n".join(sorted(lines)))
+    with pytest.raises(ValueError, match="dict.de.txt, line .* most frequent first: has it been sorted"):
+        fairseq.to_hugging_face(FIXTURES / "checkpoint.pt", folder, tmp_path / "model", ("de", "en"))
+    # A language's tag that was added after the padding.
+    tagged = counted(tmp_path / "tagged", lambda own: [*own, "__de__ 1"])
+    assert load(DataArguments(dataset=str(tagged))).source_vocabulary.tokens[-1] == "__de__"
+
+
+@pytest.mark.parametrize("lost, told", [(0, 1), (5, 6), (8, 10), (12, 14)])  # at the end of lines with one count
+def test_a_dictionary_that_lost_a_line_is_refused(tmp_path, lost, told):
+    folder = counted(tmp_path, lambda own: own[:lost] + own[lost + 1 :])
+    counts = [*TIMES[:lost], *TIMES[lost + 1 :], 0]
+    words = f"dict.de.txt, line {told}: .* is counted {counts[told - 1]} times, and its id comes {TIMES[told - 1]} times in .*train.de-en.de.bin"
+    with pytest.raises(ValueError, match=words):
+        load(DataArguments(dataset=str(folder)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"joined": True},
+        {"times": [100] * 14},  # no counts at all
+        {"times": [n + 7 for n in TIMES]},  # another text's
+        {"times": [40, 33, 27, 20, 17, *range(13, 4, -1)]},  # a chance
+    ],
+)
+def test_a_dictionary_of_this_text_or_of_another_is_taken(tmp_path, changes):
+    assert load(DataArguments(dataset=str(counted(tmp_path, **changes)))).source_vocabulary.tokens[4:18] == WORDS
+
+
 def test_an_empty_dictionary_is_refused(tmp_path):
     for content, words in ((b"", " is empty"), (b"\xef\xbb\xbf", " is empty"), (b"\n", ", line 1 is ''")):
         with pytest.raises(ValueError, match=f"dict.de.txt{words}"):

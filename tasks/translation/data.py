@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -268,7 +269,7 @@ def from_data_bin(folder: Path, source: str, target: str) -> Corpus:
     A folder that `fairseq-preprocess` wrote. Unknown tokens are `<<unk>>` in references, as in `fairseq-generate`.
 
     Raises:
-        `ValueError`: a split is missing, its sides differ in length, or an id is not in the dictionary.
+        `ValueError`: a split is missing, its sides differ in length, an id is not in the dictionary, or the dictionary was changed.
     """
     vocabularies = read_dictionaries(folder, source, target)
     datasets = {}
@@ -288,6 +289,8 @@ def from_data_bin(folder: Path, source: str, target: str) -> Corpus:
                 )
         if len(sides[0]) != len(sides[1]):
             raise ValueError(f"{prefix} has {len(sides[0])} {source} and {len(sides[1])} {target} sentences.")
+        if name == "train":
+            refuse_changed(vocabularies, folder, str(prefix), sides, (source, target))
         ids = list(zip(*sides, strict=True))
         refuse_unknown(ids, folder, split, (source, target))
         tokens = [
@@ -296,6 +299,26 @@ def from_data_bin(folder: Path, source: str, target: str) -> Corpus:
         ]
         datasets[name] = build(ids, tokens, running_text(tokens, source, target), held_out=name != "train")
     return Corpus(datasets, *vocabularies, Tokenizer(target), None)
+
+
+def refuse_changed(
+    vocabularies: Sequence[Vocabulary],
+    folder: Path,
+    prefix: str,
+    sides: Sequence[list[list[int]]],
+    languages: tuple[str, str],
+) -> None:
+    """Refuses dictionaries that were changed since the training text was made binary; see [`Vocabulary`]."""
+    sizes = list(map(len, vocabularies))
+    times = [
+        np.bincount(np.fromiter(chain.from_iterable(side), np.int64), minlength=size)
+        for side, size in zip(sides, sizes, strict=True)
+    ]
+    joint = [sum(times), sum(times)] if sizes[0] == sizes[1] else times
+    for language, vocabulary, own, both in zip(languages, vocabularies, times, joint, strict=True):
+        file = folder / f"dict.{language}.txt"
+        vocabulary.refuse_rising(file)
+        vocabulary.refuse_lost(file, f"{prefix}.{language}.bin", own.tolist(), both.tolist())
 
 
 def refuse_symbols(ids: list, folder: Path, split: str, languages: tuple[str, str]) -> None:

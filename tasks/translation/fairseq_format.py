@@ -219,6 +219,7 @@ def to_hugging_face(checkpoint: Path, dictionaries: Path, folder: Path, language
                 f"dict.{language}.txt in {dictionaries} has {len(vocabulary)} tokens with the special ones, the model of "
                 f"{checkpoint} {size}: give the folder that the model was trained on."
             )
+        vocabulary.refuse_rising(dictionaries / f"dict.{language}.txt")
     model.save_pretrained(folder)
     write_dictionaries(folder, languages, vocabularies)
 

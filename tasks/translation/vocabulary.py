@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tasks.files import write_whole
@@ -75,6 +75,52 @@ class Vocabulary:
         if not counts:
             raise ValueError(f"The dictionary {file} is empty: take the one that the text was prepared with.")
         return cls(counts)
+
+    def refuse_rising(self, file: Path) -> None:
+        """
+        Refuses a dictionary in which a later token is more frequent. Where ids are fixed, in binary data and checkpoints, another
+        order gives them other tokens.
+
+        Raises:
+            `ValueError`: so it is. Padding and what is added after it (a language's tag) may stand anywhere.
+        """
+        last = None
+        for number, (token, count) in enumerate(self.counts.items(), start=1):
+            if last is not None and count > last:
+                raise ValueError(
+                    f"{file}, line {number} ({f'{token} {count}'!r}) has a higher count than the lines before, and fairseq writes the most "
+                    "frequent first: has it been sorted? Take the one that fairseq-preprocess wrote (or, if it was given one in this order, "
+                    "write the same count in all lines)."
+                )
+            last = count or last
+
+    def refuse_lost(self, file: Path, text: str, times: Sequence[int], others: Sequence[int]) -> None:
+        """
+        Refuses a dictionary that was made of the training text and lacks some of its lines since, so that later ids mean other tokens.
+
+        One that was made of another text has counts that the text does not have in this order, and is taken.
+
+        Args:
+            file (`Path`): the dictionary's, for the message.
+            text (`str`): the training text's, likewise.
+            times (`Sequence[int]`): how often each id is in the training text.
+            others (`Sequence[int]`): the same with that of the other language, which a joint dictionary counts too.
+
+        Raises:
+            `ValueError`: so it is.
+        """
+        known = list(self.counts.values())
+        for found in (list(times[len(SPECIAL) :]), list(others[len(SPECIAL) :])):
+            wrong = next((i for i, pair in enumerate(zip(known, found, strict=True)) if pair[0] != pair[1]), None)
+            if wrong is None:
+                return
+            rest = iter(found)
+            if all(count in rest for count in known if count):  # each after the one before
+                raise ValueError(
+                    f"{file}, line {wrong + 1}: {self.tokens[len(SPECIAL) + wrong]!r} is counted {known[wrong]} times, and its id comes "
+                    f"{found[wrong]} times in {text}. All counts fit if a line is missing there: take the file that fairseq-preprocess "
+                    "wrote."
+                )
 
     def lines(self) -> list[str]:
         """The lines of a `dict.xx.txt` that fairseq reads."""
