@@ -8,7 +8,7 @@ import tarfile
 import zlib
 from collections.abc import Collection
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 
 # More than any archive of these tasks unpacks to: CIFAR's are 186 MB.
@@ -43,22 +43,38 @@ def refuse_file(folder: Path, name: str) -> None:
             )
 
 
-def refuse_shifted(columns: Collection[str], name: str) -> None:
+def refuse_misread(columns: Collection[str], read: Collection[str], name: str) -> None:
     """
-    Refuses what `datasets` makes of a csv file whose rows have one field more than the header: pandas takes the first of them for
-    the rows' names, and each column has its neighbour's values.
+    Refuses what `datasets` makes of a csv file whose header names a column twice, or whose rows have one field more than the header:
+    pandas calls the second column `text.1`, or takes the first field for the rows' names, and each column has its neighbour's values.
 
     Args:
         columns (`Collection[str]`): as they were read.
+        read (`Collection[str]`): those of them that are of use.
         name (`str`): the file's, for the message.
 
     Raises:
         `ValueError`: so it is.
     """
+    if double := next((column for column in columns if column in read and f"{column}.1" in columns), None):
+        raise ValueError(f"{name} has the column {double} twice: leave one of them, or name them differently.")
     if any(column.startswith("__index_level_") for column in columns):
         raise ValueError(
             f"{name} has rows with more fields than its header: is there a comma in a text that is not in quotation marks?"
         )
+
+
+def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """
+    An object of a JSON file; the `object_pairs_hook` of `json.loads`.
+
+    Raises:
+        `ValueError`: a key is there twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"an object has a key twice: {', '.join(name for name, _ in pairs)}.")
+    return found
 
 
 class _Bounded:

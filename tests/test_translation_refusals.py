@@ -86,6 +86,32 @@ def test_a_comma_that_makes_another_field_is_refused(tmp_path):
         sources.from_datasets(str(tmp_path / "train.csv"), None, "de", "en")
 
 
+DOUBLE = '{"de": "a", "de": "b", "en": "c"}'
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("train.csv", "de,de,en\n" + "a,b,c\n" * 3, "`dataset` has the column de twice"),  # pandas reads de.1
+        ("train.json", f"[{DOUBLE}, {DOUBLE}]", "train.json cannot be read: an object has a key twice: de, de, en"),
+        ("train.json", f'[{{"translation": {DOUBLE}}}]', "train.json cannot be read: an object has a key twice"),
+        ("train.jsonl", f"{DOUBLE}\n" * 3, "train.jsonl could not be read: .*specified twice"),
+        ("train.csv", "de,en\na,b\nde,en\nc,d\n", "`dataset` row 1 is its header again"),
+        ("train.jsonl", '{"translation": {"de": "de", "en": "en"}}\n', "`dataset` row 0 is its header again"),
+    ],
+)
+def test_a_column_or_a_header_that_is_there_twice_is_refused(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    for dataset in (tmp_path, tmp_path / name):
+        with pytest.raises(ValueError, match=words.replace("train.jsonl could", ".* could")):
+            sources.from_datasets(str(dataset), None, "de", "en")
+
+
+def test_a_column_of_another_name_may_end_on_a_number(tmp_path):
+    (tmp_path / "train.csv").write_text("de,en,id,id.1,en.2\n" + "a,b,1,2,c\n" * 3)
+    assert sources.from_datasets(str(tmp_path), None, "de", "en")["train"] == [("a", "b")] * 2
+
+
 def test_a_prepared_folder_without_its_source_dictionary_is_not_prepared_again(tmp_path):
     write(tmp_path, "train", pairs())
     arguments = DataArguments(dataset=str(tmp_path), bpe_merges=20)
@@ -129,7 +155,8 @@ def test_arguments_that_do_not_fit_are_refused(fields, words):
 def test_a_sentence_that_is_too_long_for_the_model_is_refused(tmp_path):
     write(tmp_path, "train", [*pairs(30), ("lang " * 1100, "long")])
     with pytest.raises(
-        ValueError, match=r"Pair \d of a split of `dataset` has 4401 and \d tokens, and the model has 1024 positions"
+        ValueError,
+        match=r"Pair \d of the \w+ split of `dataset` has 4401 and \d tokens, and the model has 1024 positions",
     ):
         load(DataArguments(dataset=str(tmp_path), bpe_merges=60))
 
@@ -275,7 +302,7 @@ def test_a_file_of_merges_that_is_none_names_itself(tmp_path, content):
         ('{"de": ["a"], "en": "b"}', r"row 0 has \['a'\] in de: expected text"),
         ('{"de": "a", "en": 5}', "row 0 has 5 in en: expected text"),
         ('{"translation": {"de": {"x": "a"}, "en": "b"}}', "row 0 has {'x': 'a'} in de: expected text"),
-        ('{"de": "a"\n', "could not load it: .*(JSON|decoding object)"),
+        ('{"de": "a"\n', "could not be read: .*(JSON|decoding object)"),
     ],
 )
 def test_cells_that_are_no_text_are_refused(tmp_path, row, words):
@@ -290,7 +317,10 @@ def test_a_held_out_set_without_text_on_one_side_is_refused(tmp_path, name, lang
         write(tmp_path, split, pairs(10))
     load(DataArguments(dataset=str(tmp_path), bpe_merges=20))
     (tmp_path / f"{name}.{language}").write_text("\n \n" * 5)
-    with pytest.raises(ValueError, match="no text in the (source|target) language: all of its 10 sentences are empty"):
+    with pytest.raises(
+        ValueError,
+        match=f"The {name}.* split of `dataset` has no text in the (source|target) language: all of its 10 sentences",
+    ):
         load(DataArguments(dataset=str(tmp_path), bpe_merges=20))
 
 

@@ -20,7 +20,7 @@ from transformers import set_seed
 from tasks import recipes, runs
 from tasks.arguments import CheckedArguments
 from tasks.command import needs, refusals, run, sentence
-from tasks.files import refuse_shifted
+from tasks.files import refuse_misread
 from tasks.identity import fingerprint, identity_of
 from xsam_hf import XSAMArguments, XSAMMixin
 
@@ -67,7 +67,7 @@ def load(script: ScriptArguments, args: TrainingArguments) -> DatasetDict:
         if split not in data:
             raise ValueError(f"`{field}` is {split}, and {name} has {', '.join(data)}: choose one of these.")
         columns = data[split].column_names
-        refuse_shifted(columns, name)
+        refuse_misread(columns, {text, "messages", "prompt", "completion", "input_ids"}, name)
         if {text, "messages", "prompt", "input_ids"}.isdisjoint(columns):
             raise ValueError(
                 f"{name}, {split} has the columns {', '.join(columns)}: trl expects {text} (`dataset_text_field`), messages, or prompt "

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from tasks.command import sentence
+from tasks.files import object_of
 from tasks.identity import fingerprint
 
 
@@ -207,7 +208,9 @@ def read(file: Path, task: DataArguments) -> dict[str, list[str]]:
         for name, column in columns.items():
             if column not in row:
                 field = "label_column_name" if name == "label" else "text_column_names"
-                raise ValueError(f"{file}, row {number} has no {column}, but {', '.join(row)}: see `{field}`.")
+                raise ValueError(
+                    f"{file}, row {number} has no column {column!r}, but {', '.join(map(repr, row))}: see `{field}`."
+                )
             value = row[column]
             if name == "label" and isinstance(value, bool | int):
                 value = str(value)
@@ -246,21 +249,14 @@ def _rows(lines: Any) -> list[dict[str, str]]:
 
 def _objects(text: str) -> Sequence[dict[str, Any]]:
     if text.lstrip().startswith("["):
-        rows = json.loads(text, object_pairs_hook=_object)
+        rows = json.loads(text, object_pairs_hook=object_of)
     else:
         rows = []
         for number, line in enumerate(text.split("\n"), 1):
             try:
-                rows += [json.loads(line, object_pairs_hook=_object)] if line.strip() else []
+                rows += [json.loads(line, object_pairs_hook=object_of)] if line.strip() else []
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}") from error
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("expected objects, one a line or in a list.")
     return rows
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"an object has a key twice: {', '.join(name for name, _ in pairs)}.")
-    return found

@@ -222,7 +222,7 @@ def from_text(
             [tuple(v.encode(line) for v, line in zip(vocabularies, pair, strict=True)) for pair in encoded[name]],
             tokens[name],
             splits[name],
-            held_out=name != "train",
+            name,
         )
         for name in SPLITS
     }
@@ -241,7 +241,7 @@ def from_prepared(folder: Path, source: str, target: str) -> Corpus:
         refuse_unknown(ids, folder, prefix, (source, target))
         # As in fairseq's references: a hypothesis' own `<unk>` must not match one of the text.
         tokens = [tuple(join_subwords(line).replace("<unk>", "<<unk>>") for line in pair) for pair in pairs]
-        datasets[name] = build(ids, tokens, running_text(tokens, source, target), held_out=name != "train")
+        datasets[name] = build(ids, tokens, running_text(tokens, source, target), name)
     code = folder / "code"
     return Corpus(datasets, *vocabularies, Tokenizer(target), read_subwords(code, pairs) if code.is_file() else None)
 
@@ -297,7 +297,7 @@ def from_data_bin(folder: Path, source: str, target: str) -> Corpus:
             tuple(join_subwords(v.decode(i, "<<unk>>")) for v, i in zip(vocabularies, pair, strict=True))
             for pair in ids
         ]
-        datasets[name] = build(ids, tokens, running_text(tokens, source, target), held_out=name != "train")
+        datasets[name] = build(ids, tokens, running_text(tokens, source, target), name)
     return Corpus(datasets, *vocabularies, Tokenizer(target), None)
 
 
@@ -363,27 +363,29 @@ def running_text(tokens: sources.Pairs, source: str, target: str) -> sources.Pai
     return [tuple(tokenizer.undo(line) for tokenizer, line in zip(tokenizers, pair, strict=True)) for pair in tokens]
 
 
-def build(ids: list, tokens: sources.Pairs, text: sources.Pairs, held_out: bool) -> Dataset:
+def build(ids: list, tokens: sources.Pairs, text: sources.Pairs, split: str) -> Dataset:
     """
-    One split as a data set; a held-out one sorted by source length, so that its batches hold little padding.
+    One split as a data set; validation and test sorted by source length, so that their batches hold little padding.
 
     Raises:
         `ValueError`: no sentences, no text on one side, or a sentence too long for the model.
     """
     if not ids:
-        raise ValueError("A split of `dataset` holds no sentences: train, validation and test need one at least.")
+        raise ValueError(
+            f"The {split} split of `dataset` has no sentences: train, validation and test need one at least."
+        )
     for side, name in enumerate(("source", "target")):
         if not any(pair[side].strip() for pair in tokens):
             raise ValueError(
-                f"A split of `dataset` has no text in the {name} language: all of its {len(ids)} sentences are empty."
+                f"The {split} split of `dataset` has no text in the {name} language: all of its {len(ids)} sentences are empty."
             )
     for number, pair in enumerate(ids, start=1):
         if max(map(len, pair)) > POSITIONS:
             raise ValueError(
-                f"Pair {number} of a split of `dataset` has {len(pair[0])} and {len(pair[1])} tokens, and the model has "
+                f"Pair {number} of the {split} split of `dataset` has {len(pair[0])} and {len(pair[1])} tokens, and the model has "
                 f"{POSITIONS} positions: leave it out or cut it."
             )
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i][0])) if held_out else range(len(ids))
+    order = range(len(ids)) if split == "train" else sorted(range(len(ids)), key=lambda i: len(ids[i][0]))
     columns = {"input_ids": (ids, 0), "labels": (ids, 1), "source_tokens": (tokens, 0), "target_tokens": (tokens, 1)}
     columns |= {"source_text": (text, 0), "target_text": (text, 1)}
     return Dataset.from_dict(

@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from transformers.utils import logging
 
 from tasks.command import sentence
-from tasks.files import refuse_shifted
+from tasks.files import object_of, refuse_misread
 
 
 logger = logging.get_logger(__name__)
@@ -155,9 +155,9 @@ def column_pairs(rows: Dataset, source: str, target: str, held_out: bool = False
 
     Raises:
         `ValueError`: neither is there, a cell cannot be read or is no text, a language is missing everywhere, or in a held-out row;
-            the rows have more fields than the header.
+            the rows have more fields than the header, a column is there twice, or the header inside of the rows.
     """
-    refuse_shifted(rows.column_names, "`dataset`")
+    refuse_misread(rows.column_names, {source, target, "translation"}, "`dataset`")
     if {source, target} <= set(rows.column_names):
         pairs = list(zip(rows[source], rows[target], strict=True))
     elif "translation" in rows.column_names:
@@ -169,6 +169,10 @@ def column_pairs(rows: Dataset, source: str, target: str, held_out: bool = False
             "are `source_language` and `target_language` right?"
         )
     for number, pair in enumerate(pairs):
+        if pair == (source, target):
+            raise ValueError(
+                f"`dataset` row {number} is its header again: join files without the headers of all but the first."
+            )
         for language, text in zip((source, target), pair, strict=True):
             if not isinstance(text, str | None):
                 raise ValueError(f"`dataset` row {number} has {text!r} in {language}: expected text.")
@@ -220,6 +224,7 @@ def from_datasets(name: str, config: str | None, source: str, target: str) -> di
         `ValueError`: `datasets` cannot load it, or two of the three splits are there.
     """
     path = Path(name)
+    _refuse_double_keys([path] if path.is_file() else sorted(path.rglob("*.json")))
     try:
         if path.is_file():
             if config is not None:
@@ -230,6 +235,8 @@ def from_datasets(name: str, config: str | None, source: str, target: str) -> di
     except KeyError:
         raise ValueError(f"`dataset` is {name}: give a file that ends in {', '.join(FORMATS)}, or a folder.") from None
     except Exception as error:
+        if path.exists():
+            raise ValueError(f"`dataset` {name} could not be read: {sentence(error.__cause__ or error)}") from error
         raise ValueError(
             f"`dataset` is {name!r}, which is neither handbook nor ding nor a folder that this task knows, and `datasets` "
             f"could not load it: {sentence(error.__cause__ or error)}"
@@ -245,3 +252,18 @@ def from_datasets(name: str, config: str | None, source: str, target: str) -> di
     if missing:
         raise ValueError(f"`dataset` {name} has the splits {sorted(splits)}: {' and '.join(sorted(missing))} missing.")
     return {split: splits[split] for split in ("train", "validation", "test")}
+
+
+def _refuse_double_keys(files: list[Path]) -> None:
+    """
+    Refuses lists of objects in which a key is there twice: `datasets` takes the last. Of objects one a line it refuses them itself.
+
+    Raises:
+        `ValueError`: so it is; it names the file.
+    """
+    for file in files:
+        if file.suffix == ".json" and file.read_bytes().lstrip().startswith(b"["):
+            try:
+                json.loads(file.read_bytes(), object_pairs_hook=object_of, strict=False)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{file} cannot be read: {sentence(error)}") from error
