@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from tasks import files
-from tasks.image_classification import archives, data
+from tasks.image_classification import archives, cifar_pickle, data
 
 
 ROOT = Path(__file__).parents[1]
@@ -191,23 +191,23 @@ def test_hostile_batches_are_refused_in_two_gigabytes_of_memory(tmp_path):
 
 @pytest.mark.parametrize("kind", [name for name in HOSTILE if name.startswith(("state of", "defaults of"))])
 def test_only_arrays_and_their_kinds_have_a_state(kind):
-    before = archives._encode.__defaults__
+    before = cifar_pickle._encode.__defaults__
     with pytest.raises(ValueError, match="it sets the state of something that is no array"):
-        archives.unpickle(HOSTILE[kind] + op("STOP"), "train")
-    assert archives._encode.__defaults__ == before == ("latin1",) and archives._Array.state is None
+        cifar_pickle.unpickle(HOSTILE[kind] + op("STOP"), "train")
+    assert cifar_pickle._encode.__defaults__ == before == ("latin1",) and cifar_pickle._Array.state is None
 
 
 def test_object_pointers_are_no_array():
     """Only its kind is read of a dtype, and no array is made of another one than bytes."""
     with pytest.raises(ValueError, match="its 'data' is of type 'O8', not of unsigned bytes"):
-        archives.unpickle(HOSTILE["object pointers"] + op("STOP"), "train")
+        cifar_pickle.unpickle(HOSTILE["object pointers"] + op("STOP"), "train")
 
 
 def test_after_a_hostile_batch_whole_ones_are_still_read(tmp_path):
     for content in HOSTILE.values():
         with pytest.raises(ValueError):
             archives._batch(content + op("STOP"), "fine_labels", data.DATASETS["cifar100"], "x")
-    assert archives._encode.__defaults__ == ("latin1",) and archives._Array.state is None
+    assert cifar_pickle._encode.__defaults__ == ("latin1",) and cifar_pickle._Array.state is None
     archives.read("cifar100", cifar(tmp_path, batch()))
 
 
@@ -347,13 +347,31 @@ def test_a_name_that_merely_contains_the_word_is_no_split(tmp_path):
 def test_a_file_of_several_is_not_taken_for_all(tmp_path):
     parquet(tmp_path, "test-00000-of-00001")
     for number in (0, 2):
-        parquet(tmp_path, f"train-0000{number}-of-00003")
+        parquet(tmp_path, f"train-0000{number}-of-00003", labels=[number] * 3)
     with pytest.raises(
         ValueError, match="train-00000-of-00003.parquet is one of 3 files, and train-00001-of-00003.parquet is missing"
     ):
         archives.read("cifar100", tmp_path)
     parquet(tmp_path, "train-00001-of-00003")
     assert len(archives.read("cifar100", tmp_path)[0][1]) == 9
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_file_that_is_there_twice_is_named(tmp_path, split):
+    for name in ("train", "test"):
+        parquet(tmp_path, name)
+    archives.read("cifar100", tmp_path)
+    (tmp_path / f"{split}-copy.parquet").write_bytes((tmp_path / f"{split}.parquet").read_bytes())
+    with pytest.raises(ValueError, match=f"{split}-copy.parquet and .*{split}.parquet are the same"):
+        archives.read("cifar100", tmp_path)
+    parquet(tmp_path, f"{split}-copy", labels=[4, 5, 6])
+    assert len(archives.read("cifar100", tmp_path)[split == "test"][1]) == 6
+
+
+def test_a_file_in_place_of_its_folder_is_not_called_damaged(tmp_path):
+    parquet(tmp_path, "train")
+    with pytest.raises(ValueError, match="`data_dir` is .*train.parquet, a file: give the folder that holds"):
+        archives.read("cifar100", tmp_path / "train.parquet")
 
 
 def test_a_parquet_file_without_rows_says_so(tmp_path):
@@ -493,6 +511,8 @@ def test_images_that_come_again_where_they_are_scored_are_refused(tmp_path):
         load(pixels, np.concatenate([pixels[7:8], rng.integers(0, 256, (4, 28, 28), dtype=np.uint8)]))
     with pytest.raises(ValueError, match="20 of the 40 training images are there before, .*: is a file there twice"):
         load(np.concatenate([pixels[:20]] * 2), rng.integers(0, 256, (5, 28, 28), dtype=np.uint8))
+    with pytest.raises(ValueError, match="1 of the 5 test images are there before, and would count twice"):
+        load(pixels, rng.integers(0, 256, (5, 28, 28), dtype=np.uint8)[[0, 1, 2, 3, 3]])
 
 
 def test_a_class_without_images_is_warned_about(tmp_path, monkeypatch):

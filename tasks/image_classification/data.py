@@ -320,15 +320,23 @@ def _refuse_repetitions(train: np.ndarray, test: np.ndarray, where: str | None) 
     The data sets have a few such images themselves, far below a tenth.
 
     Raises:
-        `ValueError`: more than a tenth of the test images are training images too, or of the training images, from which the
-            validation images are taken, as many are there twice.
+        `ValueError`: more than a tenth of the test images are training images too, or as many of either are there twice: the validation
+            images are taken from those for training.
     """
-    digests = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in train]
-    known = set(digests)
-    again = sum(hashlib.blake2b(image.tobytes(), digest_size=16).digest() in known for image in test)
+
+    def digests(images: np.ndarray) -> list[bytes]:
+        return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images]
+
+    known, scored = set(digests(train)), digests(test)
+    again = sum(digest in known for digest in scored)
     if again > len(test) / 10:
         raise ValueError(
             f"{where}: {again} of the {len(test)} test images are training images too, and scores of them mean nothing."
+        )
+    twice = len(test) - len(set(scored))
+    if twice > len(test) / 10:
+        raise ValueError(
+            f"{where}: {twice} of the {len(test)} test images are there before, and would count twice: is a file there twice?"
         )
     twice = len(train) - len(known)
     if twice > len(train) / 10:
