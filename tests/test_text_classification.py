@@ -200,6 +200,19 @@ def test_a_saved_model_is_whole_or_refused(tmp_path):
     tokens.save_pretrained(tmp_path)
     models.build(str(tmp_path), models.tokenizer(str(tmp_path), ["a b"]), ["en", "de"], 16, None)
     refused("tells 2 labels apart, and `train_file` has 3", ["en", "de", "fr"])
+    settings = tmp_path / "config.json"
+    written = settings.read_text()
+    for changes, words in (
+        (
+            {"problem_type": "regression"},
+            "has `problem_type` regression in its config.json, and texts have one label each",
+        ),
+        ({"problem_type": "multi_label_classification"}, "has `problem_type` multi_label_classification"),
+        ({"hidden_size": "x"}, "cannot be loaded: .*'hidden_size' expected int, got str"),
+    ):
+        settings.write_text(json.dumps({**json.loads(written), **changes}))
+        refused(words)
+    settings.write_text(written)
     file = tmp_path / "model.safetensors"
     whole = load_file(file)
     name = "roberta.encoder.layer.0.attention.self.query.weight"

@@ -17,7 +17,7 @@ from transformers import (
     RobertaTokenizer,
 )
 
-from tasks.command import refusals, sentence
+from tasks.command import sentence
 
 
 NEW = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
@@ -90,6 +90,11 @@ def build(
         raise ValueError(f"`max_seq_length` is {length}, and {model} takes {words.model_max_length} tokens at most.")
     with _named(model):
         config = AutoConfig.from_pretrained(model)
+    if config.problem_type not in (None, "single_label_classification"):
+        raise ValueError(
+            f"{model} has `problem_type` {config.problem_type} in its config.json, and texts have one label each here: give a classifier, "
+            "or the model that it was made of."
+        )
     is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
     if is_classifier and config.num_labels != len(names):
         raise ValueError(
@@ -133,7 +138,6 @@ def _named(model: str) -> Iterator[None]:
         `ValueError`: instead of whatever transformers stumbles over; it names the model.
     """
     try:
-        with refusals():
-            yield
-    except (ValueError, OSError) as error:
+        yield
+    except Exception as error:  # of transformers, huggingface_hub, safetensors and the file system
         raise ValueError(f"`model_name_or_path` {model} cannot be loaded: {sentence(error)}") from error
