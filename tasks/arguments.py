@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers.integrations import is_deepspeed_available
 
 
 @dataclass
@@ -48,7 +49,7 @@ _RANGES: list[tuple[str, Any, str]] = [
     ("adam_epsilon", lambda v: v >= 0, "0 or more"),
     ("max_grad_norm", lambda v: v >= 0, "a norm above 0, or 0 to leave gradients as they are"),
     ("label_smoothing_factor", lambda v: 0 <= v < 1, "a share from 0 to below 1"),
-    ("warmup_steps", lambda v: v >= 0, "a number of updates, or a share of them below 1"),
+    ("warmup_steps", lambda v: 0 <= v < 1 or v == int(v) > 0, "a whole number of updates, or a share of them below 1"),
     ("logging_steps", lambda v: v > 0, "a number of updates, or a share of them below 1"),
     ("eval_steps", lambda v: v > 0, "a number of updates, or a share of them below 1"),
     ("eval_delay", lambda v: v >= 0, "0 or more"),
@@ -92,6 +93,10 @@ class CheckedArguments:
 
     def __post_init__(self):
         check_ranges(self)
+        if getattr(self, "deepspeed", None) is not None and not is_deepspeed_available():
+            raise ValueError(
+                f"`deepspeed` is {self.deepspeed}, and the package is not installed: pip install deepspeed, or leave it out."
+            )
         for name in ("prediction_loss_only", "batch_eval_metrics", "label_names"):
             if getattr(self, name, None):
                 raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import pickle
+import re
 import signal
 import sys
 import traceback
@@ -29,6 +30,8 @@ class Parser(ArgumentParser):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter, **kwargs)
+        # -1e-3 is a value as well, and no flag; older Pythons know -0.001 alone.
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
         self.add_argument("--traceback", action="store_true", help="Show where in the code a refusal comes from.")
 
     def error(self, message: str) -> NoReturn:

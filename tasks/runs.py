@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from tasks import ignored
 from tasks.command import refusals
 from tasks.files import refuse_file
 from tasks.identity import defaults, first_difference
@@ -101,7 +102,7 @@ def start(trainer: Trainer, whole: dict) -> None:
         whole (`dict`): the same run's [`~tasks.identity.identity_of`].
 
     Raises:
-        `ValueError`: `output_dir` holds another run, or the checkpoint is another run's or lacks a part.
+        `ValueError`: `output_dir` holds another run, the checkpoint is another run's or lacks a part, or an argument would be ignored.
     """
     args = trainer.args
     folder = Path(args.output_dir)
@@ -112,7 +113,7 @@ def start(trainer: Trainer, whole: dict) -> None:
         check_contents(checkpoint, trainer)
         check_digests(checkpoint)
     refuse_other_runs(folder, whole, args)
-    _refuse_ignored_optim_args(trainer)
+    ignored.check(trainer)
     if not len(trainer.get_train_dataloader()):
         raise ValueError(
             f"`dataloader_drop_last` is {args.dataloader_drop_last}, and all training examples together do not fill one batch: "
@@ -127,47 +128,6 @@ def start(trainer: Trainer, whole: dict) -> None:
             raise
     trainer.save_model()
     trainer.save_state()
-
-
-def _refuse_ignored_optim_args(trainer: Trainer) -> None:
-    """
-    Refuses what transformers would pass over: it takes from `optim_args` what the optimizer's branch asks for, and drops the rest.
-
-    Raises:
-        `ValueError`: a name is not among what one of torch's optimizers is made with, or its value is another there.
-    """
-    args = trainer.args
-    if not args.optim_args:
-        return
-    parts = args.optim_args.replace(" ", "").split(",")
-    if bad := [part for part in parts if part.count("=") != 1 or not all(part.split("="))]:
-        raise ValueError(f"`optim_args` is {args.optim_args}, of which {bad[0]!r} is not of the form name=value.")
-    with refusals():
-        cls, taken = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
-    if not getattr(cls, "__module__", "").startswith("torch.optim"):
-        return  # others rename what they are given
-    for part in parts:
-        name, _, value = part.partition("=")
-        found = taken.get(name)
-        if isinstance(found, bool):
-            heard = value.lower() in _YES_NO  # other words are no to transformers
-        else:  # the groups of weights have a decay of their own
-            heard = found is not None and found == _number(value) and name != "weight_decay"
-        if not heard:
-            raise ValueError(
-                f"`optim_args` is {args.optim_args}, of which {args.optim.value} does not take {part}: leave it out, or give it as a "
-                "flag of its own if there is one."
-            )
-
-
-_YES_NO = ("true", "1", "yes", "false", "0", "no")
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 def resume_point(flag: str | bool | None, folder: Path) -> Path | None:

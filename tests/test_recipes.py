@@ -159,6 +159,9 @@ def test_a_recipe_that_is_not_there_is_told_from_the_one_meant(monkeypatch, give
         (["--learning_rate", "-inf"], "--learning_rate/--learning-rate: expected one argument"),
         (["--learning_rate=-inf"], "invalid finite float value: '-inf'"),
         (["--seed", "1.5"], "--seed: invalid int value"),
+        (["--learning_rate", "-1e-3"], "`learning_rate` is -0.001: give 0 or more"),
+        (["--learning_rate", "-.5"], "`learning_rate` is -0.5: give 0 or more"),
+        (["--warmup_steps", "1.5"], "`warmup_steps` is 1.5: give a whole number of updates"),
         (["--seed", "-1"], "`seed` is -1: give a whole number from 0"),
         (["--seed", "4294967296"], "`seed` is 4294967296"),
         (["other.yaml"], "other.yaml comes too late: a recipe is the first argument"),
@@ -186,6 +189,12 @@ def test_a_flag_that_is_wrong_is_named(parse, argv, words):
         parse("rho: 0.1", *argv)
     said = command.sentence(refused.value)
     assert words in said and "hf_secret" not in said and len(said) < 500
+
+
+def test_deepspeed_without_its_package_is_refused(parse, monkeypatch):
+    monkeypatch.setattr("tasks.arguments.is_deepspeed_available", lambda: False)
+    with pytest.raises(ValueError, match="`deepspeed` is zero.json, and the package is not installed: pip install"):
+        parse("rho: 0.1", "--deepspeed", "zero.json")
 
 
 def test_a_file_of_arguments_beside_the_script_plays_no_part(parse, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from translation_toys import flags as translation_flags
 from translation_toys import write_word_for_word
 
-from tasks import command, identity, recipes, results, runs, secret
+from tasks import command, identity, ignored, recipes, results, runs, secret
 from tasks.image_classification import train as images
 from tasks.translation import train as translation
 
@@ -364,6 +364,50 @@ def test_what_the_optimizer_would_not_be_told_is_refused(tmp_path, optim, given,
         ValueError, match=f"`optim_args` is {given}, of which {optim} does not take {ignored}: leave it out"
     ):
         train(tmp_path, optim=optim, optim_args=given)
+
+
+def test_an_argument_of_the_optimizer_that_is_no_number_is_named(tmp_path):
+    with pytest.raises(
+        ValueError, match="`optim` sgd with `optim_args` momentum=abc: could not convert string to float: 'abc'"
+    ):
+        train(tmp_path, optim="sgd", optim_args="momentum=abc")
+
+
+@pytest.mark.parametrize(
+    "schedule, given, words",
+    [
+        (
+            "linear",
+            {"num_cycles": 3},
+            "and `lr_scheduler_type` linear does not take it .*unexpected keyword argument 'num_cycles'",
+        ),
+        ("cosine", {"num_cycles": "x"}, "and `lr_scheduler_type` cosine does not take it"),
+        ("constant", {"num_cycles": 3}, "and `lr_scheduler_type` constant reads none: leave it out"),
+        ("constant_with_warmup", {"num_cycles": 3}, "and `lr_scheduler_type` constant_with_warmup reads none"),
+    ],
+)
+def test_what_the_schedule_would_not_be_told_is_refused(tmp_path, schedule, given, words):
+    with pytest.raises(ValueError, match=f"`lr_scheduler_kwargs` is {given}, {words}"):
+        train(tmp_path, lr_scheduler_type=schedule, lr_scheduler_kwargs=json.dumps(given))
+
+
+def test_what_nothing_reads_is_warned_of(tmp_path, monkeypatch):
+    def told(**changes):
+        said = []
+        monkeypatch.setattr(ignored.logger, "warning", said.append)
+        task, args = parse(tmp_path, **changes)
+        ignored.check(images.prepare(task, args).trainer)
+        return said
+
+    adam = {"adam_beta1": 0.5, "adam_epsilon": 0.1}
+    assert not told(**adam, asam_eta=0.5, perturbation="asam", lr_scheduler_type="cosine", warmup_steps=2)
+    assert not told(lr_scheduler_type="cosine", lr_scheduler_kwargs='{"num_cycles": 3}')
+    assert told(**adam, optim="sgd", asam_eta=0.5, lr_scheduler_type="constant", warmup_steps=2) == [
+        "`adam_beta1` is 0.5, and `optim` sgd does not read it.",
+        "`adam_epsilon` is 0.1, and `optim` sgd does not read it.",
+        "`warmup_steps` is 2.0, and `lr_scheduler_type` constant does not read it.",
+        "`asam_eta` is 0.5, and `perturbation` sam does not read it.",
+    ]
 
 
 @pytest.mark.parametrize("given", ["beta=1,,x", "momentum", "=0.9"])

@@ -29,6 +29,7 @@ def text(tmp_path_factory):
         ({"auto_find_batch_size": True}, "`auto_find_batch_size` is True"),
         ({"dataloader_drop_last": True}, "`dataloader_drop_last` is True, but every sentence comes once"),
         ({"train_sampling_strategy": "group_by_length"}, "`train_sampling_strategy` is .*group_by_length"),
+        ({"predict_with_generate": False}, "`predict_with_generate` is False, but the scores need translations"),
         ({"sortish_sampler": True}, "`sortish_sampler` is True, but batches hold sentences of like length"),
         ({"dataset_config": "de-en"}, "`dataset_config` is 'de-en', but `dataset` .* has no use for it"),
     ],

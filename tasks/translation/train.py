@@ -50,7 +50,7 @@ class TranslationArguments(TaskArguments, data.DataArguments):
 
 @dataclass
 class TrainingArguments(CheckedArguments, XSAMSeq2SeqTrainingArguments):
-    pass
+    predict_with_generate: bool = field(default=True, metadata={"help": "Translate to score, which is always done."})
 
 
 def build_model(task: TranslationArguments, corpus: data.Corpus) -> models.TranslationTransformer:

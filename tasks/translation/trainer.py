@@ -86,6 +86,8 @@ class TranslationTrainer(XSAMSeq2SeqTrainer):
             raise ValueError(
                 f"`generation_num_beams` is {args.generation_num_beams}: give 1 for greedy search, or more (fairseq's is 5)."
             )
+        if not args.predict_with_generate:
+            raise ValueError("`predict_with_generate` is False, but the scores need translations: leave it out.")
         instead = {
             "per_device_train_batch_size": "`max_tokens` limits a batch",
             "generation_max_length": "a hypothesis may have 1.2 n + 10 tokens, as in fairseq",
