@@ -214,11 +214,13 @@ def test_a_dictionary_that_was_sorted_anew_is_refused(tmp_path):
     assert load(DataArguments(dataset=str(tagged))).source_vocabulary.tokens[-1] == "__de__"
 
 
+@pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("lost, told", [(0, 1), (5, 6), (8, 10), (12, 14)])  # at the end of lines with one count
-def test_a_dictionary_that_lost_a_line_is_refused(tmp_path, lost, told):
-    folder = counted(tmp_path, lambda own: own[:lost] + own[lost + 1 :])
-    counts = [*TIMES[:lost], *TIMES[lost + 1 :], 0]
-    words = f"dict.de.txt, line {told}: .* is counted {counts[told - 1]} times, and its id comes {TIMES[told - 1]} times in .*train.de-en.de.bin"
+def test_a_dictionary_that_lost_a_line_is_refused(tmp_path, lost, told, joined):
+    folder = counted(tmp_path, lambda own: own[:lost] + own[lost + 1 :], joined=joined)
+    times = [n * (1 + joined) for n in TIMES]
+    counts = [*times[:lost], *times[lost + 1 :], 0]
+    words = f"dict.de.txt, line {told}: .* is counted {counts[told - 1]} times, and its id comes {times[told - 1]} times in .*train.de-en.de.bin"
     with pytest.raises(ValueError, match=words):
         load(DataArguments(dataset=str(folder)))
 

@@ -309,16 +309,12 @@ def refuse_changed(
     languages: tuple[str, str],
 ) -> None:
     """Refuses dictionaries that were changed since the training text was made binary; see [`Vocabulary`]."""
-    sizes = list(map(len, vocabularies))
-    times = [
-        np.bincount(np.fromiter(chain.from_iterable(side), np.int64), minlength=size)
-        for side, size in zip(sides, sizes, strict=True)
-    ]
-    joint = [sum(times), sum(times)] if sizes[0] == sizes[1] else times
-    for language, vocabulary, own, both in zip(languages, vocabularies, times, joint, strict=True):
-        file = folder / f"dict.{language}.txt"
+    longest = max(map(len, vocabularies))
+    times = [np.bincount(np.fromiter(chain.from_iterable(side), np.int64), minlength=longest) for side in sides]
+    for language, vocabulary, own in zip(languages, vocabularies, times, strict=True):
+        file, size = folder / f"dict.{language}.txt", len(vocabulary)
         vocabulary.refuse_rising(file)
-        vocabulary.refuse_lost(file, f"{prefix}.{language}.bin", own.tolist(), both.tolist())
+        vocabulary.refuse_lost(file, f"{prefix}.{language}.bin", own[:size].tolist(), sum(times)[:size].tolist())
 
 
 def refuse_symbols(ids: list, folder: Path, split: str, languages: tuple[str, str]) -> None:

@@ -94,7 +94,7 @@ class Vocabulary:
                 )
             last = count or last
 
-    def refuse_lost(self, file: Path, text: str, times: Sequence[int], others: Sequence[int]) -> None:
+    def refuse_lost(self, file: Path, text: str, times: Sequence[int], joint: Sequence[int]) -> None:
         """
         Refuses a dictionary that was made of the training text and lacks some of its lines since, so that later ids mean other tokens.
 
@@ -104,13 +104,13 @@ class Vocabulary:
             file (`Path`): the dictionary's, for the message.
             text (`str`): the training text's, likewise.
             times (`Sequence[int]`): how often each id is in the training text.
-            others (`Sequence[int]`): the same with that of the other language, which a joint dictionary counts too.
+            joint (`Sequence[int]`): how often it is there in both languages, as a joint dictionary counts.
 
         Raises:
             `ValueError`: so it is.
         """
         known = list(self.counts.values())
-        for found in (list(times[len(SPECIAL) :]), list(others[len(SPECIAL) :])):
+        for found in (list(times[len(SPECIAL) :]), list(joint[len(SPECIAL) :])):
             wrong = next((i for i, pair in enumerate(zip(known, found, strict=True)) if pair[0] != pair[1]), None)
             if wrong is None:
                 return
