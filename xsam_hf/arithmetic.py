@@ -35,7 +35,7 @@ def clone(x: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _copies(x: list[Tensor]) -> list[Tensor]:
-    """Of tensors of one device and dtype; torch 2.11 has no `_foreach_clone`."""
+    """Of tensors of one device and dtype. Machines with GPUs still have torch 2.11, which lacks `_foreach_clone`."""
     new = [torch.empty_like(part) for part in x]
     torch._foreach_copy_(new, x)
     return new
