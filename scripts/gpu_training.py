@@ -173,6 +173,8 @@ def _compiled(mode: str, device: str, eager: list[float]) -> Found:
                 found.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
     found: list[int] = []
+    # Trying Triton's kernels for every product takes minutes; CUDA graphs, which the mode is about, do not depend on it.
+    torch._inductor.config.max_autotune_gemm_backends = "ATEN"
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     trainer = language_model_training(
@@ -234,14 +236,21 @@ def trained_by(device: str, processes: int, backend: str, shared: bool, settings
         for process in started:
             process.join()
         if any(process.exitcode for process in started):
-            raise RuntimeError(f"the processes ended with {[process.exitcode for process in started]}")
+            reports = [error.read_text(encoding="utf-8") for error in sorted(Path(folder).glob("*.txt"))]
+            codes = [process.exitcode for process in started]
+            raise RuntimeError(f"the processes ended with {codes}: {' '.join(reports)}")
         return torch.load(file)
 
 
 def _train_one_of(device: str, group: dict[str, str], file: Path, settings: dict[str, Any]) -> None:
     os.environ |= group
     torch.set_num_threads(1)
-    trainer = language_model_training(device, **settings)
+    try:
+        trainer = language_model_training(device, **settings)
+    except BaseException as error:
+        report = f"{type(error).__name__}: {error}"
+        file.with_name(f"{group.get('RANK', 0)}.txt").write_text(report, encoding="utf-8")
+        raise
     alone = group.get("WORLD_SIZE", "1") == "1"
     parts = [
         weight if not isinstance(weight, DTensor) else weight.to_local() if alone else weight.full_tensor()

@@ -46,8 +46,8 @@ def test_an_update_waits_for_nothing_and_needs_little_room(name, dtypes, k, scal
     kept = own if "direction" in method else 0  # a sum of gradients
     room = 2 if name == "stale" else 1  # of the average and of the gradient, each of which the other needs
     assert extra - kept <= room * max(4 * 4096 * 4096, 64 * 2**20) + 2**20
-    # Nothing goes one tensor at a time.
-    assert not gpu.one_by_one
+    # Nothing goes one tensor at a time, but for products of large tensors in half precision.
+    assert set(gpu.one_by_one) <= (set() if dtypes == "float32" else {"_foreach_mul_"})
     elements = sum(math.prod(shape) for shape in LARGE)
     pieces = 15 * math.ceil(elements / 2**21) if name == "at random" and dtypes != "float32" else 0
     kinds = len(DTYPES[dtypes])
@@ -60,8 +60,9 @@ def test_an_update_waits_for_nothing_and_needs_little_room(name, dtypes, k, scal
 def test_few_kernels_are_launched(shapes, kernels, dtype):
     kept, _, _ = update(shapes, (dtype,), alpha=1.3)
     sam, _, _ = update(shapes, (dtype,), alpha=1.0, measure=False)
-    # A loop over tensors, of one operator alone, would be more than half of that.
-    assert sam.kernels < kept.kernels <= kernels < 3 * len(shapes) and sam.kernels <= kernels / 2
+    # A loop over tensors, of one operator alone, would be more than half of that. To scale half precision they are put together and apart.
+    apart = 0 if dtype == torch.float32 else math.ceil(len(shapes) / 128) + math.ceil(len(shapes) / 64)
+    assert sam.kernels < kept.kernels <= kernels < 3 * len(shapes) and sam.kernels <= kernels / 2 + apart
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -69,7 +70,7 @@ def test_what_the_pass_sees_is_measured_without_a_wait(dtype):
     """Once in a training: some kernels a weight, and room for a million weights."""
     later, _, less = update(WIDE, (dtype,), alpha=1.3)
     once, _, extra = update(WIDE, (dtype,), alpha=1.3, autocast=torch.bfloat16)
-    assert not once.one_by_one
+    assert set(once.one_by_one) <= ({"_foreach_mul_"} if dtype == torch.bfloat16 else set())
     assert later.kernels < once.kernels <= later.kernels + 14 * len(WIDE)
     assert extra <= less + 40 * 2**20
     # The next update measures nothing.

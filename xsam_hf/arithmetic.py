@@ -15,6 +15,8 @@ from torch import Tensor
 from .geometry import groups, local, number, together
 
 
+_LARGE = 2**20  # elements whose kernel takes as long as its launch
+
 _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -28,8 +30,15 @@ def clone(x: Sequence[Tensor]) -> list[Tensor]:
     """A copy of x."""
     parts = local(x)
     if len({(part.device, part.dtype) for part in parts}) == 1:
-        return list(torch._foreach_clone(parts))
+        return _copies(parts)
     return [part.clone() for part in parts]
+
+
+def _copies(x: list[Tensor]) -> list[Tensor]:
+    """Of tensors of one device and dtype. Machines with GPUs still have torch 2.11, which lacks `_foreach_clone`."""
+    new = [torch.empty_like(part) for part in x]
+    torch._foreach_copy_(new, x)
+    return new
 
 
 def scale_(x: Sequence[Tensor], factor: Tensor | float) -> None:
@@ -41,9 +50,25 @@ def scale_(x: Sequence[Tensor], factor: Tensor | float) -> None:
         elif not isinstance(a := number_or_tensor(factor), Tensor):
             torch._foreach_mul_(xs, a)
         else:
-            # A factor in half precision would be rounded itself, and one of another dtype is multiplied tensor by tensor.
-            a = a.to(xs[0].device, torch.float32)
-            torch._amp_foreach_non_finite_check_and_unscale_(xs, torch.zeros_like(a).view(1), a.view(1))
+            _scale_half_(xs, a.to(xs[0].device, torch.float32))
+
+
+def _scale_half_(x: list[Tensor], factor: Tensor) -> None:
+    """
+    The product of tensors in half precision and a factor in float32 on their device, rounded once.
+
+    A list has no such kernel: a 0-dim factor is rounded to the list's dtype, and CUDA's unscaling of gradients knows no bfloat16. A factor
+    of one dimension is not rounded, tensor by tensor. Small tensors are put together, for fewer kernels.
+    """
+    factor = factor.view(1)
+    large = [part for part in x if part.numel() >= _LARGE]
+    if large:
+        torch._foreach_mul_(large, [factor] * len(large))
+    small = [part for part in x if part.numel() < _LARGE]
+    for (some,) in together(small) if small else ():
+        product = torch.cat([part.reshape(-1) for part in some]).mul_(factor)
+        parts = product.split([part.numel() for part in some])
+        torch._foreach_copy_(some, [part.view(to.shape) for part, to in zip(parts, some, strict=True)])
 
 
 def add_(y: Sequence[Tensor], x: Sequence[Tensor], factor: Tensor | float = 1.0, keep: bool = False) -> None:
@@ -64,7 +89,7 @@ def add_(y: Sequence[Tensor], x: Sequence[Tensor], factor: Tensor | float = 1.0,
             torch._foreach_add_(ys, xs)
         else:
             for some, others in together(ys, xs):
-                scaled = torch._foreach_clone(others)
+                scaled = _copies(others)
                 scale_(scaled, a)
                 torch._foreach_add_(some, scaled)
                 del scaled  # before the next one is made
@@ -129,7 +154,7 @@ def mix_(
     unit = torch.where(finite & (size > 0), (1 - share) / size, 0 * one)
     for gs, ms in groups(g, m):
         for some, others in together(gs, ms):
-            old = torch._foreach_clone(some)
+            old = _copies(some)
             zero_unless(finite, old)
             if isinstance(d, Tensor):
                 scale_(some, torch.where(finite, d, one))

@@ -174,7 +174,7 @@ def rescale(name: str, trail: Trail, arc: Arc, radius: float, loss_along: Callab
     else:
         loss, length = trail.losses[-1], arc.displacement_norm
         if name == "slope_max":
-            loss, length = loss_along(radius / norm(arc.gradient).clamp_min(1e-30)), length.new_tensor(radius)
+            loss, length = loss_along(radius / norm(arc.gradient).clamp_min(1e-30)), torch.full_like(length, radius)
         wanted = ((loss - trail.losses[0]) / length).clamp_min(0).to(norms[-1].dtype)
     assert trail.finite is not None
     ratio = torch.where(norms[-1] > 0, wanted / norms[-1], torch.zeros_like(wanted))

@@ -23,13 +23,18 @@ _SMALL, _BLOCK, _PIECE, _TOGETHER = 2**18, 2**16, 2**23, 2**24
 _PLAIN, _REAL = {Tensor, nn.Parameter}, {torch.float32, torch.float64, torch.float16, torch.bfloat16}
 
 
+def are_plain(vector: Sequence[Any]) -> bool:
+    """Whether all are tensors of real numbers that this process has to itself."""
+    return set(map(type, vector)) <= _PLAIN and {tensor.dtype for tensor in vector} <= _REAL
+
+
 def local(vector: Sequence[Tensor]) -> list[Tensor]:
     """
     The part of each tensor that this process holds, as real numbers; no copy.
 
     The shard of a `DTensor`; a complex tensor as its real and imaginary parts, so that it counts as two real weights.
     """
-    if all([kind in _PLAIN and dtype in _REAL for kind, dtype in {(type(tensor), tensor.dtype) for tensor in vector}]):
+    if are_plain(vector):
         return list(vector)  # asked for some twenty times an update
     parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in vector]
     return [torch.view_as_real(part) if part.is_complex() else part for part in parts]
@@ -38,8 +43,7 @@ def local(vector: Sequence[Tensor]) -> list[Tensor]:
 def groups(*vectors: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
     """The local parts of some vectors, those of one device and one dtype of the first together."""
     parts = [local(vector) for vector in vectors]
-    kinds = {(part.device, part.dtype) for part in parts[0]}
-    if len(kinds) == 1:
+    if len({part.dtype for part in parts[0]}) == len({part.device for part in parts[0]}) == 1:
         yield tuple(parts)
         return
     alike = defaultdict(list)
@@ -234,8 +238,13 @@ def total_of(vector: Sequence[Tensor], sums: Callable[..., Tensor], *others: Seq
         assert subtotal is not None
         if split is not None:
             mesh, dimensions = split
+            home, subtotal = (
+                subtotal.device,
+                subtotal.to(mesh.device_type),
+            )  # offloaded shards are on a CPU, which NCCL does not serve
             for dimension in dimensions:
                 dist.all_reduce(subtotal, group=mesh.get_group(dimension))
+            subtotal = subtotal.to(home)
         total = subtotal if total is None else total + subtotal.to(total.device)
     assert total is not None
     return total

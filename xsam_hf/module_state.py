@@ -7,7 +7,7 @@ import functools
 import inspect
 import logging
 import random
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -88,9 +88,13 @@ class ModuleState:
                 place.values[name] = record.value
             elif place in self.places:
                 place.values.pop(name, None)
-        for record in self.records.values():  # also of tensors whose count of writes stands still: see `capture`
-            if record.content is not None:
-                _put_back(record)
+        # Also of tensors whose count of writes stands still: see `capture`.
+        copied = [record for record in self.records.values() if record.content is not None]
+        tensors = [record for record in copied if isinstance(record.value, Tensor)]
+        _write([_place_of(record) for record in tensors], [record.content for record in tensors])
+        for record in copied:
+            if not isinstance(record.value, Tensor):
+                _set_back(record.value, record.content)
 
     @property
     def complete(self) -> bool:
@@ -165,6 +169,7 @@ class StateFollower:
             weights = [w for w in self._trained() if w.requires_grad and w.layout == torch.strided and not is_lazy(w)]
         ours = {_storage(weight) for weight in weights} - {0}
         room = sum(weight.nbytes for weight in weights) if self._first else 0
+        copied: list[tuple[_Record, Tensor]] = []
         for place, name, value in things:
             if isinstance(value, Tensor):
                 if is_lazy(value):
@@ -181,7 +186,8 @@ class StateFollower:
                             record.checksum = _checksum(memory)
                     elif (place, name) in self.moving or memory.nbytes <= max(_SMALL, room):
                         room -= memory.nbytes
-                        record.memory, record.content = memory, memory.clone()
+                        record.memory = memory
+                        copied.append((record, memory))
                     else:
                         record.memory, record.checksum = memory, _checksum(memory) if by_content else None
             elif isinstance(value, _GENERATORS):
@@ -189,6 +195,10 @@ class StateFollower:
             else:
                 record = _Record(value, size=len(value) if isinstance(value, _CONTAINERS) else None)
             records[place, name] = record
+        contents = [torch.empty_like(memory) for _, memory in copied]
+        _write(contents, [memory for _, memory in copied])
+        for (record, _), content in zip(copied, contents, strict=True):
+            record.content = content
         for name, before, now in zip(self._weights, self._hooks, self._count_hooks(), strict=True):
             if now > before:
                 raise NotImplementedError(
@@ -368,19 +378,32 @@ def _state_of(generator: Any) -> Any:
     return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
 
 
-def _put_back(record: _Record) -> None:
-    value = record.value
-    if isinstance(value, np.random.Generator):
-        value.bit_generator.state = copy.deepcopy(record.content)
-    elif isinstance(value, random.Random):
-        value.setstate(record.content)
-    elif not isinstance(value, Tensor):
-        value.set_state(record.content)
+def _set_back(generator: Any, state: Any) -> None:
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = copy.deepcopy(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
     else:
-        memory = _memory(value)
-        if record.memory is not None and _stands_elsewhere(memory, record.memory):
-            value.data = memory = record.memory  # after `value.data = other`: writing would write into the other
-        memory.copy_(record.content)
+        generator.set_state(state)
+
+
+def _place_of(record: _Record) -> Tensor:
+    """Where a tensor's content belongs: after `value.data = other`, writing there would write into the other."""
+    memory = _memory(record.value)
+    if record.memory is not None and _stands_elsewhere(memory, record.memory):
+        record.value.data = memory = record.memory
+    return memory
+
+
+def _write(to: Sequence[Tensor], contents: Sequence[Tensor]) -> None:
+    """Copies tensors into others: those of a device and a dtype together, by few kernels."""
+    alike: dict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+    for there, content in zip(to, contents, strict=True):
+        theirs, ours = alike[there.device, there.dtype]
+        theirs.append(there)
+        ours.append(content)
+    for theirs, ours in alike.values():
+        torch._foreach_copy_(theirs, ours)
 
 
 def _has_moved(record: _Record, by_content: bool) -> bool:

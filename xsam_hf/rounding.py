@@ -55,13 +55,13 @@ def _at_random(value: Tensor, dtype: torch.dtype, generator: torch.Generator) ->
         bits = value.view(torch.int32).add_(noise.to(value.device)).bitwise_and_(-(2**16))
         return bits.view(torch.float32).to(dtype)
     nearest = value.to(dtype)
-    error = value - nearest.float()
+    error = value.sub_(nearest)
     # The bit patterns of floating-point numbers of one sign are in the order of their size.
     outwards = (error > 0) == (nearest > 0)
-    other = (nearest.view(torch.int16) + torch.where(outwards, 1, -1).to(torch.int16)).view(dtype)
-    gap = (other.float() - nearest.float()).abs()
+    other = outwards.to(torch.int16).mul_(2).sub_(1).add_(nearest.view(torch.int16)).view(dtype)
+    gap = other.float().sub_(nearest).abs_()
     random = torch.rand(value.shape, generator=generator, device=generator.device).to(value.device)
-    return torch.where((nearest != 0) & (random * gap < error.abs()), other, nearest)
+    return torch.where((nearest != 0) & (random.mul_(gap) < error.abs_()), other, nearest)
 
 
 def _pieces(*vectors: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from .arguments import XSAMArguments
 from .arithmetic import add_, clone, copy_, subtract_
-from .geometry import local, norm
+from .geometry import are_plain, local, norm
 from .rounding import add_rounded
 from .seen import SeenAscent
 
@@ -186,25 +186,9 @@ class MovableWeights:
                 self.weights.append(self._waiting.pop(name))
         if not self.weights:
             raise ValueError("No weight received a gradient: does the loss depend on the trainable weights?")
-        gradients = []
-        for weight in self.weights:
-            gradient = weight.grad
-            if gradient is None:
-                gradient = weight.grad = torch.zeros_like(weight)
-            elif gradient.is_sparse:
-                raise NotImplementedError(
-                    "A gradient is sparse and XSAM needs dense ones: build the embedding with `sparse=False`."
-                )
-            elif gradient.is_conj():
-                gradient = weight.grad = gradient.resolve_conj()
-            elif (
-                isinstance(weight, DTensor)
-                and isinstance(gradient, DTensor)
-                and gradient.placements != weight.placements
-            ):
-                # Tensor parallelism leaves a vocabulary that is split over processes with a whole gradient on each.
-                gradient = weight.grad = gradient.redistribute(weight.device_mesh, weight.placements)
-            gradients.append(gradient)
+        gradients: list[Any] = [weight.grad for weight in self.weights]
+        if not (are_plain(gradients) and all([gradient.layout == torch.strided for gradient in gradients])):
+            gradients = [_dense_gradient(weight) for weight in self.weights]
         return gradients, [weight.grad for weight in self.excluded if weight.grad is not None]
 
     def drop_gradients(self) -> None:
@@ -285,6 +269,23 @@ class MovableWeights:
         if self._generator is not None:
             self._generator.manual_seed(2**31 + self._seed)
         add_rounded(self.weights, terms, self._generator)
+
+
+def _dense_gradient(weight: Tensor) -> Tensor:
+    gradient = weight.grad
+    if gradient is None:
+        gradient = torch.zeros_like(weight)
+    elif gradient.is_sparse:
+        raise NotImplementedError(
+            "A gradient is sparse and XSAM needs dense ones: build the embedding with `sparse=False`."
+        )
+    elif gradient.is_conj():
+        gradient = gradient.resolve_conj()
+    elif isinstance(weight, DTensor) and isinstance(gradient, DTensor) and gradient.placements != weight.placements:
+        # Tensor parallelism leaves a vocabulary that is split over processes with a whole gradient on each.
+        gradient = gradient.redistribute(weight.device_mesh, weight.placements)
+    weight.grad = gradient
+    return gradient
 
 
 def drop_gradients(weights: Iterable[Tensor]) -> None:
