@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from scripts import buried, epoch_cost, study, surfaces, sweep
 from scripts.run_seeds import ROOT
+from scripts.summarize import read
 from scripts.table import (
     BEST_EPOCH,
     Difference,
@@ -44,6 +45,11 @@ SURFACES = """### How sharp the loss is at the end (the paper's table 16 and fig
 Made as [docs/analysis.md](docs/analysis.md#runs-seen) says, on four training batches, wrong labels included. Ratios are paired by seed:
 geometric means with their 95 % intervals. Below them the batches in which the loss at the distance of two `rho` is higher along the gradient
 g₁ after the ascent than along g₀, and along v(α\\*) than along g₁."""
+# Trained apart from the study, by scripts/run run_seeds: file of results/, title and first method of the table.
+ON_A_GPU = {
+    "cifar100-resnet-18": ("ResNet-18, all of CIFAR-100, 4 of the paper's 200 epochs", "sgd-2x"),
+    "cifar100-vit-ti": ("ViT-Ti, all of CIFAR-100, 4 of the paper's 300 epochs", "adamw-2x"),
+}
 BASELINES = ("base-2x", "base" + BEST_EPOCH, "base-2x" + BEST_EPOCH, "sam")
 
 
@@ -169,6 +175,13 @@ def corruption_section(setting: str, results: Mapping[str, Sequence[dict]]) -> s
     )
 
 
+def gpu_section(name: str, title: str, base: str) -> str:
+    """What was trained on a GPU with the paper's recipes, for a few epochs."""
+    results = read(ROOT / "results" / f"{name}.json")
+    table = to_markdown(make_cells(make_rows(results, "accuracy"), "accuracy", [base, "sam"]))
+    return f"### On an H100: {title}\n\n[results/{name}.json](results/{name}.json).\n\n{table}"
+
+
 def sweep_section(name: str, results: Mapping[str, Sequence[dict]]) -> str:
     """One sweep: what is varied, and its table beside the methods that are varied."""
     of = sweep.SWEEPS[name]
@@ -208,6 +221,9 @@ def summary() -> str:
     if rounded := buried.results_in(ROOT / "results"):
         sections.append(buried.section(rounded, study.results(buried.FLOAT32)))
     sections += [text for setting, of in found.items() if (text := corruption_section(setting, of))]
+    sections += [
+        gpu_section(name, *of) for name, of in ON_A_GPU.items() if (ROOT / "results" / f"{name}.json").is_file()
+    ]
     sections += [sweep_section(name, of) for name in sweep.SWEEPS if (of := sweep.results(name))]
     if costs := epoch_cost.section():
         sections.append(f"{COSTS}\n\n{costs}")
