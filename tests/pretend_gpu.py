@@ -62,7 +62,8 @@ class PretendedGPU(TorchDispatchMode):
         known = {x.untyped_storage()._cdata for x in given}
         out = func(*args, **kwargs)
         results = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-        devices = {x.device for x in (*given, *results) if x.ndim > 0 or x.is_cuda}
+        # A number from the host is an argument of a kernel; copied to the device, it makes the host wait.
+        devices = {x.device for x in (*given, *results) if x.ndim > 0 or x.is_cuda or name in COPIES}
         if len(devices) > 1:
             assert name in COPIES and kwargs.get("non_blocking"), f"{name}: operands on {sorted(map(str, devices))}"
         new = [x for x in results if x.untyped_storage()._cdata not in known]
@@ -162,6 +163,9 @@ def update(
         def gradient():
             for weight in weights:
                 weight.grad = torch.empty_like(weight)
+            return probe()
+
+        def probe():
             return torch.empty((), device=devices[0])
 
         chosen, state = XSAMArguments(**arguments), XSAMState(search_due=False)
@@ -170,7 +174,7 @@ def update(
             if i == warm_up:
                 gpu.begin()
             options = {"measure": measure, "loss_scaling": loss_scaling, "seen": seen}
-            xsam_gradient(weights, gradient, gradient, chosen, state, **options)
+            xsam_gradient(weights, gradient, probe, chosen, state, **options)
         assert seen is None or not seen.is_due
         own = sum(weight.numel() * weight.element_size() for weight in weights)
     return gpu, own, gpu.peak - 2 * own

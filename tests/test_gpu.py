@@ -9,6 +9,7 @@ from pretend_gpu import update
 from toys import Classifier, Points, build
 
 from xsam_hf import XSAMArguments
+from xsam_hf.arithmetic import _scale_half_
 from xsam_hf.trainer.compatibility import check_supported
 from xsam_hf.trainer.micro_batch import MicroBatch, random_subset
 
@@ -23,7 +24,10 @@ METHODS = {
     **{name: {"perturbation": name, "alpha": 1.3} for name in ("sam", "asam", "vasso", "fsam", "stale")},
     "all of asam": {"perturbation": "asam", "asam_scope": "all", "alpha": 1.0},
     **{name: {"direction": name} for name in ("lsam", "lsam+", "msam", "msam+")},
-    **{f"{scale} norm": {"alpha": 1.3, "gradient_scale": scale} for scale in ("first", "mean", "max", "slope")},
+    **{
+        f"{scale} norm": {"alpha": 1.3, "gradient_scale": scale}
+        for scale in ("first", "mean", "max", "slope", "slope_max")
+    },
     "at random": {"alpha": 1.3, "perturbation_dtype": "stochastic"},
 }
 
@@ -49,10 +53,30 @@ def test_an_update_waits_for_nothing_and_needs_little_room(name, dtypes, k, scal
     # Nothing goes one tensor at a time, but for products of large tensors in half precision.
     assert set(gpu.one_by_one) <= (set() if dtypes == "float32" else {"_foreach_mul_"})
     elements = sum(math.prod(shape) for shape in LARGE)
-    pieces = 15 * math.ceil(elements / 2**21) if name == "at random" and dtypes != "float32" else 0
+    # Rounded in pieces: every ascent at random, and the way to slope_max's point.
+    in_pieces = dtypes != "float32" and name in ("at random", "slope_max norm")
+    pieces = 15 * math.ceil(elements / 2**21) if in_pieces else 0
     kinds = len(DTYPES[dtypes])
     calls = 60 * (k + 1) + 10 * (name == "stale")
     assert gpu.kernels <= kinds * (len(LARGE) + calls + 10 * math.ceil(elements / 2**23)) + pieces * k
+
+
+def test_float16_is_rounded_at_random_in_little_room():
+    """An H100 held 70 MiB. What holds most is a piece of 2**21 elements, in float32 and as whole numbers."""
+    _, _, extra = update([(2**12, 2**10)], (torch.float16,), alpha=1.0, measure=False, perturbation_dtype="stochastic")
+    assert extra <= 64 * 2**20
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_scaled_in_float32_and_rounded_once(dtype):
+    """As on a GPU, where the factor is not read: large tensors, small ones, a number, one with gaps."""
+    vector = [torch.randn(2**20), torch.randn(30, 7), torch.randn(()), torch.randn(9, 8).t()[::2]]
+    vector = [part.to(dtype) for part in vector]
+    wanted = [(part.float() * 0.3712).to(dtype) for part in vector]
+    twice = [part * torch.tensor(0.3712).to(dtype) for part in vector]  # the factor rounded first
+    _scale_half_(vector, torch.tensor(0.3712))
+    assert all(torch.equal(a, b) for a, b in zip(vector, wanted, strict=True))
+    assert not torch.equal(vector[0], twice[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

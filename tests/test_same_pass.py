@@ -489,6 +489,22 @@ def test_what_a_loss_keeps_is_put_back_too(tmp_path, how):
     assert (centre - expected.loss.centre).abs().max() <= 1e-9 and centre.abs().max() > 1e-3
 
 
+def test_buffers_are_copied_and_put_back_by_one_call_a_dtype(monkeypatch):
+    """On a GPU each call of a copy is a kernel to launch."""
+    model = nn.Sequential(*[nn.BatchNorm1d(3) for _ in range(20)])
+    follower, calls = StateFollower([model]), []
+    copy = torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, contents: (calls.append(len(to)), copy(to, contents)))
+    before = follower.capture()
+    assert sorted(calls) == [20, 40]  # num_batches_tracked; running_mean and running_var
+    model(torch.randn(8, 3))
+    follower.learn(before)
+    calls.clear()
+    before.restore()
+    assert sorted(calls) == [20, 40]
+    assert all(module.num_batches_tracked == 0 and not module.running_mean.any() for module in model)
+
+
 # --- large tensors, and what is refused
 
 
