@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from translation_toys import flags as translation_flags
 from translation_toys import write_word_for_word
 
-from tasks import command, identity, ignored, recipes, results, runs, secret
+from tasks import checkpoints, command, identity, ignored, recipes, results, runs, secret
 from tasks.image_classification import train as images
 from tasks.translation import train as translation
 
@@ -245,7 +245,7 @@ def test_a_checkpoint_of_another_step_than_its_folders_is_refused(killed, step):
 
 @pytest.mark.parametrize("part", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_part_of_another_checkpoint_is_refused(finished, killed, part):
-    runs.check_digests(killed / "checkpoint-2")
+    checkpoints.check_digests(killed / "checkpoint-2")
     shutil.copy(finished / "checkpoint-4" / part, killed / "checkpoint-2" / part)
     with pytest.raises(ValueError, match=f"checkpoint-2/{part} is not the one that was saved in this checkpoint"):
         train(killed, resume_from_checkpoint="true")
@@ -302,10 +302,10 @@ def test_xsams_own_state_is_a_part_too(tmp_path):
 def test_the_parts_of_two_processes_and_of_a_scaler_are_looked_for(killed, tmp_path, monkeypatch):
     _, args = parse(tmp_path)
     with pytest.raises(ValueError, match="has no scaler.pt"):
-        runs.check_parts(killed / "checkpoint-2", args, scaled=True)
+        checkpoints.check_parts(killed / "checkpoint-2", args, scaled=True)
     monkeypatch.setattr(images.TrainingArguments, "world_size", 2)
     with pytest.raises(ValueError, match="has no rng_state_0.pth"):
-        runs.check_parts(killed / "checkpoint-2", args)
+        checkpoints.check_parts(killed / "checkpoint-2", args)
 
 
 @pytest.mark.parametrize("flag", ["nowhere", "yes", "checkpoint-2"])

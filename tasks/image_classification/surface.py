@@ -13,8 +13,9 @@ from pathlib import Path
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
+from tasks import checkpoints
 from tasks.image_classification import data, models
-from tasks.runs import RESULT, identity_of_checkpoint
+from tasks.runs import RESULT
 from xsam_hf import XSAMTrainer
 
 
@@ -25,7 +26,7 @@ def build(checkpoint: str) -> XSAMTrainer:
     Raises:
         `ValueError`: the folder is no checkpoint of this task.
     """
-    of = identity_of_checkpoint(Path(checkpoint))
+    of = checkpoints.identity_of(Path(checkpoint))
     if of is None or of.get("task") != "image_classification":
         raise ValueError(f"{checkpoint} is no checkpoint of tasks.image_classification: train with a `save_strategy`.")
     splits = data.load(

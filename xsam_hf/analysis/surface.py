@@ -14,7 +14,8 @@ from transformers import Trainer
 
 from ..arguments import XSAMArguments
 from ..arithmetic import clone
-from ..module_state import StateFollower, parts_of
+from ..held_modules import parts_of
+from ..module_state import StateFollower
 from ..pass_state import PassState
 from ..passes import Passes
 from ..trainer.micro_batch import copy_of

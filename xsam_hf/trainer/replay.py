@@ -14,7 +14,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
 
 from ..arguments import XSAMArguments
-from ..module_state import StateFollower, items_of, parts_of
+from ..held_modules import items_of, parts_of
+from ..module_state import StateFollower
 from ..pass_state import PassState
 from ..weights import weights_of
 from .compatibility import generates, tensor_parallel_size
