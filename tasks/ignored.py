@@ -18,7 +18,7 @@ from xsam_hf import XSAMArguments
 logger = logging.get_logger(__name__)
 
 _YES_NO = ("true", "1", "yes", "false", "0", "no")
-_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
+_OF_SOME_OPTIMIZERS = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_target_modules")
 
 
 def check(trainer: Trainer) -> None:
@@ -114,14 +114,14 @@ def _of_schedule(args: TrainingArguments) -> Iterator[tuple[str, str]]:
 
 
 def _of_optimizer(trainer: Trainer) -> Iterator[tuple[str, str]]:
-    """The fields of Adam without which the optimizer would be told the same."""
+    """The fields without which the optimizer would be told the same."""
 
     def told(args: TrainingArguments) -> str:
         cls, kwargs = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
         return str((cls, {name: value for name, value in kwargs.items() if isinstance(value, int | float | tuple)}))
 
     known = {field.name: field.default for field in fields(trainer.args)}
-    for name in _ADAM:
+    for name in _OF_SOME_OPTIMIZERS:
         if getattr(trainer.args, name) != known[name]:
             other = copy.copy(trainer.args)
             setattr(other, name, known[name])

@@ -10,12 +10,15 @@ from pathlib import Path
 
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
 
 from tasks import checkpoints, ignored
 from tasks.command import refusals
 from tasks.files import refuse_file
 from tasks.identity import defaults, first_difference
 
+
+logger = logging.get_logger(__name__)
 
 RESULT = "result.json"
 
@@ -122,6 +125,10 @@ def start(trainer: Trainer, whole: dict) -> None:
         begun = any(isinstance(c, RunIdentity) and c.training for c in trainer.callback_handler.callbacks)
         with nullcontext() if begun else refusals():
             raise
+    if args.load_best_model_at_end and trainer.state.best_model_checkpoint is None:
+        logger.warning(
+            "`load_best_model_at_end` is True, and no evaluation took place: the last model is kept, and scored."
+        )
     trainer.save_model()
     trainer.save_state()
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from toys import Classifier, Points, train
 from toys import arguments as training_arguments
+from transformers import TrainingArguments
 
 from xsam_hf import XSAMArguments, XSAMState, XSAMTrainer, xsam_gradient
 from xsam_hf.trainer.callback import keep_lines_before
@@ -285,3 +286,27 @@ def test_a_damaged_file_of_searches_costs_the_damaged_lines_alone(tmp_path):
     file.write_bytes(b'{"step": 1}\n[]\nnull\n{"step": "x"}\n{}\n\xff\xfe\n{"step": 2}\n{"step": 5}\n')
     keep_lines_before(file, 3)
     assert file.read_text(encoding="utf-8") == '{"step": 1}\n{"step": 2}\n'
+
+
+# --- what would be passed over
+
+
+def test_fields_set_on_plain_arguments_are_refused(tmp_path):
+    plain = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    XSAMTrainer(Classifier(), plain)  # the defaults, as documented
+    plain.alpha = 1.0
+    with pytest.raises(ValueError, match=r"`args\.alpha` was set, and TrainingArguments has no such field"):
+        XSAMTrainer(Classifier(), plain)
+
+
+def test_a_range_without_an_update_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="of 2 updates none lies between them"):
+        train(tmp_path, Classifier(), rho=0.5, sharpness_start=0.9, max_steps=2)
+    train(tmp_path, Classifier(), rho=0.5, sharpness_start=0.5, max_steps=2)
+    train(tmp_path, Classifier(), rho=0, sharpness_start=0.9, max_steps=2)
+
+
+@pytest.mark.parametrize("wrong", [{"arguments": {"rho": 0.1}}, {"state": {"alpha": 1.0}}])
+def test_arguments_and_state_of_another_kind_are_refused(wrong):
+    with pytest.raises(TypeError, match="give an XSAMArguments, and an XSAMState"):
+        update(**wrong)

@@ -333,6 +333,14 @@ def test_what_would_end_a_run_later_is_refused_before(tmp_path):
     assert train(tmp_path / "run", metric_for_best_model="eval_top5_accuracy", **options)["diverged"] is False
 
 
+@pytest.mark.parametrize("delay, said", [(100, 1), (0, 0)])
+def test_a_best_model_that_no_evaluation_chose_is_told(tmp_path, monkeypatch, delay, said):
+    told = []
+    monkeypatch.setattr(runs.logger, "warning", told.append)
+    train(tmp_path, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, eval_delay=delay)
+    assert [text.startswith("`load_best_model_at_end` is True, and no evaluation") for text in told] == [True] * said
+
+
 def test_a_training_without_a_single_batch_is_refused(tmp_path):
     """transformers ends it at step 0 with a warning, and the scores would be those of random weights."""
     with pytest.raises(
@@ -402,6 +410,9 @@ def test_what_nothing_reads_is_warned_of(tmp_path, monkeypatch):
     adam = {"adam_beta1": 0.5, "adam_epsilon": 0.1}
     assert not told(**adam, asam_eta=0.5, perturbation="asam", lr_scheduler_type="cosine", warmup_steps=2)
     assert not told(lr_scheduler_type="cosine", lr_scheduler_kwargs='{"num_cycles": 3}')
+    assert told(optim="adamw_torch", optim_target_modules=["attention"]) == [
+        "`optim_target_modules` is ['attention'], and `optim` adamw_torch does not read it."
+    ]
     assert told(**adam, optim="sgd", asam_eta=0.5, lr_scheduler_type="constant", warmup_steps=2) == [
         "`adam_beta1` is 0.5, and `optim` sgd does not read it.",
         "`adam_epsilon` is 0.1, and `optim` sgd does not read it.",

@@ -40,14 +40,34 @@ def ascends_at(arguments: XSAMArguments, update: int, updates: int | None = None
     Raises:
         `ValueError`: the schedule is a share of a whole that is not known.
     """
-    first, end = 0.0, math.inf
-    if (arguments.sharpness_start, arguments.sharpness_end) != (0, 1):
-        share = ("sharpness_start", arguments.sharpness_start)
-        if arguments.sharpness_start == 0:
-            share = ("sharpness_end", arguments.sharpness_end)
-        whole = _known(updates, *share)
-        first, end = _share_of(arguments.sharpness_start, whole), _share_of(arguments.sharpness_end, whole)
+    first, end = _range(arguments, updates)
     return first <= update < end and (update - first) % arguments.sharpness_every == 0
+
+
+def refuse_never_on(arguments: XSAMArguments, updates: int) -> None:
+    """
+    Refuses a schedule by which XSAM is on in no update.
+
+    Raises:
+        `ValueError`: so it is.
+    """
+    first, end = _range(arguments, updates)
+    if first >= min(end, updates):
+        raise ValueError(
+            f"`sharpness_start` is {arguments.sharpness_start} and `sharpness_end` {arguments.sharpness_end}, and of {updates} updates none "
+            "lies between them, so that XSAM would never be on: train longer, or give a wider range."
+        )
+
+
+def _range(arguments: XSAMArguments, updates: int | None) -> tuple[float, float]:
+    """The first update in which XSAM may be on, and the first in which it no longer is."""
+    if (arguments.sharpness_start, arguments.sharpness_end) == (0, 1):
+        return 0.0, math.inf
+    share = ("sharpness_start", arguments.sharpness_start)
+    if arguments.sharpness_start == 0:
+        share = ("sharpness_end", arguments.sharpness_end)
+    whole = _known(updates, *share)
+    return _share_of(arguments.sharpness_start, whole), _share_of(arguments.sharpness_end, whole)
 
 
 def search_at(arguments: XSAMArguments, update: int, updates: int | None = None) -> bool:

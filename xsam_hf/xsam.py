@@ -86,12 +86,17 @@ def xsam_gradient(
         [`XSAMUpdate`]: the loss L(θ_0) and what the update saw. With `rho=0` nothing is done but call `gradient` once.
 
     Raises:
-        `TypeError`: the weights are none, or a callable returns no loss.
+        `TypeError`: the weights, the arguments or the state are none, or a callable returns no loss.
         `ValueError`: no weight requires or received a gradient; two share memory; a hyperparameter is out of
             range; `rho_exclude` leaves none or has no names to look at; `state` is another model's; or a schedule is a share of a
             whole that is not known here.
         `NotImplementedError`: a gradient is sparse, or the first pass changed what cannot be put back for the others.
     """
+    if not isinstance(arguments, XSAMArguments) or not isinstance(state, XSAMState):
+        raise TypeError(
+            f"`arguments` is a {type(arguments).__name__} and `state` a {type(state).__name__}: give an XSAMArguments, and an XSAMState that "
+            "you keep for all updates."
+        )
     arguments.check_method()  # a field may have been set since it was made
     if ascend is None:
         ascend = follow_schedule(arguments, state)

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from ..arguments import XSAMArguments
-from ..schedule import search_at
+from ..schedule import refuse_never_on, search_at
 from ..search import AlphaSearch
 from ..state import XSAMState
 
@@ -48,6 +48,8 @@ class XSAMCallback(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"xsam": numbers, "averages": len(self.xsam.average)}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if (arguments := XSAMArguments.of(args)).rho > 0:
+            refuse_never_on(arguments, state.max_steps)
         self._scheduled, self.step_due, self._epoch_began = None, False, False
         self.began, name = state.global_step, type(self).__name__
         states: Any = state.stateful_callbacks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, cast
 
 import torch
@@ -40,11 +41,12 @@ def check_supported(trainer: Trainer, arguments: XSAMArguments) -> None:
     Raises if the trainer's set-up cannot run XSAM; warns about trainable weights in half precision. `rho=0` always passes.
 
     Raises:
-        `ValueError`: the model has no trainable weights.
+        `ValueError`: the model has no trainable weights, or a field of the method was set on arguments that have no such field.
         `NotImplementedError`: each message is one sentence with the way out.
     """
     if arguments.rho == 0:
         return
+    _check_fields(trainer.args)
     _check_distribution(trainer, arguments)
     _check_compilation(trainer.args)
     _check_optimizer(trainer)
@@ -58,6 +60,16 @@ def check_supported(trainer: Trainer, arguments: XSAMArguments) -> None:
     if getattr(trainer.args, "use_vllm", False):  # other generation is seen when it happens: see replay.py
         raise generates(trainer)
     _check_model(trainer.model, arguments)
+
+
+def _check_fields(args: TrainingArguments) -> None:
+    own = {field.name for field in fields(args)}  # such as a distillation's `alpha`
+    for field in fields(XSAMArguments):
+        if field.name in vars(args) and field.name not in own:
+            raise ValueError(
+                f"`args.{field.name}` was set, and {type(args).__name__} has no such field, which XSAM would not read: give "
+                f"XSAMTrainingArguments({field.name}={getattr(args, field.name)!r}, ...)."
+            )
 
 
 def generates(trainer: Trainer) -> NotImplementedError:
