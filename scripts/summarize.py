@@ -84,13 +84,20 @@ def keep(group: Path) -> None:
     """
     Adds the finished runs of a folder of runs/ to the file of the same name in results/, in place of those of the same method and seed.
 
+    How the model of a run scored on corrupted images stays, if the new run has the same scores on the others.
+
     Raises:
         `ValueError`: see `collect`; or the file's runs of a method are another training ([`~scripts.group.check_one_method`]).
     """
     path = file_of(group)
     results = read(path) if path.exists() else {}
     for name, runs in collect(group).items():
-        by_seed = {run["seed"]: run for run in (*results.get(name, []), *runs)}
+        by_seed = {result["seed"]: result for result in results.get(name, [])}
+        for result in runs:
+            old = by_seed.get(result["seed"], {})
+            if "corruptions" in old and old["metrics"] == result["metrics"]:
+                result = {"corruptions": old["corruptions"], **result}
+            by_seed[result["seed"]] = result
         results[name] = [by_seed[seed] for seed in sorted(by_seed)]
         check_one_method([f"{name}, seed {run['seed']}," for run in results[name]], results[name])
     write(results, path)

@@ -179,7 +179,10 @@ def gpu_section(name: str, title: str, base: str) -> str:
     """What was trained on a GPU with the paper's recipes, for a few epochs."""
     results = read(ROOT / "results" / f"{name}.json")
     table = to_markdown(make_cells(make_rows(results, "accuracy"), "accuracy", [base, "sam"]))
-    return f"### On an H100: {title}\n\n[results/{name}.json](results/{name}.json).\n\n{table}"
+    return (
+        f"### On an H100: {title}\n\n[results/{name}.json](results/{name}.json). Passes are multiples of the fewest in the table, and differences "
+        f"are those of the seeds that both methods have.\n\n{table}"
+    )
 
 
 def sweep_section(name: str, results: Mapping[str, Sequence[dict]]) -> str:

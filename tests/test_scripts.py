@@ -424,6 +424,20 @@ def test_results_survive_the_file_and_make_the_same_table(root, capsys):
     assert {**original, "name": "SAM", "command": again["command"]} == again
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_scores_on_corrupted_images_stay_with_a_run_that_is_made_again(root, same):
+    run_seeds.run_all([make_run("SAM", seed, "--alpha 1") for seed in (0, 1)])
+    group, path = root / "runs" / "group", root / "results" / "group.json"
+    summarize.keep(group)
+    scored = summarize.read(path)
+    scored["SAM"][1]["corruptions"] = {"groups": {"noise": 0.5}}
+    if not same:
+        scored["SAM"][1]["metrics"]["test"]["accuracy"] /= 2
+    summarize.write(scored, path)
+    summarize.keep(group)
+    assert ["corruptions" in run for run in summarize.read(path)["SAM"]] == [False, same]
+
+
 def test_what_is_common_is_kept_once():
     rows = [{"a": 1, "b": {"c": 1, "d": 2}, "e": {}}, {"a": 1, "b": {"c": 1, "d": 3}, "e": {"f": 1}}]
     common = summarize.common_part(rows)
