@@ -274,6 +274,13 @@ def parse_method(text: str) -> tuple[str, str]:
     return name, flags if equals else f"--method {name}"
 
 
+def check_once(parser: Parser, **lists: Sequence | None) -> None:
+    """Refuses arguments of the command line that are given twice, each list with its flag's name."""
+    for name, given in lists.items():
+        if given is not None and len(set(given)) < len(given):
+            parser.error(f"--{name} are {' '.join(map(str, given))}: give each once")
+
+
 def main(argv: Sequence[str]) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("task", help="a folder of tasks/")

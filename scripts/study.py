@@ -18,7 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.group import FinishedRun, check_metric
-from scripts.run_seeds import ROOT, Run, parse_count, parse_flags, parse_seed, refuse_overridden, run_or_exit
+from scripts.run_seeds import (
+    ROOT,
+    Run,
+    check_once,
+    parse_count,
+    parse_flags,
+    parse_seed,
+    refuse_overridden,
+    run_or_exit,
+)
 from scripts.summarize import keep, read
 from scripts.table import make_cells, make_rows, to_markdown
 from tasks import recipes
@@ -302,6 +311,7 @@ def main(argv: Sequence[str]) -> None:
         "--jobs", type=parse_count, default=1, help="runs at a time; with more than one, each has one thread"
     )
     args = parser.parse_args(argv)
+    check_once(parser, methods=args.methods, seeds=args.seeds)
     of = SETTINGS[args.setting]
     for method in args.methods:
         refuse_overridden(flags(args.setting, method, 1), args.flags)

@@ -12,7 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from scripts import study
-from scripts.run_seeds import ROOT, Run, parse_count, parse_flags, parse_seed, refuse_overridden, run_or_exit
+from scripts.run_seeds import (
+    ROOT,
+    Run,
+    check_once,
+    parse_count,
+    parse_flags,
+    parse_seed,
+    refuse_overridden,
+    run_or_exit,
+)
 from scripts.summarize import keep, read
 from tasks.command import Parser, run
 
@@ -119,6 +128,7 @@ def main(argv: Sequence[str]) -> None:
     for name in args.variants or []:
         if name not in sweep.variants:
             parser.error(f"{args.sweep} has no variant {name}: choose among {', '.join(sweep.variants)}")
+    check_once(parser, variants=args.variants, seeds=args.seeds)
     variants = {name: of for name, of in sweep.variants.items() if args.variants is None or name in args.variants}
     for variant in variants.values():
         refuse_overridden(flags(sweep, variant, 1), args.flags)

@@ -397,6 +397,8 @@ def test_wrong_arguments_are_refused(root, arguments, sentence):
             "--flags: --seed stands among the flags, and run_seeds gives it",
         ),
         (buried, ["--seeds", "99999999999"], "--seeds: '99999999999' is no whole number"),
+        (study, ["digits-noise", "--methods", "base", "base"], "--methods are base base: give each once"),
+        (sweep, ["cifar10-steps", "--seeds", "0", "0"], "--seeds are 0 0: give each once"),
     ],
 )
 def test_wrong_arguments_of_studies_are_refused(script, arguments, sentence):
