@@ -155,11 +155,25 @@ def test_files_are_read_as_they_stand(tmp_path, name, content):
         ),
         ("a.csv", "text,label\na,1\ntext,label\nb,2\n", "row 2 is its header again"),
         ("a.csv", "text,label\na,1\nb,01\n", "has the labels '01' and '1', which would be two classes"),
+        ("a.csv", "text,label\na,1\nb,1.0\n", "has the labels '1' and '1.0', which would be two classes"),
+        ("a.csv", "text,label\na,+1\nb,1\n", r"has the labels '\+1' and '1', which would be two classes"),
+        ("a.csv", "text,label\na,1E+2\nb,100\n", r"has the labels '100' and '1E\+2', which would be two classes"),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": true}\n{"text": "b", "label": 1}\n',
+            "has the labels '1' and 'True', which would be two classes",
+        ),
     ],
 )
 def test_files_that_are_not_whole_are_refused(tmp_path, name, content, words):
     with pytest.raises(ValueError, match=words):
         load(tmp_path, name, content)
+
+
+def test_labels_that_are_other_numbers_are_classes(tmp_path):
+    labels = ["10000000000000001", "10000000000000000", "1_0", "10", "nan", "inf", "-1", "True", "sNaN"]
+    rows = "".join(f"text,{label}\n" * 2 for label in labels)
+    assert set(load(tmp_path, "a.csv", f"text,label\n{rows}").names) == set(labels)
 
 
 def test_a_long_text_is_a_text(tmp_path):

@@ -9,6 +9,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
@@ -155,16 +156,26 @@ def _refuse_labels_alike(labels: Iterable[str], file: str | None) -> None:
     Raises:
         `ValueError`: there are such; it names them.
     """
-    known: dict[str, str] = {}
+    known: dict[str | Decimal, str] = {}
     for label in sorted(labels):
         # One letter may be written in two ways in Unicode, and some signs have no width.
         letters = unicodedata.normalize("NFKC", label).strip().casefold()
         bare = "".join(letter for letter in letters if unicodedata.category(letter) != "Cf")
-        other = known.setdefault(str(int(bare)) if bare.isdecimal() else bare, label)
+        other = known.setdefault(_value(bare), label)
         if other != label:
             raise ValueError(
                 f"`train_file` {file} has the labels {other!r} and {label!r}, which would be two classes: write them alike."
             )
+
+
+def _value(label: str) -> str | Decimal:
+    """The number that a label is, 1 and 0 for true and false; any other label as it is."""
+    try:
+        # Exact, where a float would take two long numbers for one. Python reads 1_0 as 10, and nobody else does.
+        number = Decimal({"true": "1", "false": "0"}.get(label, label.replace("_", "?")))
+    except InvalidOperation:
+        return label
+    return number if number.is_finite() else label
 
 
 def _warn_of_repetitions(splits: Mapping[str, Dataset]) -> None:
