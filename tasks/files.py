@@ -10,6 +10,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import IO, Any
 
+from tasks.command import cut
+
 
 # More than any archive of these tasks unpacks to: CIFAR's are 186 MB.
 LARGEST = 512 << 20
@@ -73,7 +75,7 @@ def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError(f"an object has a key twice: {', '.join(name for name, _ in pairs)}.")
+        raise ValueError(f"an object has a key twice: {cut(', '.join(name for name, _ in pairs))}.")
     return found
 
 

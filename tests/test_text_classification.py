@@ -155,6 +155,13 @@ def test_files_are_read_as_they_stand(tmp_path, name, content):
         ),
         ("a.csv", "text,label\na,1\ntext,label\nb,2\n", "row 2 is its header again"),
         ("a.csv", "text,label\na,1\nb,01\n", "has the labels '01' and '1', which would be two classes"),
+        (
+            "a.json",
+            json.dumps([{"text": ["a word"] * 999, "label": ["b"]}]),
+            r'row 1: its text is \["a word", .{68}…, which is no text',
+        ),
+        ("a.jsonl", json.dumps({"word " * 999: "a"}), r"has no column 'text', but '(word ){15}wor…: see"),
+        ("a.csv", f"text,label\na,{'b' * 999}\nb,{'B' * 999}\n", "has the labels 'B{78}… and 'b{78}…, which would"),
         ("a.csv", "text,label\na,1\nb,1.0\n", "has the labels '1' and '1.0', which would be two classes"),
         ("a.csv", "text,label\na,+1\nb,1\n", r"has the labels '\+1' and '1', which would be two classes"),
         ("a.csv", "text,label\na,1E+2\nb,100\n", r"has the labels '100' and '1E\+2', which would be two classes"),

@@ -1,5 +1,6 @@
 """What the translation task says about inputs that it does not take."""
 
+import json
 import pickle
 from argparse import Namespace
 from pathlib import Path
@@ -302,6 +303,8 @@ def test_a_file_of_merges_that_is_none_names_itself(tmp_path, content):
         ('{"de": ["a"], "en": "b"}', r"row 0 has \['a'\] in de: expected text"),
         ('{"de": "a", "en": 5}', "row 0 has 5 in en: expected text"),
         ('{"translation": {"de": {"x": "a"}, "en": "b"}}', "row 0 has {'x': 'a'} in de: expected text"),
+        (json.dumps({"de": ["a"] * 999, "en": ["b"]}), r"row 0 has \['a', .{73}… in de: expected text"),
+        (json.dumps({"translation": "word" * 999}), "row 0 has the `translation` 'wordword.{70}…: expected JSON"),
         ('{"de": "a"\n', "could not be read: .*(JSON|decoding object)"),
     ],
 )

@@ -19,7 +19,7 @@ from transformers import set_seed
 
 from tasks import recipes, runs
 from tasks.arguments import CheckedArguments
-from tasks.command import needs, refusals, run, sentence
+from tasks.command import cut, needs, refusals, run, sentence
 from tasks.files import refuse_misread
 from tasks.identity import fingerprint, identity_of
 from xsam_hf import XSAMArguments, XSAMMixin
@@ -70,12 +70,12 @@ def load(script: ScriptArguments, args: TrainingArguments) -> DatasetDict:
         refuse_misread(columns, {text, "messages", "prompt", "completion", "input_ids"}, name)
         if {text, "messages", "prompt", "input_ids"}.isdisjoint(columns):
             raise ValueError(
-                f"{name}, {split} has the columns {', '.join(columns)}: trl expects {text} (`dataset_text_field`), messages, or prompt "
+                f"{name}, {split} has the columns {cut(', '.join(columns))}: trl expects {text} (`dataset_text_field`), messages, or prompt "
                 "and completion."
             )
         for number, value in enumerate(data[split][text] if text in columns else ()):
             if not isinstance(value, str):
-                raise ValueError(f"{name}, {split}, row {number} has {value!r} as {text}: expected text.")
+                raise ValueError(f"{name}, {split}, row {number} has {cut(repr(value))} as {text}: expected text.")
     return data
 
 

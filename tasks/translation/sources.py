@@ -10,7 +10,7 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, load_dataset
 from transformers.utils import logging
 
-from tasks.command import sentence
+from tasks.command import cut, sentence
 from tasks.files import object_of, refuse_misread
 
 
@@ -165,7 +165,7 @@ def column_pairs(rows: Dataset, source: str, target: str, held_out: bool = False
         pairs = [(cell.get(source), cell.get(target)) for cell in cells]
     else:
         raise ValueError(
-            f"`dataset` has the columns {rows.column_names}: expected `translation`, or `{source}` and `{target}`; "
+            f"`dataset` has the columns {cut(repr(rows.column_names))}: expected `translation`, or `{source}` and `{target}`; "
             "are `source_language` and `target_language` right?"
         )
     for number, pair in enumerate(pairs):
@@ -175,7 +175,7 @@ def column_pairs(rows: Dataset, source: str, target: str, held_out: bool = False
             )
         for language, text in zip((source, target), pair, strict=True):
             if not isinstance(text, str | None):
-                raise ValueError(f"`dataset` row {number} has {text!r} in {language}: expected text.")
+                raise ValueError(f"`dataset` row {number} has {cut(repr(text))} in {language}: expected text.")
     for language, side in zip((source, target), zip(*pairs, strict=True), strict=False):
         if all(text is None for text in side):
             raise ValueError(
@@ -210,7 +210,7 @@ def translation(number: int, cell: dict | str | None) -> dict:
         parsed = None
     if not isinstance(parsed, dict):
         raise ValueError(
-            f'`dataset` row {number} has the `translation` {cell!r}: expected JSON like {{"de": "ja", "en": "yes"}}, or '
+            f'`dataset` row {number} has the `translation` {cut(repr(cell))}: expected JSON like {{"de": "ja", "en": "yes"}}, or '
             "one column for each language."
         )
     return parsed
