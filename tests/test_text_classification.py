@@ -414,11 +414,20 @@ def test_trls_script_goes_on_from_its_own_run_alone(fine_tune, tmp_path):
         ([{"text": "w1 w2"}], ["--dataset_streaming", "true"], "`dataset_streaming` is True, and this script has no use"),
         ([{"text": "w1 w2"}], ["--model_name_or_path", "/no/such/model"], "`model_name_or_path` is .*, which does not exist"),
         ([{"text": "w1 w2"}], ["--attn_implementation", "none"], "attn_implementation=.none"),
+        ([{"text": "w1 w2"}], ["--use_peft", "false"], "`lora_target_modules` is .*, and `use_peft` is False"),
+        ([{"text": "w1 w2"}], ["--completion_only_loss", "true"], "`completion_only_loss` is True, and .* train has no completions"),
+        ([{"text": "w1 w2"}, {"text": "w1 " * 40}], [], "training text has 41 tokens, and the model 16 positions"),
     ],
 )  # fmt: skip
 def test_trls_script_refuses(fine_tune, texts, flags, words):
     with pytest.raises(ValueError, match=words):
         fine_tune(*flags, texts=texts)
+
+
+def test_trls_script_refuses_the_tokenizer_of_another_model(fine_tune, tmp_path):
+    GPT2LMHeadModel(GPT2Config(**SIZE | {"vocab_size": 9})).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="The tokenizer of .*model makes token 10 of a text, and the model knows 9"):
+        fine_tune(texts=[{"text": "w1 w8"}])
 
 
 def test_trls_script_says_what_it_needs(monkeypatch, capsys):
