@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import filecmp
 import gzip
 import os
 import tarfile
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from itertools import combinations
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,6 +44,24 @@ def refuse_file(folder: Path, name: str) -> None:
         if part.exists() and not part.is_dir():
             raise ValueError(
                 f"{name} is {folder}, and {part} is a file: give a folder, or a path where nothing is yet."
+            )
+
+
+def refuse_a_copy(files: Iterable[Path], what: str) -> None:
+    """
+    Refuses two files of one split that are the same: all that they hold would count twice.
+
+    Args:
+        files (`Iterable[Path]`): the split's.
+        what (`str`): what they hold, for the message.
+
+    Raises:
+        `ValueError`: there are such; it names both.
+    """
+    for one, other in combinations(sorted(files), 2):
+        if filecmp.cmp(one, other, shallow=False):  # reads them only where their sizes are equal
+            raise ValueError(
+                f"{one} and {other} are the same, and their {what} would count twice: take one of them away."
             )
 
 

@@ -81,6 +81,17 @@ def test_rows_without_text_are_left_out_of_training_and_refused_elsewhere(tmp_pa
         sources.from_datasets(str(tmp_path), None, "de", "en")
 
 
+def test_a_training_file_beside_its_copy_is_refused(tmp_path):
+    for name in ("train", "validation", "test"):  # the last two are the same, and no pair counts twice in any of them
+        (tmp_path / f"{name}.jsonl").write_text('{"de": "a", "en": "b"}\n' * (2 if name == "train" else 1))
+    assert len(sources.from_datasets(str(tmp_path), None, "de", "en")["train"]) == 2
+    (tmp_path / "train (1).jsonl").write_bytes((tmp_path / "train.jsonl").read_bytes())
+    with pytest.raises(
+        ValueError, match=r"train \(1\).jsonl and .*train.jsonl are the same, and their pairs would count"
+    ):
+        sources.from_datasets(str(tmp_path), None, "de", "en")
+
+
 def test_a_comma_that_makes_another_field_is_refused(tmp_path):
     (tmp_path / "train.csv").write_text("de,en\nja, gut,yes\nnein, gut,no\n")  # pandas reads " gut" and "yes"
     with pytest.raises(ValueError, match="`dataset` has rows with more fields than its header"):

@@ -7,7 +7,6 @@ another size, would train and score something else than the data set of that nam
 
 from __future__ import annotations
 
-import hashlib
 import io
 import re
 import reprlib
@@ -22,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from tasks.command import sentence
-from tasks.files import LARGEST, read_gzip, read_members
+from tasks.files import LARGEST, read_gzip, read_members, refuse_a_copy
 from tasks.image_classification import folders
 from tasks.image_classification.catalogue import DATASETS, Images
 from tasks.image_classification.cifar_pickle import unpickle
@@ -69,7 +68,7 @@ def read(name: str, folder: Path, columns: tuple[str, str] | None = None) -> tup
         if both:
             raise ValueError(f"{sorted(both)[0]} says both train and {images.test_split}: name it after one of them.")
         for files in parquet.values():
-            _refuse_a_copy(files)
+            refuse_a_copy(files, "images")
             for file in files:
                 _refuse_a_part(file)
         train, test = (_joined([_parquet(file, images) for file in files]) for files in parquet.values())
@@ -84,23 +83,6 @@ def read(name: str, folder: Path, columns: tuple[str, str] | None = None) -> tup
         f"`data_dir` is {folder}, where no files of {name} were found: expected train and test parquet files, "
         "CIFAR's python archive, or Fashion-MNIST's *-ubyte.gz files."
     )
-
-
-def _refuse_a_copy(files: Iterable[Path]) -> None:
-    """
-    Two files of one split that are the same would count each of their images twice.
-
-    Raises:
-        `ValueError`: there are such; it names both.
-    """
-    known: dict[tuple[int, bytes], Path] = {}
-    for file in files:
-        content = file.read_bytes()
-        other = known.setdefault((len(content), hashlib.sha256(content).digest()), file)
-        if other != file:
-            raise ValueError(
-                f"{other} and {file} are the same, and their images would count twice: take one of them away."
-            )
 
 
 def _refuse_a_part(file: Path) -> None:

@@ -7,11 +7,11 @@ import lzma
 import re
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder
 from transformers.utils import logging
 
 from tasks.command import cut, sentence
-from tasks.files import object_of, refuse_misread
+from tasks.files import object_of, refuse_a_copy, refuse_misread
 
 
 logger = logging.get_logger(__name__)
@@ -221,7 +221,7 @@ def from_datasets(name: str, config: str | None, source: str, target: str) -> di
     A json, csv or parquet file, a folder of them or a data set of the hub; if it has only one split, that is split.
 
     Raises:
-        `ValueError`: `datasets` cannot load it, or two of the three splits are there.
+        `ValueError`: `datasets` cannot load it, two of the three splits are there, or a file beside its copy.
     """
     path = Path(name)
     _refuse_double_keys([path] if path.is_file() else sorted(path.rglob("*.json")))
@@ -242,6 +242,9 @@ def from_datasets(name: str, config: str | None, source: str, target: str) -> di
             f"could not load it: {sentence(error.__cause__ or error)}"
         ) from error
     assert isinstance(loaded, DatasetDict)
+    if path.is_dir():
+        for files in load_dataset_builder(name, config).config.data_files.values():
+            refuse_a_copy(filter(Path.is_file, map(Path, files)), "pairs")  # others are parts of archives
     splits = {
         name: column_pairs(rows, source, target, held_out=name != "train" and len(loaded) > 1)
         for name, rows in loaded.items()
