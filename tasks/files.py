@@ -149,6 +149,10 @@ def read_members(file: Path, names: Collection[str]) -> dict[str, bytes]:
                 found[name] = archive.extractfile(member).read()
     except FileNotFoundError:
         raise ValueError(f"There is no archive {file}.") from None
+    except IsADirectoryError:
+        raise ValueError(
+            f"{file} is a folder, and an archive is expected: give the .tar.gz or .tgz file itself."
+        ) from None
     except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as error:
         raise ValueError(
             f"{file} is cut off, damaged or no archive ({error}): delete it and fetch it again."

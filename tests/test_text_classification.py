@@ -258,6 +258,11 @@ def test_tokens_that_the_model_does_not_know_are_refused_before_training(languag
         )
 
 
+def test_the_loop_has_no_score_for_a_plateau(tmp_path):
+    with pytest.raises(ValueError, match="`lr_scheduler_type` is reduce_lr_on_plateau, which follows a score"):
+        train_no_trainer.LoopArguments(output_dir=str(tmp_path), lr_scheduler_type="reduce_lr_on_plateau")
+
+
 def test_the_loop_refuses_what_would_train_nothing(tmp_path):
     for name, value in (("num_train_epochs", 0), ("max_grad_norm", -1.0), ("learning_rate", -1.0)):
         with pytest.raises(ValueError, match=f"`{name}` is {value}"):
