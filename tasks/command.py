@@ -147,6 +147,11 @@ def sentence(error: BaseException) -> str:
     return text
 
 
+def cut(text: str, most: int = 80) -> str:
+    """What is quoted of data, which can be a whole column: at most so many characters of it."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def _end(text: str, status: int) -> int:
     print(text, file=sys.stderr, flush=True)
     return status

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import filecmp
 import gzip
 import os
 import tarfile
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from itertools import combinations
 from pathlib import Path
 from typing import IO, Any
+
+from tasks.command import cut
 
 
 # More than any archive of these tasks unpacks to: CIFAR's are 186 MB.
@@ -43,6 +47,24 @@ def refuse_file(folder: Path, name: str) -> None:
             )
 
 
+def refuse_a_copy(files: Iterable[Path], what: str) -> None:
+    """
+    Refuses two files of one split that are the same: all that they hold would count twice.
+
+    Args:
+        files (`Iterable[Path]`): the split's.
+        what (`str`): what they hold, for the message.
+
+    Raises:
+        `ValueError`: there are such; it names both.
+    """
+    for one, other in combinations(sorted(files), 2):
+        if filecmp.cmp(one, other, shallow=False):  # reads them only where their sizes are equal
+            raise ValueError(
+                f"{one} and {other} are the same, and their {what} would count twice: take one of them away."
+            )
+
+
 def refuse_misread(columns: Collection[str], read: Collection[str], name: str) -> None:
     """
     Refuses what `datasets` makes of a csv file whose header names a column twice, or whose rows have one field more than the header:
@@ -73,7 +95,7 @@ def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError(f"an object has a key twice: {', '.join(name for name, _ in pairs)}.")
+        raise ValueError(f"an object has a key twice: {cut(', '.join(name for name, _ in pairs))}.")
     return found
 
 
@@ -127,6 +149,10 @@ def read_members(file: Path, names: Collection[str]) -> dict[str, bytes]:
                 found[name] = archive.extractfile(member).read()
     except FileNotFoundError:
         raise ValueError(f"There is no archive {file}.") from None
+    except IsADirectoryError:
+        raise ValueError(
+            f"{file} is a folder, and an archive is expected: give the .tar.gz or .tgz file itself."
+        ) from None
     except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as error:
         raise ValueError(
             f"{file} is cut off, damaged or no archive ({error}): delete it and fetch it again."

@@ -311,6 +311,18 @@ def test_class_labels_are_whole_numbers(tmp_path):
     assert x.shape == (3, 32, 32, 3) and y.tolist() == [1, 2, 3]
 
 
+def test_files_that_name_the_classes_in_another_order_are_refused(tmp_path):
+    names = [f"class {i}" for i in range(100)]
+    parquet(tmp_path, "train", label=datasets.ClassLabel(names=names))
+    parquet(tmp_path, "test")  # which says nothing of names
+    archives.read("cifar100", tmp_path)
+    parquet(tmp_path, "test", label=datasets.ClassLabel(names=[*names[:98], "class 99", "class 98"]))
+    with pytest.raises(
+        ValueError, match="Class 98 is class 99 in .*test.parquet, and class 98 in .*train.parquet: take"
+    ):
+        archives.read("cifar100", tmp_path)
+
+
 @pytest.mark.parametrize(
     "train, test",
     [

@@ -155,11 +155,32 @@ def test_files_are_read_as_they_stand(tmp_path, name, content):
         ),
         ("a.csv", "text,label\na,1\ntext,label\nb,2\n", "row 2 is its header again"),
         ("a.csv", "text,label\na,1\nb,01\n", "has the labels '01' and '1', which would be two classes"),
+        (
+            "a.json",
+            json.dumps([{"text": ["a word"] * 999, "label": ["b"]}]),
+            r'row 1: its text is \["a word", .{68}…, which is no text',
+        ),
+        ("a.jsonl", json.dumps({"word " * 999: "a"}), r"has no column 'text', but '(word ){15}wor…: see"),
+        ("a.csv", f"text,label\na,{'b' * 999}\nb,{'B' * 999}\n", "has the labels 'B{78}… and 'b{78}…, which would"),
+        ("a.csv", "text,label\na,1\nb,1.0\n", "has the labels '1' and '1.0', which would be two classes"),
+        ("a.csv", "text,label\na,+1\nb,1\n", r"has the labels '\+1' and '1', which would be two classes"),
+        ("a.csv", "text,label\na,1E+2\nb,100\n", r"has the labels '100' and '1E\+2', which would be two classes"),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": true}\n{"text": "b", "label": 1}\n',
+            "has the labels '1' and 'True', which would be two classes",
+        ),
     ],
 )
 def test_files_that_are_not_whole_are_refused(tmp_path, name, content, words):
     with pytest.raises(ValueError, match=words):
         load(tmp_path, name, content)
+
+
+def test_labels_that_are_other_numbers_are_classes(tmp_path):
+    labels = ["10000000000000001", "10000000000000000", "1_0", "10", "nan", "inf", "-1", "True", "sNaN"]
+    rows = "".join(f"text,{label}\n" * 2 for label in labels)
+    assert set(load(tmp_path, "a.csv", f"text,label\n{rows}").names) == set(labels)
 
 
 def test_a_long_text_is_a_text(tmp_path):
@@ -235,6 +256,11 @@ def test_tokens_that_the_model_does_not_know_are_refused_before_training(languag
         train.train(
             *parse("--train_file", languages, "--model_name_or_path", tmp_path, "--output_dir", tmp_path / "run")
         )
+
+
+def test_the_loop_has_no_score_for_a_plateau(tmp_path):
+    with pytest.raises(ValueError, match="`lr_scheduler_type` is reduce_lr_on_plateau, which follows a score"):
+        train_no_trainer.LoopArguments(output_dir=str(tmp_path), lr_scheduler_type="reduce_lr_on_plateau")
 
 
 def test_the_loop_refuses_what_would_train_nothing(tmp_path):
@@ -393,11 +419,20 @@ def test_trls_script_goes_on_from_its_own_run_alone(fine_tune, tmp_path):
         ([{"text": "w1 w2"}], ["--dataset_streaming", "true"], "`dataset_streaming` is True, and this script has no use"),
         ([{"text": "w1 w2"}], ["--model_name_or_path", "/no/such/model"], "`model_name_or_path` is .*, which does not exist"),
         ([{"text": "w1 w2"}], ["--attn_implementation", "none"], "attn_implementation=.none"),
+        ([{"text": "w1 w2"}], ["--use_peft", "false"], "`lora_target_modules` is .*, and `use_peft` is False"),
+        ([{"text": "w1 w2"}], ["--completion_only_loss", "true"], "`completion_only_loss` is True, and .* train has no completions"),
+        ([{"text": "w1 w2"}, {"text": "w1 " * 40}], [], "training text has 41 tokens, and the model 16 positions"),
     ],
 )  # fmt: skip
 def test_trls_script_refuses(fine_tune, texts, flags, words):
     with pytest.raises(ValueError, match=words):
         fine_tune(*flags, texts=texts)
+
+
+def test_trls_script_refuses_the_tokenizer_of_another_model(fine_tune, tmp_path):
+    GPT2LMHeadModel(GPT2Config(**SIZE | {"vocab_size": 9})).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="The tokenizer of .*model makes token 10 of a text, and the model knows 9"):
+        fine_tune(texts=[{"text": "w1 w8"}])
 
 
 def test_trls_script_says_what_it_needs(monkeypatch, capsys):

@@ -128,6 +128,19 @@ def test_scored_pairs_that_are_trained_on_are_told(tmp_path, caplog):
     ]
 
 
+def test_pairs_without_text_in_one_language_are_told(tmp_path, caplog):
+    rows = pairs(60)
+    write(tmp_path, "train", [*rows[:39], ("a", " ")])
+    write(tmp_path, "valid", [*rows[40:48], ("", "b"), ("a", "")])
+    write(tmp_path, "test", rows[50:])
+    corpus = load(DataArguments(dataset=str(tmp_path), bpe_merges=20))
+    assert [len(corpus.splits[name]) for name in ("train", "validation", "test")] == [39, 10, 10]
+    assert [record.getMessage() for record in caplog.records] == [
+        "1 of 40 pairs of train have no text in one language and are left out.",
+        "2 of 10 pairs of validation have no text in one language and are scored as they are.",
+    ]
+
+
 def test_train_alone_is_split(tmp_path):
     rows = pairs(100)
     write(tmp_path, "train", rows)

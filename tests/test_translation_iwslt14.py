@@ -231,6 +231,14 @@ def test_a_bad_archive_is_refused_and_leaves_nothing_behind(tmp_path, damage):
     assert not (tmp_path / "out").exists() or not files_of(tmp_path / "out")
 
 
+def test_a_folder_is_no_archive_and_nobody_is_told_to_delete_it(tmp_path):
+    with pytest.raises(
+        ValueError,
+        match=f"^{tmp_path} is a folder, and an archive is expected: give the .tar.gz or .tgz file itself.$",
+    ):
+        iwslt14.prepare(tmp_path, tmp_path / "out")
+
+
 def test_the_script_says_what_is_wrong_in_one_line(archive, tmp_path):
     def run(*arguments):
         line = [sys.executable, ROOT / "scripts" / "prepare_iwslt14.py", *arguments]

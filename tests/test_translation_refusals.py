@@ -1,5 +1,6 @@
 """What the translation task says about inputs that it does not take."""
 
+import json
 import pickle
 from argparse import Namespace
 from pathlib import Path
@@ -77,6 +78,17 @@ def test_rows_without_text_are_left_out_of_training_and_refused_elsewhere(tmp_pa
     for name in ("validation", "test"):
         (tmp_path / f"{name}.{ending}").write_text(EMPTY[kind])
     with pytest.raises(ValueError, match="row 1 of a split for validation or test has no text in one language"):
+        sources.from_datasets(str(tmp_path), None, "de", "en")
+
+
+def test_a_training_file_beside_its_copy_is_refused(tmp_path):
+    for name in ("train", "validation", "test"):  # the last two are the same, and no pair counts twice in any of them
+        (tmp_path / f"{name}.jsonl").write_text('{"de": "a", "en": "b"}\n' * (2 if name == "train" else 1))
+    assert len(sources.from_datasets(str(tmp_path), None, "de", "en")["train"]) == 2
+    (tmp_path / "train (1).jsonl").write_bytes((tmp_path / "train.jsonl").read_bytes())
+    with pytest.raises(
+        ValueError, match=r"train \(1\).jsonl and .*train.jsonl are the same, and their pairs would count"
+    ):
         sources.from_datasets(str(tmp_path), None, "de", "en")
 
 
@@ -302,6 +314,8 @@ def test_a_file_of_merges_that_is_none_names_itself(tmp_path, content):
         ('{"de": ["a"], "en": "b"}', r"row 0 has \['a'\] in de: expected text"),
         ('{"de": "a", "en": 5}', "row 0 has 5 in en: expected text"),
         ('{"translation": {"de": {"x": "a"}, "en": "b"}}', "row 0 has {'x': 'a'} in de: expected text"),
+        (json.dumps({"de": ["a"] * 999, "en": ["b"]}), r"row 0 has \['a', .{73}… in de: expected text"),
+        (json.dumps({"translation": "word" * 999}), "row 0 has the `translation` 'wordword.{70}…: expected JSON"),
         ('{"de": "a"\n', "could not be read: .*(JSON|decoding object)"),
     ],
 )

@@ -14,6 +14,7 @@ from translation_toys import difference, flags, parse, weights, write_word_for_w
 from tasks.translation import train as task
 from tasks.translation.batches import TokenBatchSampler
 from tasks.translation.data import load
+from tasks.translation.vocabulary import Vocabulary
 
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +71,17 @@ def test_the_saved_model_scores_the_same_when_it_is_given_as_model(finished, tex
     with pytest.raises(ValueError, match=f"`model` {output} has .* tokens, `dataset` .*: give the data"):
         arguments, _ = parse(*flags(text, tmp_path, model=output, bpe_merges=1))
         task.build_model(arguments, load(arguments))
+
+
+def test_a_saved_model_is_refused_with_a_dictionary_of_another_order(finished, text, tmp_path):
+    arguments, _ = parse(*flags(text, tmp_path, model=finished[0]))
+    corpus = load(arguments)
+    task.build_model(arguments, corpus)
+    first, second, *rest = corpus.target_vocabulary.counts.items()
+    corpus.target_vocabulary = Vocabulary(dict([second, first, *rest]))
+    words = f"`model` .* has {first[0]!r} in line 1 of dict.en.txt, and `dataset` {second[0]!r}: give the data"
+    with pytest.raises(ValueError, match=words):
+        task.build_model(arguments, corpus)
 
 
 PARALLEL = {"num_train_epochs": 2, "max_tokens": 50, "save_strategy": "steps", "save_steps": 2}

@@ -7,22 +7,23 @@ another size, would train and score something else than the data set of that nam
 
 from __future__ import annotations
 
-import hashlib
 import io
 import re
 import reprlib
 import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 from PIL import Image
 
 from tasks.command import sentence
-from tasks.files import LARGEST, read_gzip, read_members
+from tasks.files import LARGEST, read_gzip, read_members, refuse_a_copy
 from tasks.image_classification import folders
 from tasks.image_classification.catalogue import DATASETS, Images
 from tasks.image_classification.cifar_pickle import unpickle
@@ -69,9 +70,10 @@ def read(name: str, folder: Path, columns: tuple[str, str] | None = None) -> tup
         if both:
             raise ValueError(f"{sorted(both)[0]} says both train and {images.test_split}: name it after one of them.")
         for files in parquet.values():
-            _refuse_a_copy(files)
+            refuse_a_copy(files, "images")
             for file in files:
                 _refuse_a_part(file)
+        _refuse_other_names([file for files in parquet.values() for file in files], images)
         train, test = (_joined([_parquet(file, images) for file in files]) for files in parquet.values())
         return train, test
     if name == "tiny_imagenet":
@@ -86,23 +88,6 @@ def read(name: str, folder: Path, columns: tuple[str, str] | None = None) -> tup
     )
 
 
-def _refuse_a_copy(files: Iterable[Path]) -> None:
-    """
-    Two files of one split that are the same would count each of their images twice.
-
-    Raises:
-        `ValueError`: there are such; it names both.
-    """
-    known: dict[tuple[int, bytes], Path] = {}
-    for file in files:
-        content = file.read_bytes()
-        other = known.setdefault((len(content), hashlib.sha256(content).digest()), file)
-        if other != file:
-            raise ValueError(
-                f"{other} and {file} are the same, and their images would count twice: take one of them away."
-            )
-
-
 def _refuse_a_part(file: Path) -> None:
     """
     A hub's file is called `train-00000-of-00003`, and the other two belong to it.
@@ -115,6 +100,29 @@ def _refuse_a_part(file: Path) -> None:
         other = file.name.replace(found[0], f"-{number:05d}-of-{found[2]}")
         if not file.with_name(other).is_file():
             raise ValueError(f"{file} is one of {int(found[2])} files, and {other} is missing beside it: fetch all.")
+
+
+def _refuse_other_names(files: Iterable[Path], images: Images) -> None:
+    """
+    Where files say which class each number is, all of them have to say the same.
+
+    Raises:
+        `ValueError`: two do not; it names both, and the first class that differs.
+    """
+    first: tuple[Path, list[str]] | None = None
+    for file in files:
+        try:
+            label = datasets.Features.from_arrow_schema(pq.read_schema(file)).get(images.columns[1])
+        except Exception:  # of a file that is none: `_parquet` says so
+            continue
+        if not isinstance(label, datasets.ClassLabel):
+            continue
+        first = first or (file, label.names)
+        for number, (ours, theirs) in enumerate(zip_longest(label.names, first[1])):
+            if ours != theirs:
+                raise ValueError(
+                    f"Class {number} is {ours} in {file}, and {theirs} in {first[0]}: take files that number the classes alike."
+                )
 
 
 def _says(split: str, file: Path, folder: Path) -> bool:

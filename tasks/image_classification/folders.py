@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from tasks.command import sentence
+from tasks.command import cut, sentence
 from tasks.image_classification.catalogue import DATASETS
 
 
@@ -106,7 +106,9 @@ def _annotated(listed: Path, classes: Sequence[str]) -> Files:
         name, _, rest = line.partition("\t")
         kind = rest.split("\t")[0]
         if kind not in number:
-            raise ValueError(f"{listed}, line {row} has the class {kind!r}, which wnids.txt has not: {AGAIN}.")
+            raise ValueError(
+                f"{listed}, line {row} has the class {cut(repr(kind))}, which wnids.txt has not: {AGAIN}."
+            )
         files.append(listed.parent / "images" / name)
         labels.append(number[kind])
     missing = [file for file in files if not file.is_file()]

@@ -11,7 +11,8 @@ trl's among them. It needs `pip install trl peft`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from itertools import chain
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset
@@ -19,7 +20,7 @@ from transformers import set_seed
 
 from tasks import recipes, runs
 from tasks.arguments import CheckedArguments
-from tasks.command import needs, refusals, run, sentence
+from tasks.command import cut, needs, refusals, run, sentence
 from tasks.files import refuse_misread
 from tasks.identity import fingerprint, identity_of
 from xsam_hf import XSAMArguments, XSAMMixin
@@ -70,12 +71,17 @@ def load(script: ScriptArguments, args: TrainingArguments) -> DatasetDict:
         refuse_misread(columns, {text, "messages", "prompt", "completion", "input_ids"}, name)
         if {text, "messages", "prompt", "input_ids"}.isdisjoint(columns):
             raise ValueError(
-                f"{name}, {split} has the columns {', '.join(columns)}: trl expects {text} (`dataset_text_field`), messages, or prompt "
+                f"{name}, {split} has the columns {cut(', '.join(columns))}: trl expects {text} (`dataset_text_field`), messages, or prompt "
                 "and completion."
+            )
+        if args.completion_only_loss and {"completion", "completion_mask"}.isdisjoint(columns):
+            raise ValueError(
+                f"`completion_only_loss` is True, and {name}, {split} has no completions, but {cut(', '.join(columns))}: leave it out, or "
+                "give texts with prompt and completion."
             )
         for number, value in enumerate(data[split][text] if text in columns else ()):
             if not isinstance(value, str):
-                raise ValueError(f"{name}, {split}, row {number} has {value!r} as {text}: expected text.")
+                raise ValueError(f"{name}, {split}, row {number} has {cut(repr(value))} as {text}: expected text.")
     return data
 
 
@@ -96,6 +102,34 @@ def fingerprints(rows: Dataset) -> dict[str, str]:
     return {"train": fingerprint(*(ids for column in columns for ids in column))}
 
 
+def refuse_beyond_the_model(trainer: XSAMSFTTrainer, name: str) -> None:
+    """
+    Refuses texts that would end training at the first of them.
+
+    Raises:
+        `ValueError`: a token is beyond the model's table of tokens, or a text beyond its positions.
+    """
+    config = trainer.model.config.get_text_config()
+    # Rotary embeddings are computed for any position.
+    positions = None if getattr(config, "rope_parameters", None) else getattr(config, "max_position_embeddings", None)
+    for kind, rows in (("training", trainer.train_dataset), ("evaluation", trainer.eval_dataset)):
+        if rows is None or "input_ids" not in rows.column_names:  # pictures are read later
+            continue
+        highest = max((max(ids, default=0) for ids in rows["input_ids"]), default=0)
+        if highest >= config.vocab_size:
+            raise ValueError(
+                f"The tokenizer of {name} makes token {highest} of a text, and the model knows {config.vocab_size}: they do not belong "
+                "together."
+            )
+        # Packed texts have positions of their own.
+        packed = "seq_lengths" in rows.column_names
+        longest = max(chain(*rows["seq_lengths"]) if packed else map(len, rows["input_ids"]), default=0)
+        if positions is not None and 0 < positions < longest:  # XLNet's is -1, for any
+            raise ValueError(
+                f"A {kind} text has {longest} tokens, and the model {positions} positions: give a `max_length` of {positions} or less."
+            )
+
+
 def train(script: ScriptArguments, model: ModelConfig, args: TrainingArguments) -> XSAMSFTTrainer:
     """Trains and saves the adapter, or the model without `use_peft`."""
     for name, value in (("dataset_name", script.dataset_name), ("model_name_or_path", model.model_name_or_path)):
@@ -106,6 +140,16 @@ def train(script: ScriptArguments, model: ModelConfig, args: TrainingArguments) 
     for name in ("dataset_streaming", "ignore_bias_buffers"):
         if getattr(script, name):
             raise ValueError(f"`{name}` is True, and this script has no use for it: leave it out.")
+    for field in fields(model):
+        value = getattr(model, field.name)
+        if (
+            not model.use_peft
+            and field.name.startswith(("lora_", "use_rslora", "use_dora"))
+            and value != field.default
+        ):
+            raise ValueError(
+                f"`{field.name}` is {value}, and `use_peft` is False, so that all weights would be trained: leave it out, or give --use_peft."
+            )
     runs.check_output(args, METRICS)
     set_seed(args.seed)
     data = load(script, args)
@@ -125,6 +169,7 @@ def train(script: ScriptArguments, model: ModelConfig, args: TrainingArguments) 
             eval_dataset=data[script.dataset_test_split] if args.eval_strategy != "no" else None,
             peft_config=get_peft_config(model),
         )
+    refuse_beyond_the_model(trainer, model.model_name_or_path)
     # The tokens' fingerprint stands for where they came from.
     identity = identity_of(
         "sft", script, args, fingerprints(trainer.train_dataset), **asdict(model), dataset_name=None

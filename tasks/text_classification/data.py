@@ -9,6 +9,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from tasks.command import sentence
+from tasks.command import cut, sentence
 from tasks.files import object_of
 from tasks.identity import fingerprint
 
@@ -123,15 +124,19 @@ def load(task: DataArguments) -> Corpus:
     _refuse_labels_alike(found, task.train_file)
     names = sorted(found, key=int) if all(name.isdecimal() for name in found) else sorted(found)
     if len(names) < 2:
-        raise ValueError(f"`train_file` {task.train_file} has one label only, {names[0]}: give two classes or more.")
+        raise ValueError(
+            f"`train_file` {task.train_file} has one label only, {cut(names[0])}: give two classes or more."
+        )
     for name, split in splits.items():
         if unknown := sorted(set(split["label"]) - found):
-            raise ValueError(f"`{name}_file` {files[name]} has the label {unknown[0]}, which no training text has.")
+            raise ValueError(
+                f"`{name}_file` {files[name]} has the label {cut(unknown[0])}, which no training text has."
+            )
     if "validation" not in splits and task.validation_share:
         label, times = min(Counter(splits["train"]["label"]).items(), key=lambda pair: pair[1])
         if times < 2:
             raise ValueError(
-                f"`train_file` {task.train_file} has the label {label!r} once, and texts of each label are held out: give more of it, or "
+                f"`train_file` {task.train_file} has the label {cut(repr(label))} once, and texts of each label are held out: give more of it, or "
                 "set `validation_share` to 0."
             )
         whole = splits["train"].add_column("class", list(map(names.index, splits["train"]["label"])))
@@ -155,16 +160,26 @@ def _refuse_labels_alike(labels: Iterable[str], file: str | None) -> None:
     Raises:
         `ValueError`: there are such; it names them.
     """
-    known: dict[str, str] = {}
+    known: dict[str | Decimal, str] = {}
     for label in sorted(labels):
         # One letter may be written in two ways in Unicode, and some signs have no width.
         letters = unicodedata.normalize("NFKC", label).strip().casefold()
         bare = "".join(letter for letter in letters if unicodedata.category(letter) != "Cf")
-        other = known.setdefault(str(int(bare)) if bare.isdecimal() else bare, label)
+        other = known.setdefault(_value(bare), label)
         if other != label:
             raise ValueError(
-                f"`train_file` {file} has the labels {other!r} and {label!r}, which would be two classes: write them alike."
+                f"`train_file` {file} has the labels {cut(repr(other))} and {cut(repr(label))}, which would be two classes: write them alike."
             )
+
+
+def _value(label: str) -> str | Decimal:
+    """The number that a label is, 1 and 0 for true and false; any other label as it is."""
+    try:
+        # Exact, where a float would take two long numbers for one. Python reads 1_0 as 10, and nobody else does.
+        number = Decimal({"true": "1", "false": "0"}.get(label, label.replace("_", "?")))
+    except InvalidOperation:
+        return label
+    return number if number.is_finite() else label
 
 
 def _warn_of_repetitions(splits: Mapping[str, Dataset]) -> None:
@@ -209,13 +224,15 @@ def read(file: Path, task: DataArguments) -> dict[str, list[str]]:
             if column not in row:
                 field = "label_column_name" if name == "label" else "text_column_names"
                 raise ValueError(
-                    f"{file}, row {number} has no column {column!r}, but {', '.join(map(repr, row))}: see `{field}`."
+                    f"{file}, row {number} has no column {column!r}, but {cut(', '.join(map(repr, row)))}: see `{field}`."
                 )
             value = row[column]
             if name == "label" and isinstance(value, bool | int):
                 value = str(value)
             if not isinstance(value, str) or not value.strip() or not _is_whole(value):
-                raise ValueError(f"{file}, row {number}: its {column} is {json.dumps(value)}, which is no {name}.")
+                raise ValueError(
+                    f"{file}, row {number}: its {column} is {cut(json.dumps(value))}, which is no {name}."
+                )
             found[name].append(value)
     return found
 
@@ -237,7 +254,7 @@ def _table(text: str, dialect: dict[str, Any]) -> list[dict[str, str]]:
 def _rows(lines: Any) -> list[dict[str, str]]:
     header = next(lines, [])
     if len(set(header)) < len(header):
-        raise ValueError(f"a column of its header, {', '.join(header)}, is there twice.")
+        raise ValueError(f"a column of its header, {cut(', '.join(header))}, is there twice.")
     rows = []
     for line in lines:
         if line and len(line) != len(header):

@@ -42,6 +42,11 @@ class LoopArguments(XSAMArguments):
 
     def __post_init__(self):
         check_ranges(self)
+        if self.lr_scheduler_type == "reduce_lr_on_plateau":
+            raise ValueError(
+                "`lr_scheduler_type` is reduce_lr_on_plateau, which follows a score, and this loop gives it none: choose another, or "
+                "train with tasks.text_classification.train."
+            )
         super().__post_init__()
 
 

@@ -7,11 +7,11 @@ import lzma
 import re
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder
 from transformers.utils import logging
 
-from tasks.command import sentence
-from tasks.files import object_of, refuse_misread
+from tasks.command import cut, sentence
+from tasks.files import object_of, refuse_a_copy, refuse_misread
 
 
 logger = logging.get_logger(__name__)
@@ -165,7 +165,7 @@ def column_pairs(rows: Dataset, source: str, target: str, held_out: bool = False
         pairs = [(cell.get(source), cell.get(target)) for cell in cells]
     else:
         raise ValueError(
-            f"`dataset` has the columns {rows.column_names}: expected `translation`, or `{source}` and `{target}`; "
+            f"`dataset` has the columns {cut(repr(rows.column_names))}: expected `translation`, or `{source}` and `{target}`; "
             "are `source_language` and `target_language` right?"
         )
     for number, pair in enumerate(pairs):
@@ -175,7 +175,7 @@ def column_pairs(rows: Dataset, source: str, target: str, held_out: bool = False
             )
         for language, text in zip((source, target), pair, strict=True):
             if not isinstance(text, str | None):
-                raise ValueError(f"`dataset` row {number} has {text!r} in {language}: expected text.")
+                raise ValueError(f"`dataset` row {number} has {cut(repr(text))} in {language}: expected text.")
     for language, side in zip((source, target), zip(*pairs, strict=True), strict=False):
         if all(text is None for text in side):
             raise ValueError(
@@ -210,7 +210,7 @@ def translation(number: int, cell: dict | str | None) -> dict:
         parsed = None
     if not isinstance(parsed, dict):
         raise ValueError(
-            f'`dataset` row {number} has the `translation` {cell!r}: expected JSON like {{"de": "ja", "en": "yes"}}, or '
+            f'`dataset` row {number} has the `translation` {cut(repr(cell))}: expected JSON like {{"de": "ja", "en": "yes"}}, or '
             "one column for each language."
         )
     return parsed
@@ -221,7 +221,7 @@ def from_datasets(name: str, config: str | None, source: str, target: str) -> di
     A json, csv or parquet file, a folder of them or a data set of the hub; if it has only one split, that is split.
 
     Raises:
-        `ValueError`: `datasets` cannot load it, or two of the three splits are there.
+        `ValueError`: `datasets` cannot load it, two of the three splits are there, or a file beside its copy.
     """
     path = Path(name)
     _refuse_double_keys([path] if path.is_file() else sorted(path.rglob("*.json")))
@@ -242,6 +242,9 @@ def from_datasets(name: str, config: str | None, source: str, target: str) -> di
             f"could not load it: {sentence(error.__cause__ or error)}"
         ) from error
     assert isinstance(loaded, DatasetDict)
+    if path.is_dir():
+        for files in load_dataset_builder(name, config).config.data_files.values():
+            refuse_a_copy(filter(Path.is_file, map(Path, files)), "pairs")  # others are parts of archives
     splits = {
         name: column_pairs(rows, source, target, held_out=name != "train" and len(loaded) > 1)
         for name, rows in loaded.items()

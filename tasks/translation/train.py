@@ -12,19 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 from transformers import set_seed
 
 from tasks import recipes, runs
 from tasks.arguments import CheckedArguments, TaskArguments
-from tasks.command import refusals, run
+from tasks.command import cut, refusals, run
 from tasks.identity import identity_of
 from tasks.results import CostMeter, write_result
 from tasks.translation import data, metrics
 from tasks.translation import model as models
 from tasks.translation.averaging import SavedSteps, average_checkpoints, check_averaging
 from tasks.translation.trainer import TranslationTrainer
+from tasks.translation.vocabulary import Vocabulary
 from xsam_hf import XSAMSeq2SeqTrainingArguments
 
 
@@ -58,7 +60,7 @@ def build_model(task: TranslationArguments, corpus: data.Corpus) -> models.Trans
     A new model, or a saved one with the same vocabularies.
 
     Raises:
-        `ValueError`: no such model, or its vocabularies are of another size.
+        `ValueError`: no such model, or its vocabularies are of another size, order or words.
     """
     sizes = len(corpus.source_vocabulary), len(corpus.target_vocabulary)
     dropout = {} if task.dropout is None else {"dropout": task.dropout}
@@ -71,6 +73,18 @@ def build_model(task: TranslationArguments, corpus: data.Corpus) -> models.Trans
             f"`model` {task.model} has {saved[0]} and {saved[1]} tokens, `dataset` {sizes[0]} and {sizes[1]}: give the data "
             "that the model was trained on."
         )
+    vocabularies = (corpus.source_vocabulary, corpus.target_vocabulary)
+    for language, vocabulary in zip((task.source_language, task.target_language), vocabularies, strict=True):
+        file = Path(task.model) / f"dict.{language}.txt"
+        if not file.is_file():
+            continue
+        pairs = zip_longest(Vocabulary.read(file).counts, vocabulary.counts, fillvalue="")
+        for line, (theirs, ours) in enumerate(pairs, start=1):
+            if theirs != ours:
+                raise ValueError(
+                    f"`model` {task.model} has {cut(repr(theirs))} in line {line} of dict.{language}.txt, and `dataset` {cut(repr(ours))}: "
+                    "give the data that the model was trained on."
+                )
     return model
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from tasks.command import cut
 from tasks.files import write_whole
 from tasks.translation.sources import read_lines
 
@@ -63,12 +64,12 @@ class Vocabulary:
             token, _, count = line.rstrip().rpartition(" ")
             if token in SPECIAL:
                 raise ValueError(
-                    f"{file}, line {number} is {line!r}: {token} has an id of its own and must not come again, as in "
+                    f"{file}, line {number} is {cut(repr(line))}: {token} has an id of its own and must not come again, as in "
                     "fairseq; take the line out if the model was trained without it."
                 )
             if not token or not count.isdecimal() or token in counts:
                 raise ValueError(
-                    f"{file}, line {number} is {line!r}: expected a token that was not there before, a space and its "
+                    f"{file}, line {number} is {cut(repr(line))}: expected a token that was not there before, a space and its "
                     "frequency; is this a fairseq dictionary?"
                 )
             counts[token] = int(count)
@@ -88,7 +89,7 @@ class Vocabulary:
         for number, (token, count) in enumerate(self.counts.items(), start=1):
             if last is not None and count > last:
                 raise ValueError(
-                    f"{file}, line {number} ({f'{token} {count}'!r}) has a higher count than the lines before, and fairseq writes the most "
+                    f"{file}, line {number} ({cut(repr(f'{token} {count}'))}) has a higher count than the lines before, and fairseq writes the most "
                     "frequent first: has it been sorted? Take the one that fairseq-preprocess wrote (or, if it was given one in this order, "
                     "write the same count in all lines)."
                 )
@@ -117,7 +118,7 @@ class Vocabulary:
             rest = iter(found)
             if all(count in rest for count in known if count):  # each after the one before
                 raise ValueError(
-                    f"{file}, line {wrong + 1}: {self.tokens[len(SPECIAL) + wrong]!r} is counted {known[wrong]} times, and its id comes "
+                    f"{file}, line {wrong + 1}: {cut(repr(self.tokens[len(SPECIAL) + wrong]))} is counted {known[wrong]} times, and its id comes "
                     f"{found[wrong]} times in {text}. All counts fit if a line is missing there: take the file that fairseq-preprocess "
                     "wrote."
                 )
