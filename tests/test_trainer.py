@@ -1038,7 +1038,7 @@ def test_a_training_step_that_passes_xsam_by_is_warned_about(tmp_path, monkeypat
         assert len(said) == 1
     said.clear()
     train(tmp_path / "b", trainer=ours, rho=0.0)
-    train(tmp_path / "c", rho=0.5, sharpness_start=0.9)
+    train(tmp_path / "c", rho=0.5, sharpness_start=0.8)
     # In front of the other's, the mixin's own passes run through it.
     behind = type("Behind", (XSAMMixin, type("Theirs", (Own, Trainer), {})), {})
     made = behind(model=Classifier(), args=arguments(tmp_path / "d", rho=0.5), train_dataset=Points())
