@@ -90,6 +90,9 @@ class CheckedArguments:
         default=False,
         metadata={"help": "Leave losses that are not finite out of the log. They are what it should show."},
     )
+    do_train: bool = field(default=True, metadata={"help": "Train, which is always done."})
+    do_eval: bool = field(default=True, metadata={"help": "Score on the validation split, which is always done."})
+    do_predict: bool = field(default=True, metadata={"help": "Score on the test split, which is always done."})
 
     def __post_init__(self):
         check_ranges(self)
@@ -97,6 +100,11 @@ class CheckedArguments:
             raise ValueError(
                 f"`deepspeed` is {self.deepspeed}, and the package is not installed: pip install deepspeed, or leave it out."
             )
+        for name in ("do_train", "do_eval", "do_predict"):
+            if not getattr(self, name):
+                raise ValueError(
+                    f"`{name}` is False, but this script always trains and scores all splits: leave it out."
+                )
         for name in ("prediction_loss_only", "batch_eval_metrics", "label_names"):
             if getattr(self, name, None):
                 raise ValueError(

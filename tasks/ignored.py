@@ -33,6 +33,8 @@ def check(trainer: Trainer) -> None:
     _refuse_optim_args(trainer)
     _refuse_scheduler_kwargs(args)
     warn(args, (*_of_optimizer(trainer), *_of_schedule(args), *of_method(args)))
+    if args.rho and args.ascent_steps == 1 and args.direction in ("lsam", "msam"):
+        logger.warning(f"With one ascent step `direction` {args.direction} is SAM: give `ascent_steps` 2 or more.")
 
 
 def warn(args: Any, found: Iterable[tuple[str, str]]) -> None:

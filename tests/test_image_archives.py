@@ -335,10 +335,13 @@ def test_the_split_is_a_word_of_the_name(tmp_path, train, test):
     for name, labels in ((train, [1, 1, 1]), (test, [2, 2, 2])):
         path = tmp_path / name
         parquet(path.parent, path.name, labels=labels)
-    parquet(tmp_path, "latest", labels=[9, 9, 9])
-    parquet(tmp_path, "contest-trained", labels=[9, 9, 9])
     (_, y), (_, y_test) = archives.read("cifar100", tmp_path)
     assert set(y) == {1} and set(y_test) == {2}
+    for other in ("latest", "contest-trained", "validation-00000-of-00001"):
+        parquet(tmp_path, other, labels=[9, 9, 9])
+        with pytest.raises(ValueError, match=f"{other}.parquet says neither train nor test, and would be passed over"):
+            archives.read("cifar100", tmp_path)
+        (tmp_path / f"{other}.parquet").unlink()
 
 
 def test_a_half_unpacked_archive_says_what_is_missing(tmp_path):

@@ -135,7 +135,9 @@ def test_refusals(tmp_path):
         find_rho(plain)
     trainer = build(tmp_path)
     for wrong, message in (
-        ({"batches": 0}, "`batches` is 0: give 1 or more"),
+        ({"batches": 0}, "`batches` is 0: give a whole number, 1 or more"),
+        ({"batches": 2.5}, "`batches` is 2.5: give a whole number"),
+        ({"rhos": "0.1"}, r"`rhos` is \['0', '.', '1'\]: give numbers"),
         ({"rhos": [1.0]}, "two lengths above 0 or more, in ascending order"),
         ({"rhos": [1.0, 0.1]}, "in ascending order"),
         ({"rhos": [0.0, 0.1]}, "above 0"),

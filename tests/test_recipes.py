@@ -175,6 +175,8 @@ def test_a_recipe_that_is_not_there_is_told_from_the_one_meant(monkeypatch, give
         (["--save_total_limit", "0"], "`save_total_limit` is 0"),
         (["--label_smoothing_factor", "1"], "`label_smoothing_factor` is 1.0"),
         (["--prediction_loss_only", "true"], "`prediction_loss_only` is True, but the scores need all predictions"),
+        (["--do_train", "false"], "`do_train` is False, but this script always trains and scores all splits"),
+        (["--do_predict", "false"], "`do_predict` is False"),
         (["--label_names", "labels"], "`label_names` is ['labels']"),
         (["--batch_eval_metrics", "true"], "`batch_eval_metrics` is True"),
         (["--eval_do_concat_batches", "false"], "`eval_do_concat_batches` is False"),

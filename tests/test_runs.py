@@ -419,6 +419,10 @@ def test_what_nothing_reads_is_warned_of(tmp_path, monkeypatch):
         "`warmup_steps` is 2.0, and `lr_scheduler_type` constant does not read it.",
         "`asam_eta` is 0.5, and `perturbation` sam does not read it.",
     ]
+    assert told(direction="lsam", ascent_steps=1) == [
+        "With one ascent step `direction` lsam is SAM: give `ascent_steps` 2 or more."
+    ]
+    assert not told(direction="lsam+", ascent_steps=1) and not told(direction="msam", ascent_steps=2)
 
 
 @pytest.mark.parametrize("given", ["beta=1,,x", "momentum", "=0.9"])

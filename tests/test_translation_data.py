@@ -9,7 +9,8 @@ from datasets import Dataset
 from translation_toys import pairs, texts, write
 
 from tasks.translation import sources
-from tasks.translation.data import DataArguments, load, warn_of_repetitions
+from tasks.translation.checks import refuse_swapped, warn_of_repetitions
+from tasks.translation.data import DataArguments, load
 from tasks.translation.text import Subwords, Tokenizer, join_subwords
 from tasks.translation.vocabulary import Vocabulary
 
@@ -122,10 +123,35 @@ def test_scored_pairs_that_are_trained_on_are_told(tmp_path, caplog):
     write(tmp_path, "train", rows[:60])
     write(tmp_path, "valid", [*rows[60:79], rows[0]])
     write(tmp_path, "test", [*rows[79:97], *rows[:3]])
-    warn_of_repetitions(load(DataArguments(dataset=str(tmp_path), bpe_merges=20)))
+    warn_of_repetitions(load(DataArguments(dataset=str(tmp_path), bpe_merges=20)).splits)
     assert [record.getMessage() for record in caplog.records] == [
         "3 of the 21 pairs of test are training pairs too, and scores of them mean little."
     ]
+
+
+def test_held_out_text_of_the_other_language_is_refused(tmp_path):
+    words = [(f"ja{i} nein{i % 7}", f"yes{i} no{i % 7}") for i in range(60)]
+    rows = [
+        (f"{german} {other}", f"{english} {translation}")
+        for (german, english), (other, translation) in zip(words, words[1:] + words[:1], strict=True)
+    ]
+    arguments = DataArguments(dataset=str(tmp_path), bpe_merges=20)
+    for name in ("train", "valid", "test"):
+        write(tmp_path, name, rows)
+    refuse_swapped(load(arguments).splits, ("de", "en"))
+    write(tmp_path, "test", [pair[::-1] for pair in rows])
+    with pytest.raises(
+        ValueError, match="test split.*text in de of which.*in de knows 0% of the words, and that in en 100%"
+    ):
+        refuse_swapped(load(arguments).splits, ("de", "en"))
+    # One side alone, and half of it: the reference is in the source's language.
+    write(tmp_path, "test", [*rows[:30], *((german, german) for german, _ in rows[30:])])
+    refuse_swapped(load(arguments).splits, ("de", "en"))
+    write(tmp_path, "test", [*rows[:20], *((german, german) for german, _ in rows[20:])])
+    with pytest.raises(
+        ValueError, match="text in en of which the training text in en knows 33% of the words, and that in de 67%"
+    ):
+        refuse_swapped(load(arguments).splits, ("de", "en"))
 
 
 def test_pairs_without_text_in_one_language_are_told(tmp_path, caplog):

@@ -69,6 +69,12 @@ def read(name: str, folder: Path, columns: tuple[str, str] | None = None) -> tup
         both = set.intersection(*map(set, parquet.values()))
         if both:
             raise ValueError(f"{sorted(both)[0]} says both train and {images.test_split}: name it after one of them.")
+        passed_over = set(folder.rglob("*.parquet")).difference(*parquet.values())
+        if passed_over:
+            raise ValueError(
+                f"{sorted(passed_over)[0]} says neither train nor {images.test_split}, and would be passed over: move it out of "
+                "`data_dir` (validation images are a share of those for training)."
+            )
         for files in parquet.values():
             refuse_a_copy(files, "images")
             for file in files:

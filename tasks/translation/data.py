@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +15,16 @@ from transformers.utils import logging
 from tasks.files import write_whole
 from tasks.identity import fingerprint
 from tasks.translation import sources
+from tasks.translation.checks import refuse_changed, refuse_symbols, refuse_unknown
 from tasks.translation.fairseq_format import data_bin_prefix, read_binary, read_dictionaries, write_dictionaries
 from tasks.translation.model import POSITIONS
 from tasks.translation.text import Subwords, Tokenizer, join_subwords
-from tasks.translation.vocabulary import BOS, EOS, PAD, UNK, Vocabulary
+from tasks.translation.vocabulary import EOS, PAD, Vocabulary
 
 
 logger = logging.get_logger(__name__)
 SPLITS = {"train": "train", "validation": "valid", "test": "test"}  # ours and fairseq's names
 MERGES = 10000
-# Of the training tokens of a side, which a dictionary is made from: none are unknown with BPE, and a few where rare words were
-# left out. Another language's dictionary, of the same BPE, leaves more than a fifth.
-UNKNOWN_LIMIT = 0.2
 SAMPLE = 300  # pairs of a prepared folder, by which its BPE is known again
 
 
@@ -139,21 +136,6 @@ def load(arguments: DataArguments) -> Corpus:
         else:
             pairs = sources.from_datasets(arguments.dataset, arguments.dataset_config, *languages)
     return from_text(pairs, *languages, arguments.bpe_merges or MERGES, examples)
-
-
-def warn_of_repetitions(corpus: Corpus) -> None:
-    """Warns where more than a tenth of the pairs that are scored are training pairs too; of the usual data sets at most a hundredth are."""
-    of = {
-        name: list(zip(split["source_tokens"], split["target_tokens"], strict=True))
-        for name, split in corpus.splits.items()
-    }
-    trained = set(of.pop("train"))
-    for name, pairs in of.items():
-        again = sum(pair in trained for pair in pairs)
-        if again > len(pairs) / 10:
-            logger.warning(
-                f"{again} of the {len(pairs)} pairs of {name} are training pairs too, and scores of them mean little."
-            )
 
 
 def rows_of_part(examples: int, pairs: int) -> list[int]:
@@ -304,58 +286,6 @@ def from_data_bin(folder: Path, source: str, target: str) -> Corpus:
         ]
         datasets[name] = build(ids, tokens, running_text(tokens, source, target), name)
     return Corpus(datasets, *vocabularies, Tokenizer(target), None)
-
-
-def refuse_changed(
-    vocabularies: Sequence[Vocabulary],
-    folder: Path,
-    prefix: str,
-    sides: Sequence[list[list[int]]],
-    languages: tuple[str, str],
-) -> None:
-    """Refuses dictionaries that were changed since the training text was made binary; see [`Vocabulary`]."""
-    longest = max(map(len, vocabularies))
-    times = [np.bincount(np.fromiter(chain.from_iterable(side), np.int64), minlength=longest) for side in sides]
-    for language, vocabulary, own in zip(languages, vocabularies, times, strict=True):
-        file, size = folder / f"dict.{language}.txt", len(vocabulary)
-        vocabulary.refuse_rising(file)
-        vocabulary.refuse_lost(file, f"{prefix}.{language}.bin", own[:size].tolist(), sum(times)[:size].tolist())
-
-
-def refuse_symbols(ids: list, folder: Path, split: str, languages: tuple[str, str]) -> None:
-    """
-    Refuses text in which a special symbol is written out: attention would pass over `<pad>`, and a sentence end at `</s>`.
-
-    Raises:
-        `ValueError`: so it is; `<unk>` may be there.
-    """
-    for language, side in zip(languages, zip(*ids, strict=True), strict=False):
-        for number, sentence in enumerate(side, start=1):
-            if not {BOS, PAD, EOS}.isdisjoint(sentence[:-1]):
-                raise ValueError(
-                    f"{folder / split}.{language}, line {number} has <s>, <pad> or </s> in it, which never stand inside of a sentence: "
-                    "take them out."
-                )
-
-
-def refuse_unknown(ids: list, folder: Path, split: str, languages: tuple[str, str]) -> None:
-    """
-    Refuses training text that its dictionary hardly knows, and warns about such held-out text.
-
-    Raises:
-        `ValueError`: of one side's training tokens a larger share than `UNKNOWN_LIMIT` is `<unk>`.
-    """
-    for language, side in zip(languages, zip(*ids, strict=True), strict=False):
-        found = sum(sentence.count(UNK) for sentence in side)
-        total = sum(map(len, side)) - len(side)  # without the ends
-        if found > UNKNOWN_LIMIT * total:
-            told = f"{folder}: {found / total:.0%} of the {language} tokens of {split} are not in dict.{language}.txt"
-            if split != "train":
-                logger.warning(f"{told}: is it the language and the BPE that the dictionary was made for?")
-                continue
-            raise ValueError(
-                f"{told}, and at most {UNKNOWN_LIMIT:.0%} may be: take the dictionary and the BPE that the text was prepared with."
-            )
 
 
 def running_text(tokens: sources.Pairs, source: str, target: str) -> sources.Pairs:

@@ -22,7 +22,7 @@ from tasks.arguments import CheckedArguments, TaskArguments
 from tasks.command import cut, refusals, run
 from tasks.identity import identity_of
 from tasks.results import CostMeter, write_result
-from tasks.translation import data, metrics
+from tasks.translation import checks, data, metrics
 from tasks.translation import model as models
 from tasks.translation.averaging import SavedSteps, average_checkpoints, check_averaging
 from tasks.translation.trainer import TranslationTrainer
@@ -110,7 +110,8 @@ def prepare(task: TranslationArguments, args: TrainingArguments) -> Setup:
     task.use_threads()
     runs.check_output(args, metrics.NAMES)
     corpus = data.load(task)
-    data.warn_of_repetitions(corpus)
+    checks.warn_of_repetitions(corpus.splits)
+    checks.refuse_swapped(corpus.splits, (task.source_language, task.target_language))
     beams = args.generation_num_beams
     if beams is not None and beams > len(corpus.target_vocabulary):
         raise ValueError(

@@ -151,8 +151,10 @@ def _climb(
 
 
 def _check(trainer: XSAMMixin, batches: int, rhos: Sequence[float]) -> None:
-    if batches < 1:
-        raise ValueError(f"`batches` is {batches}: give 1 or more.")
+    if not isinstance(batches, int) or batches < 1:
+        raise ValueError(f"`batches` is {batches}: give a whole number, 1 or more.")
+    if not all(isinstance(rho, int | float) for rho in rhos):
+        raise ValueError(f"`rhos` is {rhos}: give numbers.")
     if len(rhos) < 2 or not 0 < rhos[0] or not all(low < high < math.inf for low, high in pairwise(rhos)):
         raise ValueError(f"`rhos` is {rhos}: give two lengths above 0 or more, in ascending order.")
     if trainer.is_in_train:
