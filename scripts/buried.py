@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean
 
 from scripts.run_seeds import ROOT, Run, parse_count, parse_seed, run_or_exit
-from scripts.study import SETTINGS
+from scripts.study_settings import SETTINGS
 from scripts.summarize import keep, read
 from scripts.table import Row, format_difference, make_rows, paired_difference, to_markdown
 from tasks.command import Parser, run

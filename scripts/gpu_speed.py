@@ -26,7 +26,8 @@ from scripts.checks import TOLD, Expected, Found, Skip, at_least, at_most, each,
 from scripts.gpu_numbers import METHODS, network
 from scripts.gpu_training import language_model_training, tiny_gpt2
 from tasks.image_classification.augmentation import Augmentation
-from tasks.image_classification.data import DATASETS, Split
+from tasks.image_classification.catalogue import DATASETS
+from tasks.image_classification.labelled_images import Split
 from tasks.image_classification.pixels import normalize
 from xsam_hf import XSAMArguments, XSAMState, xsam_gradient
 

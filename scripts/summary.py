@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from scripts import buried, epoch_cost, study, surfaces, sweep
 from scripts.run_seeds import ROOT
+from scripts.study_settings import ORDER
 from scripts.summarize import read
 from scripts.table import (
     BEST_EPOCH,
@@ -63,7 +64,7 @@ def overview(settings: Mapping[str, Mapping[str, Row]]) -> str:
     Settings by methods: the gain over the base optimizer at equal passes, with half of its 95 % interval and, for the other methods
     that climb, as a share of XSAM's where its interval tells that from 0.
     """
-    names = [name for name in study.ORDER if any(name in rows for rows in settings.values())]
+    names = [name for name in ORDER if any(name in rows for rows in settings.values())]
     cells = [["method", "passes", *(study.SETTINGS[setting].short for setting in settings)]]
     for name in names:
         passes = [rows[name].backward / rows["base"].backward for rows in settings.values() if name in rows]

@@ -17,7 +17,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, de
 
 from tasks.image_classification import data, models, pixels, train
 from tasks.image_classification.augmentation import Augmentation, resized
-from tasks.image_classification.data import DATASETS, Split
+from tasks.image_classification.catalogue import DATASETS
+from tasks.image_classification.labelled_images import Split
 from xsam_hf import XSAMTrainer, XSAMTrainingArguments
 
 

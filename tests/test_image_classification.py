@@ -507,13 +507,13 @@ import signal
 from tasks.command import run
 from tasks.image_classification import data, train
 
-class Waiting(data.EpochCallback):
+class Waiting(train.EpochCallback):
     def on_save(self, args, state, control, **kwargs):
         if state.global_step == 4:
             print("checkpoint 4 is written", flush=True)
             signal.pause()
 
-data.EpochCallback = Waiting
+train.EpochCallback = Waiting
 run(train.main)
 """
 

@@ -5,20 +5,21 @@ from pathlib import Path
 
 import pytest
 
-from tasks.translation import fairseq_format as fairseq
+from tasks.translation import fairseq_format
 from tasks.translation.data import DataArguments, load
+from tasks.translation.data_bin import data_bin_prefix, read_binary, read_dictionaries
 
 
 FIXTURES = Path(__file__).parent / "fixtures" / "fairseq"
 
 
 def test_binary_data_and_dictionaries_read_back_to_the_text():
-    vocabularies = fairseq.read_dictionaries(FIXTURES, "de", "en")
-    prefix = fairseq.data_bin_prefix(FIXTURES, "test", "de", "en")
-    assert prefix == fairseq.data_bin_prefix(FIXTURES, "test", "en", "de") == FIXTURES / "test.de-en"
-    assert fairseq.data_bin_prefix(FIXTURES, "valid", "de", "en") is None
+    vocabularies = read_dictionaries(FIXTURES, "de", "en")
+    prefix = data_bin_prefix(FIXTURES, "test", "de", "en")
+    assert prefix == data_bin_prefix(FIXTURES, "test", "en", "de") == FIXTURES / "test.de-en"
+    assert data_bin_prefix(FIXTURES, "valid", "de", "en") is None
     for language, vocabulary in zip(("de", "en"), vocabularies, strict=True):
-        sentences = fairseq.read_binary(Path(f"{prefix}.{language}"))
+        sentences = read_binary(Path(f"{prefix}.{language}"))
         text = (FIXTURES / f"test.{language}").read_text().splitlines()
         assert sentences == [vocabulary.encode(line) for line in text]
         known = [i for i, ids in enumerate(sentences) if 3 not in ids]
@@ -35,7 +36,7 @@ def test_every_width_of_numbers_is_read(tmp_path, code, form, largest):
     index = b"MMIDIDX\0\0" + struct.pack("<QBQ", 1, code, 3) + struct.pack("<3i", 3, 1, 4)
     (tmp_path / "x.idx").write_bytes(index + struct.pack("<3q", 0, 3 * width, 4 * width))
     (tmp_path / "x.bin").write_bytes(struct.pack(f"<{len(flat)}{form}", *flat))
-    assert fairseq.read_binary(tmp_path / "x") == sentences
+    assert read_binary(tmp_path / "x") == sentences
 
 
 def test_damaged_binary_data_is_refused(tmp_path):
@@ -45,7 +46,7 @@ def test_damaged_binary_data_is_refused(tmp_path):
     def read(new_index, new_data):
         Path(f"{file}.idx").write_bytes(new_index)
         Path(f"{file}.bin").write_bytes(new_data)
-        return fairseq.read_binary(file)
+        return read_binary(file)
 
     index, data = index.read_bytes(), data.read_bytes()
     assert len(read(index, data)) == 24
@@ -90,7 +91,7 @@ def test_an_id_that_is_not_in_the_dictionary_is_refused(tmp_path):
     for file in FIXTURES.glob("test.de-en.*"):
         for split in ("train", "valid", "test"):
             (tmp_path / file.name.replace("test", split)).write_bytes(file.read_bytes())
-    ids = [i for line in fairseq.read_binary(FIXTURES / "test.de-en.en") for i in line]
+    ids = [i for line in read_binary(FIXTURES / "test.de-en.en") for i in line]
     for language in ("de", "en"):
         (tmp_path / f"dict.{language}.txt").write_bytes((FIXTURES / f"dict.{language}.txt").read_bytes())
     lines = (tmp_path / "dict.en.txt").read_text().splitlines(keepends=True)
@@ -150,20 +151,20 @@ def binary(folder, sentences=SENTENCES, sizes=None, starts=None, code=8, form="H
     ],
 )
 def test_an_index_that_lies_is_refused(tmp_path, changes, words):
-    assert fairseq.read_binary(binary(tmp_path)) == SENTENCES
+    assert read_binary(binary(tmp_path)) == SENTENCES
     with pytest.raises(ValueError, match=f"{tmp_path}/x.(idx|bin).*{words}"):
-        fairseq.read_binary(binary(tmp_path, **changes))
+        read_binary(binary(tmp_path, **changes))
 
 
 def test_an_unknown_token_may_stand_inside_of_a_sentence(tmp_path):
-    assert fairseq.read_binary(binary(tmp_path, [[5, 3, 2], [3, 2]])) == [[5, 3, 2], [3, 2]]
+    assert read_binary(binary(tmp_path, [[5, 3, 2], [3, 2]])) == [[5, 3, 2], [3, 2]]
 
 
 def test_half_a_token_at_the_end_is_refused(tmp_path):
     prefix = binary(tmp_path)
     (tmp_path / "x.bin").write_bytes((tmp_path / "x.bin").read_bytes() + b"\0")
     with pytest.raises(ValueError, match="x.bin has 19 bytes, its index 9 tokens of 2"):
-        fairseq.read_binary(prefix)
+        read_binary(prefix)
 
 
 def data_bin(folder, dictionary):
@@ -208,7 +209,7 @@ def test_a_dictionary_that_was_sorted_anew_is_refused(tmp_path):
         lines = (FIXTURES / f"dict.{language}.txt").read_text().splitlines()
         (folder / f"dict.{language}.txt").write_text("\n".join(sorted(lines)))
     with pytest.raises(ValueError, match="dict.de.txt, line .* most frequent first: has it been sorted"):
-        fairseq.to_hugging_face(FIXTURES / "checkpoint.pt", folder, tmp_path / "model", ("de", "en"))
+        fairseq_format.to_hugging_face(FIXTURES / "checkpoint.pt", folder, tmp_path / "model", ("de", "en"))
     # A language's tag that was added after the padding.
     tagged = counted(tmp_path / "tagged", lambda own: [*own, "__de__ 1"])
     assert load(DataArguments(dataset=str(tagged))).source_vocabulary.tokens[-1] == "__de__"

@@ -9,7 +9,7 @@ import torch
 
 from tasks.translation import batches
 from tasks.translation import fairseq_format as fairseq
-from tasks.translation.data import collate
+from tasks.translation.corpus import collate
 from tasks.translation.model import build
 from tasks.translation.trainer import LabelSmoothedLoss
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tasks.translation import trainer
-from tasks.translation.data import collate
+from tasks.translation.corpus import collate
 from tasks.translation.model import TranslationTransformer, build
 
 

@@ -20,7 +20,7 @@ import torch
 
 from tasks.command import Parser, run, sentence
 from tasks.files import write_whole
-from tasks.image_classification import archives, models, pixels
+from tasks.image_classification import archives, hub_files, models, pixels
 from tasks.image_classification.catalogue import DATASETS
 from tasks.image_classification.data import equal_shares
 from tasks.runs import RESULT
@@ -59,7 +59,7 @@ def stored(dataset: str, folder: Path) -> Iterator[tuple[str, Images]]:
             f"{FOLDERS[dataset]}, as it is unpacked."
         )
     images = DATASETS[dataset]
-    labels = archives.checked_labels(
+    labels = hub_files.checked_labels(
         np.atleast_1d(_array(folder / "labels.npy")).tolist(), images, f"{folder}/labels.npy"
     )
     for name in NAMES:

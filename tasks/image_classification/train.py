@@ -23,6 +23,7 @@ from tasks.arguments import CheckedArguments, TaskArguments
 from tasks.command import refusals, run, sentence
 from tasks.identity import identity_of
 from tasks.image_classification import data, models, pixels
+from tasks.image_classification.labelled_images import EpochCallback, Split
 from tasks.image_classification.top_k_accuracy import TopKAccuracy
 from tasks.results import CostMeter, write_result
 from xsam_hf import XSAMTrainer, XSAMTrainingArguments
@@ -118,7 +119,7 @@ class Setup:
     """What a training is made of."""
 
     trainer: XSAMTrainer
-    splits: dict[str, data.Split]
+    splits: dict[str, Split]
     meter: CostMeter
     identity: dict
 
@@ -163,7 +164,7 @@ def prepare(task: ImageArguments, args: TrainingArguments) -> Setup:
             eval_dataset=watched["validation"] if list(watched) == ["validation"] else watched,
             processing_class=pixels.processor(data.DATASETS[task.dataset]),  # written beside the weights
             compute_metrics=score,
-            callbacks=[meter, data.EpochCallback(splits["train"]), runs.RunIdentity(identity)],
+            callbacks=[meter, EpochCallback(splits["train"]), runs.RunIdentity(identity)],
         )
     return Setup(trainer, splits, meter, identity)
 
@@ -196,7 +197,7 @@ def train(task: ImageArguments, args: TrainingArguments) -> Path:
     return result
 
 
-def _watched(task: ImageArguments, args: TrainingArguments, splits: dict[str, data.Split]) -> dict[str, data.Split]:
+def _watched(task: ImageArguments, args: TrainingArguments, splits: dict[str, Split]) -> dict[str, Split]:
     """The splits that are scored during training."""
     watched = {name: splits[name] for name in task.eval_splits if len(splits.get(name, ()))}
     if args.eval_strategy != "no" and len(watched) < len(task.eval_splits):

@@ -10,7 +10,7 @@ from transformers import EvalPrediction
 
 from tasks import metric
 from tasks.files import write_whole
-from tasks.translation.data import Corpus
+from tasks.translation.corpus import Corpus
 from tasks.translation.text import join_subwords
 from tasks.translation.translation_scores import TranslationScores
 

@@ -25,6 +25,7 @@ from tasks.results import CostMeter, write_result
 from tasks.translation import checks, data, metrics
 from tasks.translation import model as models
 from tasks.translation.averaging import SavedSteps, average_checkpoints, check_averaging
+from tasks.translation.corpus import Corpus
 from tasks.translation.trainer import TranslationTrainer
 from tasks.translation.vocabulary import Vocabulary
 from xsam_hf import XSAMSeq2SeqTrainingArguments
@@ -55,7 +56,7 @@ class TrainingArguments(CheckedArguments, XSAMSeq2SeqTrainingArguments):
     predict_with_generate: bool = field(default=True, metadata={"help": "Translate to score, which is always done."})
 
 
-def build_model(task: TranslationArguments, corpus: data.Corpus) -> models.TranslationTransformer:
+def build_model(task: TranslationArguments, corpus: Corpus) -> models.TranslationTransformer:
     """
     A new model, or a saved one with the same vocabularies.
 
@@ -96,7 +97,7 @@ class Setup:
     """What a training is made of."""
 
     trainer: TranslationTrainer
-    corpus: data.Corpus
+    corpus: Corpus
     scorers: dict[str, metrics.Scorer]
     meter: CostMeter
     saved: SavedSteps

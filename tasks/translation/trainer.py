@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Seq2SeqTrainingArguments
 
 from tasks.translation.batches import TokenBatchLoader, TokenBatchSampler
-from tasks.translation.data import collate
+from tasks.translation.corpus import collate
 from xsam_hf import XSAMSeq2SeqTrainer
 
 
