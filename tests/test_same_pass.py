@@ -12,7 +12,7 @@ from torch import nn
 from toys import CLASSES, HIDDEN, INPUTS, Points, arguments, build, train, weights_of
 from transformers import Trainer, TrainerCallback
 
-from xsam_hf import XSAMArguments, XSAMMixin, XSAMState, XSAMTrainer, module_state, xsam_gradient
+from xsam_hf import XSAMArguments, XSAMMixin, XSAMState, XSAMTrainer, module_state, records, xsam_gradient
 from xsam_hf.module_state import StateFollower
 from xsam_hf.trainer.micro_batch import copy_of
 
@@ -617,8 +617,14 @@ def test_a_large_tensor_written_through_data_from_the_second_update_on_is_seen_t
 def test_contents_are_compared_in_the_first_two_updates_and_in_those_that_search(tmp_path, monkeypatch, alpha):
     """Comparing waits for the device."""
     compared, update = set(), 0
-    checksum = module_state._checksum
-    monkeypatch.setattr(module_state, "_checksum", lambda memory: (compared.add(update), checksum(memory))[1])
+    checksum = records.checksum
+
+    def counted(memory):
+        compared.add(update)
+        return checksum(memory)
+
+    for module in (records, module_state):
+        monkeypatch.setattr(module, "checksum", counted)
 
     class Watch(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):

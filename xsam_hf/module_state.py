@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-import random
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from .held_modules import modules_in
+from .records import GENERATORS, Record, checksum, memory_of, state_of, storage_of, write, writes_into
 
 
 logger = logging.getLogger(__name__)
 
 _SMALL = 2**16  # bytes of a tensor that is copied in every update, whether it has moved or not
 _MISSING = object()
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-_FOLLOWED = (Tensor, *_GENERATORS, tuple, nn.Module)  # tuples, such as an LSTM's state, by name alone
+_FOLLOWED = (Tensor, *GENERATORS, tuple, nn.Module)  # tuples, such as an LSTM's state, by name alone
 _CONTAINERS = (list, dict, set, deque)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # hooks, the dictionaries of buffers ...: no module's own attributes
 
@@ -54,29 +51,12 @@ _Key: TypeAlias = tuple[_Place, str]
 
 
 @dataclass
-class _Record:
-    """A thing as it was. Of a tensor or a generator its content too, and where a tensor stood and how often it had been written to."""
-
-    value: Any
-    content: Any = None
-    memory: Tensor | None = None
-    version: int = 0
-    checksum: Tensor | None = None  # of a content that is too large to be copied
-    size: int | None = None  # of a list or the like
-    trained: bool = False  # moved by us, or a view of such a weight: only the object is followed
-
-    @property
-    def restorable(self) -> bool:
-        return self.content is not None or self.memory is None
-
-
-@dataclass
 class ModuleState:
     """What modules kept at one moment; made by [`StateFollower.capture`]."""
 
     follower: StateFollower
     by_content: bool
-    records: dict[_Key, _Record]
+    records: dict[_Key, Record]
     places: frozenset[_Place]  # that were looked at: a module that a pass made later has others
     writes: list[int] | None = None  # into each trained weight, until the pass is looked at; none in the first update
 
@@ -91,10 +71,10 @@ class ModuleState:
         # Also of tensors whose count of writes stands still: see `capture`.
         copied = [record for record in self.records.values() if record.content is not None]
         tensors = [record for record in copied if isinstance(record.value, Tensor)]
-        _write([_place_of(record) for record in tensors], [record.content for record in tensors])
+        write([record.place() for record in tensors], [record.content for record in tensors])
         for record in copied:
             if not isinstance(record.value, Tensor):
-                _set_back(record.value, record.content)
+                record.set_back()
 
     @property
     def complete(self) -> bool:
@@ -162,14 +142,14 @@ class StateFollower:
                 which writes through `tensor.data` and by other libraries' kernels are missing. True in the first update.
         """
         by_content = by_content or self._first
-        records: dict[_Key, _Record] = {}
+        records: dict[_Key, Record] = {}
         things = [(place, name, value) for place in self._places if place.values for name, value in place.items()]
         weights: list[Tensor] = []
         if any([isinstance(value, Tensor) for *_, value in things]):
             weights = [w for w in self._trained() if w.requires_grad and w.layout == torch.strided and not is_lazy(w)]
-        ours = {_storage(weight) for weight in weights} - {0}
+        ours = {storage_of(weight) for weight in weights} - {0}
         room = sum(weight.nbytes for weight in weights) if self._first else 0
-        copied: list[tuple[_Record, Tensor]] = []
+        copied: list[tuple[Record, Tensor]] = []
         for place, name, value in things:
             if isinstance(value, Tensor):
                 if is_lazy(value):
@@ -177,26 +157,26 @@ class StateFollower:
                         f"{place.called(name)!r} belongs to a lazy module that has seen no batch yet, so that there is nothing to "
                         "put back between the passes of an update: call the model on a batch once before training."
                     )
-                record = _Record(value, version=_writes(value))
+                record = Record(value, version=writes_into(value))
                 # What a pass has computed hangs in its graph, and trained weights are moved by us: only the object counts.
                 if value.layout == torch.strided and value.is_leaf:
-                    memory, record.trained = _memory(value), _storage(value) in ours
+                    memory, record.trained = memory_of(value), storage_of(value) in ours
                     if record.trained:
                         if self._first and place.kind == "parameters" and not isinstance(value, DTensor):
-                            record.checksum = _checksum(memory)
+                            record.checksum = checksum(memory)
                     elif (place, name) in self.moving or memory.nbytes <= max(_SMALL, room):
                         room -= memory.nbytes
                         record.memory = memory
                         copied.append((record, memory))
                     else:
-                        record.memory, record.checksum = memory, _checksum(memory) if by_content else None
-            elif isinstance(value, _GENERATORS):
-                record = _Record(value, _state_of(value))
+                        record.memory, record.checksum = memory, checksum(memory) if by_content else None
+            elif isinstance(value, GENERATORS):
+                record = Record(value, state_of(value))
             else:
-                record = _Record(value, size=len(value) if isinstance(value, _CONTAINERS) else None)
+                record = Record(value, size=len(value) if isinstance(value, _CONTAINERS) else None)
             records[place, name] = record
         contents = [torch.empty_like(memory) for _, memory in copied]
-        _write(contents, [memory for _, memory in copied])
+        write(contents, [memory for _, memory in copied])
         for (record, _), content in zip(copied, contents, strict=True):
             record.content = content
         for name, before, now in zip(self._weights, self._hooks, self._count_hooks(), strict=True):
@@ -227,11 +207,11 @@ class StateFollower:
                     continue
                 assert record is not None
                 if record.trained:
-                    if record.checksum is not None and self._first and _written(record):
+                    if record.checksum is not None and self._first and record.written():
                         _refuse(f"writes into the trained weight {place.called(name)!r}")
-                elif isinstance(old, Tensor) and old.layout != torch.strided and _writes(old) != record.version:
+                elif isinstance(old, Tensor) and old.layout != torch.strided and writes_into(old) != record.version:
                     _refuse(f"writes into the sparse tensor {place.called(name)!r}")
-                elif _has_moved(record, by_content):
+                elif record.has_moved(by_content):
                     self.moving.add(key)
                 elif record.size is not None and self._first and len(old) != record.size:
                     strangers.append(key)
@@ -279,7 +259,7 @@ class StateFollower:
                     _refuse(f"writes into the trained weight {name!r}")
 
     def _count_writes(self) -> list[int]:
-        return list(map(_writes, self._weights.values()))
+        return list(map(writes_into, self._weights.values()))
 
     def _count_hooks(self) -> list[int]:
         return [len(weight._post_accumulate_grad_hooks or ()) for weight in self._weights.values()]
@@ -311,90 +291,6 @@ def follower_of(module: nn.Module) -> StateFollower:
     if module not in _followers:
         _followers[module] = StateFollower([module])
     return _followers[module]
-
-
-def _memory(value: Tensor) -> Tensor:
-    """
-    The tensor's memory, without its history; of a `DTensor` this process's shard.
-
-    `detach` would count what we write as writes into the tensor.
-    """
-    return (value.to_local() if isinstance(value, DTensor) else value).data
-
-
-def _writes(value: Tensor) -> int:
-    """PyTorch's count of writes into a tensor."""
-    return 0 if value.is_inference() else value._version
-
-
-def _storage(value: Tensor) -> int:
-    return _memory(value).untyped_storage().data_ptr()
-
-
-def _state_of(generator: Any) -> Any:
-    if isinstance(generator, np.random.Generator):
-        return copy.deepcopy(generator.bit_generator.state)
-    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
-
-
-def _set_back(generator: Any, state: Any) -> None:
-    if isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = copy.deepcopy(state)
-    elif isinstance(generator, random.Random):
-        generator.setstate(state)
-    else:
-        generator.set_state(state)
-
-
-def _place_of(record: _Record) -> Tensor:
-    """Where a tensor's content belongs: after `value.data = other`, writing there would write into the other."""
-    memory = _memory(record.value)
-    if record.memory is not None and _stands_elsewhere(memory, record.memory):
-        record.value.data = memory = record.memory
-    return memory
-
-
-def _write(to: Sequence[Tensor], contents: Sequence[Tensor]) -> None:
-    """Copies tensors into others: those of a device and a dtype together, by few kernels."""
-    alike: dict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
-    for there, content in zip(to, contents, strict=True):
-        theirs, ours = alike[there.device, there.dtype]
-        theirs.append(there)
-        ours.append(content)
-    for theirs, ours in alike.values():
-        torch._foreach_copy_(theirs, ours)
-
-
-def _has_moved(record: _Record, by_content: bool) -> bool:
-    if record.memory is None:
-        return isinstance(record.value, _GENERATORS)  # put back whether it has drawn or not
-    if _writes(record.value) != record.version or _stands_elsewhere(_memory(record.value), record.memory):
-        return True
-    if not by_content:
-        return False
-    if record.content is None:
-        return record.checksum is not None and not torch.equal(_checksum(record.memory), record.checksum)
-    return not torch.equal(record.memory, record.content)
-
-
-def _written(record: _Record) -> bool:
-    """Whether a pass has written into a trained weight, also where PyTorch's count of writes leaves it out."""
-    assert record.checksum is not None
-    return _writes(record.value) != record.version or not torch.equal(
-        _checksum(_memory(record.value)), record.checksum
-    )
-
-
-def _checksum(memory: Tensor) -> Tensor:
-    """The sum of a tensor's bits, read as whole numbers: no memory of the tensor's size."""
-    if memory.is_complex():
-        memory = torch.view_as_real(memory)
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[memory.element_size()]
-    return memory.view(whole).sum(dtype=torch.int64)
-
-
-def _stands_elsewhere(memory: Tensor, before: Tensor) -> bool:
-    return memory.data_ptr() != before.data_ptr() or memory.shape != before.shape or memory.dtype != before.dtype
 
 
 def _refuse(what: str) -> None:
