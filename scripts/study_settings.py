@@ -128,6 +128,16 @@ SETTINGS = {
         metrics=("bleu_tokenised", "bleu_detokenised", "chrf"),
         chance=1,  # of 100; less is noise
     ),
+    "iwslt14-part": Setting(
+        "iwslt14-part-small",
+        "IWSLT14 (part), Transformer",
+        "IWSLT14, 8,639 of its 160,239 pairs, German to English, small Transformer, AdamW",
+        seeds=3,
+        tuning_seeds=(100,),
+        task="translation",
+        metrics=("bleu_tokenised", "bleu_detokenised", "chrf"),
+        chance=1,  # of 100; less is noise
+    ),
     "fashion-noise-vit": Setting(
         "fashion-mnist-noise-vit-small",
         "Fashion-MNIST, ViT",
