@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from scripts.run_seeds import ROOT, Run, parse_count, parse_seed, run_or_exit
+from scripts.run_flags import parse_count, parse_seed
+from scripts.run_seeds import ROOT, Run, run_or_exit
 from scripts.study_settings import SETTINGS
 from scripts.summarize import keep, read
 from scripts.table import Row, format_difference, make_rows, paired_difference, to_markdown

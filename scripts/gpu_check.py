@@ -28,17 +28,9 @@ from typing import Any
 import torch
 
 from scripts.checks import Check, Line, run_checks, table
+from scripts.gpu_launches import kernels_of_an_update, waits_for_the_device
 from scripts.gpu_numbers import agreement_with_float64_on_a_cpu, rounding_at_random, tf32, weights_come_back
-from scripts.gpu_speed import (
-    images,
-    kernels_of_an_update,
-    memory,
-    own_time,
-    speed_of_a_small_vit,
-    speed_of_gpt2,
-    speed_of_vit_large,
-    waits_for_the_device,
-)
+from scripts.gpu_speed import images, memory, own_time, speed_of_a_small_vit, speed_of_gpt2, speed_of_vit_large
 from scripts.gpu_training import (
     compiled,
     half_precision,

@@ -30,7 +30,8 @@ from typing import Any
 from scripts.cost import parsed, plan
 from scripts.group import FinishedRun, check_one_method
 from scripts.paper import SETTINGS, TABLES, Number, Setting, Table, deviations, numbers, slug
-from scripts.run_seeds import OURS, ROOT, Run, is_finished, refuse_overridden, run_or_exit
+from scripts.run_flags import OURS, refuse_overridden
+from scripts.run_seeds import ROOT, Run, is_finished, run_or_exit
 from scripts.table import to_markdown
 from tasks import recipes
 from tasks.command import Parser, run

@@ -10,7 +10,6 @@ A name alone is the task's `--method`.
 Call it again after a failure or an interruption: finished runs are kept, the others go on from their last checkpoint.
 """
 
-import argparse
 import fcntl
 import json
 import os
@@ -25,16 +24,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from scripts.run_flags import NAME, check_once, parse_count, parse_method, parse_seed
 from scripts.starter import Started, Starter
 from tasks.command import Parser, run, sentence
 from tasks.files import write_whole
-from tasks.methods import METHODS
 from tasks.secret import without_secret_flags
 
 
 ROOT = Path(__file__).resolve().parent.parent
-NAME = r"\w[\w.+-]*"  # fit for a folder
-OURS = ("--seed", "--output_dir", "--resume_from_checkpoint")  # flags that this script gives itself
 
 
 @dataclass(frozen=True)
@@ -199,88 +196,6 @@ def run_or_exit(runs: list[Run], jobs: int, launch: Sequence[str] = ()) -> None:
         sys.exit(f"{len(failed)} of {len(runs)} runs failed: the same command tries them again.")
 
 
-def parse_flags(text: str, where: str = "the flags") -> str:
-    """
-    Flags for a run, as one text.
-
-    Raises:
-        `argparse.ArgumentTypeError`: a quotation mark is not closed; a flag is ours to give.
-    """
-    try:
-        parts = shlex.split(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{where} cannot be taken apart: {error}") from error
-    for part in parts:
-        flag = part.partition("=")[0].replace("-", "_").replace("__", "--", 1)
-        if flag in OURS:
-            raise argparse.ArgumentTypeError(f"{flag} stands among {where}, and run_seeds gives it to each run")
-    return text
-
-
-def refuse_overridden(own: str, given: str) -> None:
-    """
-    Refuses a flag for all runs that a run has a value of its own for: rows of several names would be one training.
-
-    Raises:
-        `ValueError`: a flag stands in both texts.
-    """
-    names, again = (
-        {part.partition("=")[0] for part in shlex.split(flags) if part[:2] == "--"} for flags in (own, given)
-    )
-    if names & again:
-        raise ValueError(
-            f"{min(names & again)} stands in --flags, and some runs have a value of their own for it: leave it out."
-        )
-
-
-def parse_seed(text: str) -> int:
-    """
-    Raises:
-        `argparse.ArgumentTypeError`: no training takes such a seed.
-    """
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to {2**32 - 1}")
-    return int(text)
-
-
-def parse_count(text: str) -> int:
-    """
-    Raises:
-        `argparse.ArgumentTypeError`: it is no whole number from 1 on.
-    """
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
-    return int(text)
-
-
-def parse_method(text: str) -> tuple[str, str]:
-    """
-    A method of the command line: its name and its flags.
-
-    Raises:
-        `argparse.ArgumentTypeError`: the name is not fit for a folder, or has no flags and is none of the tasks' methods; a quotation
-            mark is not closed; a flag is ours to give.
-    """
-    name, equals, flags = text.partition("=")
-    if not re.fullmatch(NAME, name):
-        raise argparse.ArgumentTypeError(f'{text!r} should read NAME="--flag value ...", the name fit for a folder')
-    if name.startswith("replaced-"):
-        raise argparse.ArgumentTypeError(f"{name!r} is how replaced runs are called: give another name")
-    parse_flags(flags, f"the flags of {name}")
-    if not equals and name not in METHODS:
-        raise argparse.ArgumentTypeError(
-            f'{name!r} is no method of the tasks: give one of {", ".join(METHODS)}, or NAME="--flag value ..."'
-        )
-    return name, flags if equals else f"--method {name}"
-
-
-def check_once(parser: Parser, **lists: Sequence | None) -> None:
-    """Refuses arguments of the command line that are given twice, each list with its flag's name."""
-    for name, given in lists.items():
-        if given is not None and len(set(given)) < len(given):
-            parser.error(f"--{name} are {' '.join(map(str, given))}: give each once")
-
-
 def main(argv: Sequence[str]) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("task", help="a folder of tasks/")
@@ -288,10 +203,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("methods", nargs="+", type=parse_method, metavar='NAME[="--flag value ..."]')
     parser.add_argument("--group", required=True, help="the folder of runs/ to fill")
     parser.add_argument("--seeds", nargs="+", type=parse_seed, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; with more than one, each has one thread")
+    parser.add_argument(
+        "--jobs", type=parse_count, default=1, help="runs at a time; with more than one, each has one thread"
+    )
     args = parser.parse_args(argv)
-    if args.jobs < 1:
-        parser.error("--jobs starts at 1")
     for name in ("task", "recipe", "group"):
         if not re.fullmatch(NAME, getattr(args, name)):
             parser.error(f"{name} is {getattr(args, name)!r}: give a name, not a path")
@@ -300,8 +215,7 @@ def main(argv: Sequence[str]) -> None:
         parser.error(f"there is no recipe {recipe}")
     if len(dict(args.methods)) < len(args.methods):
         parser.error("two methods have the same name")
-    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
-        parser.error(f"--seeds are {' '.join(map(str, args.seeds))}: give each once, 0 or more")
+    check_once(parser, seeds=args.seeds)
 
     # Seeds outside, methods inside: an interrupted comparison holds pairs.
     run_or_exit(

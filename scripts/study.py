@@ -17,16 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from scripts.group import FinishedRun, check_metric
-from scripts.run_seeds import (
-    ROOT,
-    Run,
-    check_once,
-    parse_count,
-    parse_flags,
-    parse_seed,
-    refuse_overridden,
-    run_or_exit,
-)
+from scripts.run_flags import check_once, parse_count, parse_flags, parse_seed, refuse_overridden
+from scripts.run_seeds import ROOT, Run, run_or_exit
 from scripts.study_settings import METHODS, SETTINGS
 from scripts.summarize import keep, read
 from scripts.table import make_cells, make_rows, to_markdown

@@ -12,16 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from scripts import study
-from scripts.run_seeds import (
-    ROOT,
-    Run,
-    check_once,
-    parse_count,
-    parse_flags,
-    parse_seed,
-    refuse_overridden,
-    run_or_exit,
-)
+from scripts.run_flags import check_once, parse_count, parse_flags, parse_seed, refuse_overridden
+from scripts.run_seeds import ROOT, Run, run_or_exit
 from scripts.summarize import keep, read
 from tasks.command import Parser, run
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from pretend_gpu import pretended_gpu
 
-from scripts import checks, gpu_check, gpu_numbers, gpu_speed
+from scripts import checks, gpu_check, gpu_launches, gpu_numbers
 from scripts.checks import TOLD, Expected, Line, Skip, at_least, at_most, each, exactly, run_checks
 from tasks.command import sentence
 
@@ -179,19 +179,19 @@ def test_its_update_launches_what_it_expects(monkeypatch):
 
         start = pause = go_on = stop = lambda self: None
 
-    monkeypatch.setattr(gpu_speed, "Clock", Clock)
+    monkeypatch.setattr(gpu_launches, "Clock", Clock)
     with pretended_gpu() as gpu:
-        update, _ = gpu_speed.free_passes("cuda", gpu_speed.SMALL, alpha=1.3)
+        update, _ = gpu_launches.free_passes("cuda", gpu_launches.SMALL, alpha=1.3)
         gpu.begin()
         update()
-        writes = 2 * math.ceil(len(gpu_speed.SMALL) / 64)
+        writes = 2 * math.ceil(len(gpu_launches.SMALL) / 64)
         assert 50 < gpu.kernels - writes <= 150 and not gpu.one_by_one
 
 
 def test_the_clock_leaves_pauses_out(monkeypatch):
     now = iter([1.0, 1.1, 5.0, 5.2])
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
-    clock = gpu_speed.Clock("cpu")
+    clock = gpu_launches.Clock("cpu")
     clock.start()
     clock.pause()
     clock.go_on()

@@ -8,7 +8,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 
-from scripts import reproduce, run_seeds
+from scripts import reproduce, run_flags, run_seeds
 from scripts.cost import Cost, cost, parsed
 from scripts.paper import SETTINGS, TABLES, Number, deviations, numbers, slug
 from tasks import recipes
@@ -249,7 +249,7 @@ def test_several_processes_share_an_updates_batch(monkeypatch):
 
 def test_runs_are_named_by_what_they_are_and_made_once():
     assert slug("--method xsam --rho 0.15 --rho_max 0.3") == "xsam-rho-0.15-rho_max-0.3"
-    assert all(re.fullmatch(run_seeds.NAME, run.name) for run in every_run())
+    assert all(re.fullmatch(run_flags.NAME, run.name) for run in every_run())
     shared = [
         {run for cell in reproduce.cells(TABLES[t], options()) for run in cell.runs} for t in ("table-2", "table-11")
     ]

@@ -22,6 +22,7 @@ from scripts import (
     epoch_cost,
     group,
     growth,
+    run_flags,
     run_seeds,
     study,
     summarize,
@@ -367,7 +368,7 @@ def test_an_interruption_stops_the_runs_and_their_children(root, number):
         (["fake", "tiny", "a b"], "should read NAME="),
         (["fake", "tiny", "samm"], "'samm' is no method of the tasks: give one of sgd, sam,"),
         (["fake", "tiny", "a/b=--rho 0"], "should read NAME="),
-        (["fake", "tiny", "SAM=", "--jobs", "0"], "--jobs starts at 1"),
+        (["fake", "tiny", "SAM=", "--jobs", "0"], "--jobs: '0' is no whole number from 1 on"),
         (["fake", "tiny", "SAM=", "SAM=--rho 1"], "two methods have the same name"),
         (["fake", "tiny", "a=--x 'b"], "the flags of a cannot be taken apart: No closing quotation"),
         (
@@ -406,8 +407,8 @@ def test_wrong_arguments_of_studies_are_refused(script, arguments, sentence):
 
 
 def test_a_name_alone_is_the_tasks_method():
-    assert run_seeds.parse_method("xsam+asam") == ("xsam+asam", "--method xsam+asam")
-    assert run_seeds.parse_method("mine=") == ("mine", "") and run_seeds.parse_method("a=--rho 1") == ("a", "--rho 1")
+    assert run_flags.parse_method("xsam+asam") == ("xsam+asam", "--method xsam+asam")
+    assert run_flags.parse_method("mine=") == ("mine", "") and run_flags.parse_method("a=--rho 1") == ("a", "--rho 1")
 
 
 def test_results_survive_the_file_and_make_the_same_table(root, capsys):
