@@ -6,7 +6,8 @@ from torch import nn
 from toys import Classifier
 
 from xsam_hf import XSAMArguments, XSAMState, xsam_gradient
-from xsam_hf.weights import MovableWeights, perturbed_and_excluded, weights_kept
+from xsam_hf.trainable import perturbed_and_excluded
+from xsam_hf.weights import MovableWeights, weights_kept
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from .pass_state import PassState
 from .state import XSAMState
-from .weights import MovableWeights, Weights
+from .trainable import Weights
+from .weights import MovableWeights
 
 
 logger = logging.getLogger(__name__)

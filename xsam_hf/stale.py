@@ -27,7 +27,8 @@ from .pass_state import PassState, pass_state_of
 from .passes import Passes, Stoppable, interrupts_held
 from .search import search_alpha
 from .state import XSAMState, XSAMUpdate
-from .weights import MovableWeights, Weights
+from .trainable import Weights
+from .weights import MovableWeights
 
 
 @contextmanager

@@ -32,7 +32,8 @@ from .search import search_alpha
 from .seen import SeenAscent
 from .stale import stale_gradient
 from .state import XSAMState, XSAMUpdate
-from .weights import MovableWeights, Weights
+from .trainable import Weights
+from .weights import MovableWeights
 
 
 def xsam_gradient(

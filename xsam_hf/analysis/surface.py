@@ -18,8 +18,9 @@ from ..held_modules import parts_of
 from ..module_state import StateFollower
 from ..pass_state import PassState
 from ..passes import Passes
+from ..trainable import perturbed_and_excluded
 from ..trainer.micro_batch import copy_of
-from ..weights import MovableWeights, perturbed_and_excluded
+from ..weights import MovableWeights
 
 
 class Surface:

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from ..arguments import XSAMArguments
-from ..weights import perturbed_and_excluded, refuse_unfit
+from ..trainable import perturbed_and_excluded, refuse_unfit
 from .deepspeed import check_deepspeed
 
 

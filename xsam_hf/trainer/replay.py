@@ -17,7 +17,7 @@ from ..arguments import XSAMArguments
 from ..held_modules import items_of, parts_of
 from ..module_state import StateFollower
 from ..pass_state import PassState
-from ..weights import weights_of
+from ..trainable import weights_of
 from .compatibility import generates, tensor_parallel_size
 from .micro_batch import MicroBatch, copy_of, random_subset
 from .zero import ZeROWeights, engine_of, is_deepspeeds_own

@@ -25,7 +25,8 @@ from ..pass_state import RandomState
 from ..schedule import ascends_at
 from ..seen import SeenAscent
 from ..stale import climbed
-from ..weights import MovableWeights, drop_gradients, weights_of
+from ..trainable import weights_of
+from ..weights import MovableWeights, drop_gradients
 from ..xsam import xsam_gradient
 from .callback import XSAMCallback
 from .checkpoint import CheckpointMixin
