@@ -10,11 +10,12 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
 from toys import Classifier, Tokens, build, tiny_gpt2
-from transformers import GPT2Config, GPT2ForSequenceClassification, TrainerCallback
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, TrainerCallback
 
 from xsam_hf import XSAMArguments
 from xsam_hf.analysis import (
@@ -380,6 +381,12 @@ def test_report_is_one_page_and_nothing_is_measured_twice(files, tmp_path, capsy
     main(["hessian", *common, "--rho", "0.3", "--samples", "4"])  # settings of other measures
     with pytest.raises(TypeError):  # with other settings of its own it is measured again
         main(["hessian", *common, "--seed", "1"])
+    # So is a model with the same weights and another loss.
+    config = json.loads((files / "gpt2" / "config.json").read_text())
+    shutil.copytree(files / "gpt2", tmp_path / "other")
+    (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "activation_function": "relu"}))
+    with pytest.raises(TypeError):
+        main(["hessian", f"A={tmp_path / 'other'}", *common[1:]])
 
 
 def test_the_file_of_the_trainer_imports_what_lies_beside_it(files, tmp_path, monkeypatch):
@@ -435,6 +442,21 @@ def test_a_measure_is_kept_by_the_settings_that_it_looks_at(name):
         ),
         ("landscape {gpt2} --data {data} --samples 0", "`samples` is 0: give 2 or more"),
         ("arc ../a={gpt2} --data {data}", "'../a' is to name a folder"),
+        ("arc ..={gpt2} --data {data}", "'..' is to name a folder"),
+        ("arc arc.svg={gpt2} --data {data}", "'arc.svg' is to name a folder"),
+        ("gain {gpt2} --data {data} --rho -0.1", "`rho` is -0.1: give a length above 0"),
+        ("gain {gpt2} --data {data} --rho nan", "`rho` is nan"),
+        ("gain {gpt2} --data {data} --rho_max 0", "`rho_max` is 0.0: give a length above 0"),
+        (
+            "hessian {gpt2} --data {data} --seed 1180591620717411303424",
+            "`seed` is 1180591620717411303424: give a whole",
+        ),
+        ("hessian {gpt2} --dat {data}", "There is no flag --dat"),
+        (
+            "hessian {gpt2} --data {data} --output_dir {data}",
+            "`output_dir` is .*data.safetensors, a file: give a folder",
+        ),
+        ("arc {numbered} --data {data}", "numbered is of no named class"),
         ("arc {cut} --data {data}", "cut holds no checkpoint that can be loaded"),
         ("arc {reshaped} --data {data}", "reshaped (holds no checkpoint that can be loaded|lacks)"),
         ("arc {listed} --data {data}", "no config.json that can be read .it is no JSON object"),
@@ -452,22 +474,61 @@ def test_bad_input_gets_one_sentence(files, tmp_path, line, sentence):
     for folder in ("checkpoint-9", "checkpoint-10"):
         (files / "run" / folder).mkdir(parents=True, exist_ok=True)
     (files / "mine.py").write_text("def build(): pass\n")
-    for name in ("cut", "reshaped", "listed"):
+    for name in ("cut", "reshaped", "listed", "numbered"):
         shutil.copytree(files / "gpt2", files / name, dirs_exist_ok=True)
     whole = (files / "gpt2" / "model.safetensors").read_bytes()
     (files / "cut" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     config = json.loads((files / "gpt2" / "config.json").read_text())
     (files / "reshaped" / "config.json").write_text(json.dumps({**config, "n_positions": config["n_positions"] + 1}))
     (files / "listed" / "config.json").write_text("[]")
+    (files / "numbered" / "config.json").write_text(json.dumps({**config, "architectures": 5}))
     ids = torch.zeros(4, 3, dtype=torch.int64)
     save_file({"input_ids": ids, "sentence": ids.clone()}, files / "more.safetensors")
     save_file({"inputs_embeds": torch.full((4, 3), torch.nan), "labels": ids}, files / "nan.safetensors")
     names = {"gpt2": "gpt2", "data": "data.safetensors", "run": "run", "mine": "mine.py", "cut": "cut"}
-    names |= {"reshaped": "reshaped", "listed": "listed", "more": "more.safetensors", "nan": "nan.safetensors"}
+    names |= {
+        "reshaped": "reshaped",
+        "listed": "listed",
+        "numbered": "numbered",
+        "more": "more.safetensors",
+        "nan": "nan.safetensors",
+    }
     argv = line.format(**{name: files / file for name, file in names.items()}).split()
     with pytest.raises(ValueError, match=sentence):
-        main([*argv, "--output_dir", str(tmp_path)])
+        main(argv if "--output_dir" in argv else [*argv, "--output_dir", str(tmp_path)])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("change", [lambda ids: ids.float(), lambda ids: ids.repeat(1, 40)])
+def test_batches_that_the_model_cannot_take_are_told(files, tmp_path, change):
+    ids = change(load_file(files / "data.safetensors")["input_ids"])
+    save_file({"input_ids": ids, "labels": ids.clone()}, tmp_path / "data.safetensors")
+    argv = [f"{files / 'gpt2'}", "--data", str(tmp_path / "data.safetensors"), *QUICK]
+    with pytest.raises(ValueError, match="gpt2 cannot take the batches .*: give `--data` of the types and lengths"):
+        main(["gain", *argv, "--output_dir", str(tmp_path / "out")])
+
+
+def test_the_weights_of_an_adapter_are_its_own(files, tmp_path):
+    base = GPT2LMHeadModel.from_pretrained(files / "gpt2")
+    adapted = get_peft_model(
+        base, LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], r=2, fan_in_fan_out=True)
+    )
+    adapted.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": str(files / "gpt2")})
+    )
+    data = str(files / "data.safetensors")
+    assert len(load(str(tmp_path), data, None, 4, 2)[1]) == 2
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    save_file(
+        {name.replace("c_attn", "c_proj"): w for name, w in weights.items()}, tmp_path / "adapter_model.safetensors"
+    )
+    with pytest.raises(ValueError, match="lacks 2 of the weights of the adapter .*c_attn.* would be random"):
+        load(str(tmp_path), data, None, 4, 2)
+    (tmp_path / "adapter_config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="no adapter_config.json that can be read .it is no JSON object"):
+        load(str(tmp_path), data, None, 4, 2)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ landscape   the loss over two random directions, filter-normalised (Fig. 15)
 toy         SGD, SAM and XSAM on the paper's function of two variables (Fig. 3a); takes no checkpoint
 report      all of them and one page
 
-Each writes a picture and its numbers into --output_dir. What is there already, of the same weights, batches and settings, is not measured
-again, so that Ctrl-C costs one measure. --data is a safetensors file of tensors by the names of the model's arguments, their first dimension
+Each writes a picture and its numbers into --output_dir. What is there already, of the same weights, batches, loss and settings, is not
+measured again, so that Ctrl-C costs one measure. --data is a safetensors file of tensors by the names of the model's arguments, their first dimension
 the examples; --trainer is FILE.py:FUNCTION, the function taking a checkpoint's path and returning a Trainer with its weights.
 """
 
@@ -64,8 +64,12 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("command", choices=[*MEASURES, "toy", "report"], help="What to look at.")
     parser.add_argument("checkpoints", nargs="*", metavar="[NAME=]CHECKPOINT", help="Folders of models.")
-    args, settings, rest = parser.parse_args_into_dataclasses(list(argv))
+    args, settings, rest, unknown = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
+    if unknown:
+        raise ValueError(f"There is no flag {unknown[0]}: --help lists all.")
     folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`output_dir` is {folder}, a file: give a folder.")
     if rest.command == "toy":
         if rest.checkpoints:
             raise ValueError("`toy` is a function of two variables and takes no checkpoint.")
@@ -80,8 +84,8 @@ def _named(checkpoints: Sequence[str]) -> dict[str, str]:
     named = {(name if path else Path(name).name): path or name for name, _, path in pairs}
     if not named or "" in named:
         raise ValueError("Give one or more checkpoints, as FOLDER or NAME=FOLDER.")
-    if unfit := [name for name in named if Path(name).name != name]:
-        raise ValueError(f"{unfit[0]!r} is to name a folder in the output folder: leave out `/` and `..`.")
+    if unfit := [name for name in named if Path(name).name != name or name == ".." or Path(name).suffix == ".svg"]:
+        raise ValueError(f"{unfit[0]!r} is to name a folder in the output folder: leave out `/`, `..` and `.svg`.")
     if len(named) < len(pairs):
         raise ValueError("Two checkpoints have the same name: give them others, NAME=FOLDER.")
     return named

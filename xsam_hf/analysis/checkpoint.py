@@ -82,7 +82,7 @@ def load_model(folder: Path) -> nn.Module:
     if (folder / "adapter_config.json").is_file():
         import peft  # an adapter's checkpoint needs it anyway
 
-        task = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("task_type")
+        task = _config(folder, "adapter_config.json").get("task_type")
         cls = getattr(peft, f"AutoPeftModelFor{_PEFT.get(str(task), '')}", None)
         if cls is None:
             raise ValueError(
@@ -90,16 +90,13 @@ def load_model(folder: Path) -> nn.Module:
             )
         with _readable(folder):
             adapted = cls.from_pretrained(str(folder), is_trainable=True, dtype=torch.float32)
+            own = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+            saved = folder / "adapter_model.safetensors"
+            lost = sorted(own.keys() - load_file(saved).keys()) if saved.is_file() else []
+        _refuse_lost(lost, folder, "the adapter")
         return adapted.to(device)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("it is no JSON object")
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{folder} has no config.json that can be read ({error}), so that its model is not known: give `--trainer` instead."
-        ) from error
-    name = next(iter(config.get("architectures") or [""]))
+    named = _config(folder, "config.json").get("architectures")
+    name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
     cls = getattr(transformers, name, None)
     if cls is None:
         raise ValueError(
@@ -107,11 +104,27 @@ def load_model(folder: Path) -> nn.Module:
         )
     with _readable(folder):
         model, seen = cls.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    if lost := sorted([*seen["missing_keys"], *(str(key) for key in seen["mismatched_keys"])]):
-        raise ValueError(
-            f"{folder} lacks {len(lost)} of the weights of {name} ({lost[0]} ...), which would be random: give a whole one."
-        )
+    _refuse_lost(sorted([*seen["missing_keys"], *(str(key) for key in seen["mismatched_keys"])]), folder, name)
     return model.to(device)
+
+
+def _config(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / name).read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} has no {name} that can be read ({error}), so that its model is not known: give `--trainer` instead."
+        ) from error
+    return config
+
+
+def _refuse_lost(lost: Sequence[str], folder: Path, of: str) -> None:
+    if lost:
+        raise ValueError(
+            f"{folder} lacks {len(lost)} of the weights of {of} ({lost[0]} ...), which would be random: give a whole one."
+        )
 
 
 @contextmanager

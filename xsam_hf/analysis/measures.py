@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Trainer
 
@@ -29,7 +31,7 @@ class Settings:
     What the measures are taken with.
 
     Raises:
-        `ValueError`: one of the numbers of things is too small.
+        `ValueError`: one of the numbers of things is too small, a length is not above 0, or the seed is none of torch's.
     """
 
     rho: float = field(default=0.05, metadata={"help": "Length of the ascent, in the 2-norm of all trained weights."})
@@ -54,6 +56,11 @@ class Settings:
         for name, least in (("ascent_steps", 1), ("samples", 2), ("directions", 1), ("eigenvalues", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` is {getattr(self, name)}: give {least} or more.")
+        for name, length in (("rho", self.rho), ("rho_max", self.rho_max)):
+            if length is not None and not 0 < length < math.inf:
+                raise ValueError(f"`{name}` is {length}: give a length above 0.")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"`seed` is {self.seed}: give a whole number from 0 to {2**63 - 1}.")
 
 
 @dataclass
@@ -169,13 +176,20 @@ MEASURES = {
 def take(
     name: str, file: Path, model: Trainer | nn.Module, batches: Sequence[Any], settings: Settings, checkpoint: str
 ) -> Any:
-    """A measure's result, from its file where it was taken of the same weights and batches, with the same of its own settings."""
+    """
+    A measure's result, from its file where it was taken of the same weights and batches, with the same loss and the same of its own
+    settings.
+
+    Raises:
+        `ValueError`: the model cannot take the batches.
+    """
     measure = MEASURES[name]
     module = model.model if isinstance(model, Trainer) else model
     assert isinstance(module, nn.Module)
     asked = {
         "measure": name,
         "of": fingerprint(module, batches),
+        "loss": _loss(model, batches, checkpoint),  # a model of other code or another config may have the same weights
         "settings": {key: getattr(settings, key) for key in measure.settings},
     }
     try:
@@ -191,3 +205,18 @@ def take(
     whole.write_text(json.dumps(kept, allow_nan=False, indent=1) + "\n", encoding="utf-8")
     whole.replace(file)
     return result
+
+
+@torch.no_grad()
+def _loss(model: Trainer | nn.Module, batches: Sequence[Any], checkpoint: str) -> float:
+    surface = Surface(model, batches)
+    with surface.kept():
+        try:
+            return float(surface.probe())
+        except (RuntimeError, IndexError) as error:
+            if isinstance(model, Trainer) or isinstance(error, NotImplementedError):
+                raise
+            said = " ".join(str(error).split())
+            raise ValueError(
+                f"{checkpoint} cannot take the batches ({said[:200]}): give `--data` of the types and lengths that it was made for."
+            ) from error
