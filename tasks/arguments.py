@@ -115,3 +115,5 @@ class CheckedArguments:
         if self.output_dir is None:
             self.output_dir = "runs"  # `recipes.parse` knows better
         super().__post_init__()
+        if "num_steps" in (self.accelerator_config.gradient_accumulation_kwargs or {}):
+            raise ValueError("`accelerator_config` has num_steps: give `gradient_accumulation_steps` instead.")

@@ -124,6 +124,12 @@ def check_digests(checkpoint: Path) -> None:
             )
 
 
+def best_of(checkpoint: Path) -> Path | None:
+    """The checkpoint with the best model so far, if one is told and there."""
+    best = json.loads((checkpoint / "trainer_state.json").read_bytes()).get("best_model_checkpoint")
+    return Path(best) if isinstance(best, str) and Path(best).is_dir() else None
+
+
 def digests(checkpoint: Path) -> dict[str, str]:
     """SHA-256 of the files with tensors, by name; of those that other processes write at the same time, none."""
     found = {}

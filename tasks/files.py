@@ -7,7 +7,7 @@ import gzip
 import os
 import tarfile
 import zlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import IO, Any
@@ -84,6 +84,28 @@ def refuse_misread(columns: Collection[str], read: Collection[str], name: str) -
         raise ValueError(
             f"{name} has rows with more fields than its header: is there a comma in a text that is not in quotation marks?"
         )
+
+
+def refuse_swallowed_rows(rows: Iterable[Mapping[str, Any]], delimiter: str = ",") -> None:
+    """
+    Refuses a field of a csv file that holds rows: a quotation mark was not closed, and another one ends the text many lines later.
+
+    Args:
+        rows (`Iterable[Mapping]`): as they were read.
+        delimiter (`str`, *optional*, defaults to `","`): of the file.
+
+    Raises:
+        `ValueError`: of three lines or more within a field three quarters or more have as many delimiters as a row.
+    """
+    for number, row in enumerate(rows, 1):
+        for name, text in row.items():
+            inside = text.split("\n")[1:-1] if isinstance(text, str) else []
+            like_rows = sum(line.count(delimiter) == len(row) - 1 for line in inside)
+            if len(inside) >= 3 and like_rows >= 0.75 * len(inside):
+                raise ValueError(
+                    f"row {number} has {like_rows} lines in its {name} that look like rows: is a quotation mark not closed? If they are text, "
+                    "write blanks for its line feeds, or give json."
+                )
 
 
 def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

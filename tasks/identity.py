@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,6 +81,23 @@ def fingerprint(*parts: Iterable[int] | np.ndarray) -> str:
     return digest.hexdigest()[:12]
 
 
+def fingerprint_of_model(folder: str | None) -> str | None:
+    """A [`fingerprint`] of what a local model's folder says beside its weights: its config, and its tokenizer's files. `None` for others."""
+    if folder is None or not Path(folder).is_dir():
+        return None
+    names = (
+        "config.json",
+        "tokenizer*.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.*",
+        "merges.txt",
+        "*.model",
+    )
+    files = sorted({file for name in names for file in Path(folder).glob(name)})
+    return fingerprint(*(np.frombuffer(file.name.encode() + b"\n" + file.read_bytes(), np.uint8) for file in files))
+
+
 def identity_of(
     name: str, task: TaskArguments, args: TrainingArguments, data: Mapping[str, str], **facts: Any
 ) -> dict:
@@ -106,10 +124,20 @@ def identity_of(
         "seed": args.seed,
         **_batches(arguments, args.world_size),
     }
+    if batches := _order_of_batches(args):
+        whole["accelerator_config"] = batches
     # `accelerate launch` can ask for it where no argument does.
     if args.mixed_precision != "no" and not (args.bf16 or args.fp16):
         whole["mixed_precision"] = args.mixed_precision
     return json.loads(json.dumps({**whole, **matter}, default=str))
+
+
+def _order_of_batches(args: TrainingArguments) -> dict[str, Any]:
+    """What `accelerator_config` changes in which examples come together: the rest of it changes no weights."""
+    given = args.accelerator_config
+    usual = type(given)()
+    names = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler")
+    return {name: getattr(given, name) for name in names if getattr(given, name) != getattr(usual, name)}
 
 
 def _batches(arguments: Mapping[str, Any], processes: int) -> dict[str, int]:

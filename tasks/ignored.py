@@ -11,7 +11,7 @@ import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.utils import logging
 
-from tasks.command import refusals, sentence
+from tasks.command import cut, refusals, sentence
 from xsam_hf import XSAMArguments
 
 
@@ -89,7 +89,7 @@ def _refuse_scheduler_kwargs(args: TrainingArguments) -> None:
     """
     if not args.lr_scheduler_kwargs:
         return
-    told = f"`lr_scheduler_kwargs` is {args.lr_scheduler_kwargs}, "
+    told = f"`lr_scheduler_kwargs` is {cut(str(args.lr_scheduler_kwargs))}, "
     try:
         _schedule(args, args.lr_scheduler_kwargs)
     except Exception as error:  # of the schedules, which check little

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml.events import AliasEvent
 from transformers import HfArgumentParser
 
 from tasks.command import Parser, refusals, sentence
@@ -65,6 +66,7 @@ def parse(classes: Sequence[type], argv: Sequence[str], description: str, runs: 
     argv = list(argv)
     recipe = Path(argv.pop(0)) if argv and not argv[0].startswith("-") else None
     values = read(recipe) if recipe else {}
+    _refuse_other_task(recipe, Path(runs).name)
     own_method = values.pop("method", None)
     if own_method is not None:
         try:
@@ -113,6 +115,8 @@ def read(recipe: Path) -> dict[str, Any]:
         text = recipe.read_text(encoding="utf-8-sig")
         if any(line.startswith("%") for line in text.splitlines()):
             raise ValueError("a line begins with %, and directives are not taken")
+        if any(isinstance(event, AliasEvent) for event in YAML(typ="safe", pure=True).parse(text)):
+            raise ValueError("a line has an alias (*name): write out what it stands for")
         values = YAML(typ="safe", pure=True).load(text)
     except (YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{recipe} is not a recipe in YAML: {sentence(error)}") from error
@@ -121,6 +125,25 @@ def read(recipe: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ValueError(f"{recipe} is not a recipe in YAML: expected lines of the form `field: value`.")
     return values
+
+
+def _refuse_other_task(recipe: Path | None, task: str) -> None:
+    """
+    A recipe of another task may hold fields that all tasks have, and would train something else.
+
+    Raises:
+        `ValueError`: so it is.
+    """
+    tasks, folder = Path(__file__).parent, recipe.absolute().parent if recipe else Path()
+    if (
+        folder.name == "recipes"
+        and folder.parent.parent == tasks
+        and (tasks / task).is_dir()
+        and folder.parent.name != task
+    ):
+        raise ValueError(
+            f"{recipe} is a recipe of the task {folder.parent.name}, not of {task}: run tasks.{folder.parent.name}.train."
+        )
 
 
 def _meant(recipe: Path) -> str:

@@ -111,6 +111,8 @@ def start(trainer: Trainer, whole: dict) -> None:
         compare(whole, checkpoints.identity_of(checkpoint), f"`resume_from_checkpoint` {checkpoint} belongs to", args)
         checkpoints.check_contents(checkpoint, trainer)
         checkpoints.check_digests(checkpoint)
+        if args.load_best_model_at_end and (best := checkpoints.best_of(checkpoint)):
+            checkpoints.check_digests(best)
     refuse_other_runs(folder, whole, args)
     ignored.check(trainer)
     if not len(trainer.get_train_dataloader()):

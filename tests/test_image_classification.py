@@ -263,6 +263,7 @@ def test_bad_input_is_named(tmp_path):
         ({"name": "mnist"}, "`dataset` is 'mnist': choose one of digits"),
         ({"name": "digits", "validation_share": 1.0}, "`validation_share` is 1.0"),
         ({"name": "digits", "label_noise": 1.0}, "`label_noise` is 1.0: give a share"),
+        ({"name": "digits", "label_noise": 0.0003}, "`label_noise` is 0.0003, less than one of 1293 labels"),
         ({"name": "digits", "train_examples": 9}, "`train_examples` is 9: give 10 or more and fewer than the 1293"),
         ({"name": "digits", "train_examples": 5000}, "`train_examples` is 5000: give 10"),
         ({"name": "digits", "cutout": 9}, "`cutout` is 9.*8 pixels"),

@@ -43,6 +43,7 @@ def parse(tmp_path):
         # Twice, in nested mappings too.
         ("rho: 0.1\nseed: 1\nrho: 0.2", 'found duplicate key "rho"'),
         ("lr_scheduler_kwargs: {a: 1, a: 2}", 'found duplicate key "a"'),
+        ("seed: &one 1\nlogging_steps: *one", "a line has an alias (*name): write out what it stands for"),
         # Of another type than the field's.
         ("seed: 1.5", "--seed: invalid int value: '1.5'"),
         ("seed: 1e3", "--seed: invalid int value: '1000.0'"),
@@ -175,6 +176,10 @@ def test_a_recipe_that_is_not_there_is_told_from_the_one_meant(monkeypatch, give
         (["--save_total_limit", "0"], "`save_total_limit` is 0"),
         (["--label_smoothing_factor", "1"], "`label_smoothing_factor` is 1.0"),
         (["--prediction_loss_only", "true"], "`prediction_loss_only` is True, but the scores need all predictions"),
+        (
+            ["--accelerator_config", '{"gradient_accumulation_kwargs": {"num_steps": 4}}'],
+            "`accelerator_config` has num_steps: give `gradient_accumulation_steps`",
+        ),
         (["--do_train", "false"], "`do_train` is False, but this script always trains and scores all splits"),
         (["--do_predict", "false"], "`do_predict` is False"),
         (["--label_names", "labels"], "`label_names` is ['labels']"),
@@ -191,6 +196,17 @@ def test_a_flag_that_is_wrong_is_named(parse, argv, words):
         parse("rho: 0.1", *argv)
     said = command.sentence(refused.value)
     assert words in said and "hf_secret" not in said and len(said) < 500
+
+
+def test_a_recipe_of_another_task_is_refused():
+    """Its fields may all be those of the Trainer."""
+    recipe = Path("tasks", "text_classification", "recipes", "roberta-small.yaml").absolute()
+    classes = (ImageArguments, TrainingArguments)
+    with pytest.raises(
+        ValueError, match="is a recipe of the task text_classification, not of image_classification: run"
+    ):
+        recipes.parse(classes, [str(recipe)], "", "runs/image_classification")
+    recipes.parse(classes, [str(recipe)], "", "runs/mine")
 
 
 def test_deepspeed_without_its_package_is_refused(parse, monkeypatch):

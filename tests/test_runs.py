@@ -85,6 +85,10 @@ OTHERS = [
     ({"learning_rate": 1e-3}, "its `learning_rate` is 5e-05, this one's 0.001"),
     ({"per_device_train_batch_size": 250}, "its `update_batch` is 500, this one's 250"),
     ({"lr_scheduler_kwargs": '{"num_cycles": 1}'}, "its `lr_scheduler_kwargs` is "),
+    (
+        {"accelerator_config": '{"use_seedable_sampler": false}'},
+        "its `accelerator_config` is None, this one's {'use_seedable_sampler': False}",
+    ),
 ]
 
 
@@ -107,6 +111,16 @@ def test_the_same_update_batch_may_be_cut_otherwise_but_for_the_micro_scope(kill
     shutil.rmtree(micro / "checkpoint-4")
     with pytest.raises(ValueError, match="its `micro_batch` is 500, this one's 250"):
         train(micro, ascent_scope="micro", resume_from_checkpoint="true", **halves)
+
+
+def test_the_micro_batch_matters_where_batch_norm_sees_it(tmp_path):
+    """Its statistics are those of a micro-batch."""
+    quarters = {"per_device_train_batch_size": 25, "gradient_accumulation_steps": 4}
+    normed = {"model": "resnet-small", "per_device_train_batch_size": 100, "max_steps": 2}
+    train(tmp_path / "normed", **normed)
+    with pytest.raises(ValueError, match="another run: its `micro_batch` is None, this one's 25"):
+        train(tmp_path / "normed", resume_from_checkpoint="true", **{**normed, **quarters})
+    assert "micro_batch" not in images.prepare(*parse(tmp_path / "vit", **quarters)).identity
 
 
 def test_a_killed_run_in_the_folder_of_a_finished_one_gets_none_of_its_scores(finished, tmp_path):
@@ -259,6 +273,19 @@ def without_digests(checkpoint):
     file.write_text(json.dumps(state))
 
 
+def test_the_best_checkpoint_holds_what_was_saved_in_it(tmp_path):
+    """Its weights are the ones that are kept and scored."""
+    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "max_steps": 6}
+    train(tmp_path, **best)
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert Path(state["best_model_checkpoint"]) in (tmp_path / "checkpoint-2", tmp_path / "checkpoint-4")
+    state["best_model_checkpoint"] = str(tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text(json.dumps(state))
+    shutil.copy(tmp_path / "checkpoint-4" / "model.safetensors", tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match="checkpoint-2/model.safetensors is not the one that was saved in this"):
+        train(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-4"), **best)
+
+
 def test_a_checkpoint_that_lacks_a_weight_is_refused_and_one_too_many_is_not_missed(finished, killed):
     without_digests(killed / "checkpoint-2")
     file = killed / "checkpoint-2" / "model.safetensors"
@@ -285,7 +312,9 @@ def test_a_hostile_part_is_refused_in_a_sentence(killed, part, monkeypatch):
     monkeypatch.chdir(killed)
     without_digests(killed / "checkpoint-2")
     torch.save({"state": Hostile()}, killed / "checkpoint-2" / part)
-    with pytest.raises(ValueError, match="Weights only load failed"):
+    with pytest.raises(
+        ValueError, match="holds more than tensors, or is damaged, and was not loaded: do not use this folder"
+    ):
         train(killed, resume_from_checkpoint="true")
     assert not (killed / "hostile-was-here").exists()
 

@@ -86,6 +86,19 @@ def test_a_saved_classifier_keeps_the_order_of_its_labels(languages, tmp_path):
     first = data.load(parse("--train_file", languages)[0]).splits["train"]["label"]
     assert setup.splits["train"]["labels"][:9] == [{"en": 0, "de": 1}[name] for name in first[:9]]
     assert models.order(str(tmp_path), ["de", "en", "fr"]) == ["de", "en", "fr"]
+    assert models.order(str(tmp_path), ["DE", "EN"]) == ["EN", "DE"]
+    with pytest.raises(ValueError, match="has the labels de, en, and `train_file` 0, 1: which is which is not known"):
+        models.order(str(tmp_path), ["0", "1"])
+    settings = tmp_path / "config.json"
+    whole = json.loads(settings.read_text())
+    settings.write_text(json.dumps({**whole, "label2id": {"en": 1, "de": 0}}))
+    with pytest.raises(ValueError, match="has a `label2id` in its config.json that is not its `id2label` turned"):
+        models.order(str(tmp_path), ["de", "en"])
+    settings.write_text(
+        json.dumps({**whole, "label2id": {"LABEL_0": 0, "LABEL_1": 1}, "id2label": {"0": "LABEL_0", "1": "LABEL_1"}})
+    )
+    assert models.order(str(tmp_path), ["de", "en"]) == ["de", "en"]
+    settings.write_text(json.dumps(whole))
     with pytest.raises(ValueError, match="`dropout` is 0.1, and .* has its own"):
         train.prepare(*parse("--train_file", languages, "--model_name_or_path", tmp_path, "--dropout", "0.1"))
 
@@ -256,6 +269,48 @@ def test_tokens_that_the_model_does_not_know_are_refused_before_training(languag
         train.train(
             *parse("--train_file", languages, "--model_name_or_path", tmp_path, "--output_dir", tmp_path / "run")
         )
+
+
+def test_a_text_that_is_longer_than_the_models_positions_is_refused(languages, tmp_path):
+    words = models.tokenizer(None, languages.read_text("utf-8").splitlines())
+    pad = words.pad_token_id
+    config = RobertaConfig(vocab_size=len(words), pad_token_id=pad, max_position_embeddings=pad + 1 + 8, **models.NEW)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    flags = [
+        "--train_file",
+        languages,
+        "--model_name_or_path",
+        tmp_path,
+        "--output_dir",
+        tmp_path / "run",
+        "--eval_strategy",
+        "no",
+    ]
+    train.train(*parse(*flags, "--max_seq_length", "8", "--max_steps", "1"))
+    with pytest.raises(
+        ValueError, match="`max_seq_length` lets a text have 9 tokens, and .* has positions for 8: give 8"
+    ):
+        train.train(*parse(*flags, "--max_seq_length", "9", "--output_dir", tmp_path / "other"))
+
+
+def test_what_a_saved_model_says_beside_its_weights_is_part_of_a_run(languages, finished, tmp_path):
+    model = shutil.copytree(finished, tmp_path / "model")
+    flags = ["--train_file", languages, "--model_name_or_path", model, "--output_dir", tmp_path / "run"]
+    train.train(*parse(*flags, "--max_steps", "2"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "num_attention_heads": 2}))
+    with pytest.raises(ValueError, match="belongs to another run: its `model_files` is [0-9a-f]{12}, this one's"):
+        train.train(*parse(*flags, "--max_steps", "2", "--resume_from_checkpoint", "true"))
+
+
+def test_a_quotation_mark_that_swallows_rows_is_told(tmp_path):
+    rows = [f"text number {i},{i % 2}\n" for i in range(9)]
+    rows[1], rows[7] = f'"{rows[1]}', 'the last",1\n'
+    with pytest.raises(ValueError, match="a.csv cannot be read: row 2 has 5 lines in its text that look like rows"):
+        load(tmp_path, "a.csv", "text,label\n" + "".join(rows))
+    poem = '"a line\nof a poem\nwith no comma\nand one, with one\nand an end",1\n'
+    assert len(load(tmp_path, "a.csv", "text,label\nb,0\n" + poem).splits["train"]) == 2
 
 
 def test_the_loop_has_no_score_for_a_plateau(tmp_path):

@@ -224,7 +224,12 @@ def _refuse_repetitions(train: np.ndarray, test: np.ndarray, where: str | None) 
 
 def _with_noise(labels: np.ndarray, share: float, classes: int) -> np.ndarray:
     generator = np.random.default_rng(0)
-    wrong = generator.choice(len(labels), round(share * len(labels)), replace=False)
+    count = round(share * len(labels))
+    if share and not count:
+        raise ValueError(
+            f"`label_noise` is {share}, less than one of {len(labels)} labels: give more, or leave it out."
+        )
+    wrong = generator.choice(len(labels), count, replace=False)
     labels = labels.copy()
     labels[wrong] = (labels[wrong] + generator.integers(1, classes, len(wrong))) % classes
     return labels

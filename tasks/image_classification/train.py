@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
+from torch import nn
 from transformers import EvalPrediction, set_seed
 
 from tasks import metric, recipes, runs
@@ -154,7 +155,13 @@ def prepare(task: ImageArguments, args: TrainingArguments) -> Setup:
     prints = {name: splits[name].fingerprint for name in ("train", "validation", "test")}
     # Left out where it is not set: runs that are older than the field are the same runs.
     identity = identity_of(
-        "image_classification", task, args, prints, dropout=task.dropout or 0.0, no_aug=task.no_aug or None
+        "image_classification",
+        task,
+        args,
+        prints,
+        dropout=task.dropout or 0.0,
+        no_aug=task.no_aug or None,
+        micro_batch=_micro_batch(model, args),
     )
     with refusals():
         trainer = (XSAMTrainer if task.weight_decay_scope is None else AllDecayTrainer)(
@@ -195,6 +202,13 @@ def train(task: ImageArguments, args: TrainingArguments) -> Path:
         except (OSError, UnicodeError) as error:  # a folder's name, for instance, that the locale has no letters for
             print(f"There is no model card: {sentence(error)}.", file=sys.stderr)
     return result
+
+
+def _micro_batch(model: nn.Module, args: TrainingArguments) -> int | None:
+    """The size of a micro-batch where weights depend on it: where BatchNorm sees a part of an update's images."""
+    whole = args.gradient_accumulation_steps * args.world_size == 1
+    normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    return args.per_device_train_batch_size if normed and not whole else None
 
 
 def _watched(task: ImageArguments, args: TrainingArguments, splits: dict[str, Split]) -> dict[str, Split]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from tasks.command import cut, sentence
-from tasks.files import object_of
+from tasks.files import object_of, refuse_swallowed_rows
 from tasks.identity import fingerprint
 
 
@@ -246,7 +246,9 @@ def _table(text: str, dialect: dict[str, Any]) -> list[dict[str, str]]:
     csv.field_size_limit(len(text) + 1)
     lines = csv.reader(io.StringIO(text, newline=""), **dialect)
     try:
-        return _rows(lines)
+        rows = _rows(lines)
+        refuse_swallowed_rows(rows)
+        return rows
     except csv.Error as error:  # which says little of a quotation mark that nothing closes
         raise ValueError(f"line {lines.line_num}: {error}; is a quotation mark not closed, or not doubled?") from error
 

@@ -6,18 +6,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     RobertaConfig,
     RobertaTokenizer,
 )
 
-from tasks.command import sentence
+from tasks.command import cut, sentence
 
 
 NEW = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
@@ -52,12 +54,35 @@ def tokenizer(model: str | None, texts: Sequence[str]) -> PreTrainedTokenizerBas
 
 
 def order(model: str | None, names: list[str]) -> list[str]:
-    """The labels in the order in which a saved classifier has them, if it has exactly these."""
-    known = {}
-    if model is not None:
-        with _named(model):
-            known = AutoConfig.from_pretrained(model).label2id
-    return sorted(names, key=lambda name: known[name]) if known.keys() == set(names) else names
+    """
+    The labels in the order in which a saved classifier has them, whatever their capitals. One whose labels have no names takes them as they
+    come.
+
+    Raises:
+        `ValueError`: it has as many other labels, or its config.json contradicts itself.
+    """
+    if model is None:
+        return names
+    with _named(model):
+        config = AutoConfig.from_pretrained(model)
+    known = {name.casefold(): i for name, i in config.label2id.items()}
+    if _is_classifier(config) and {i: name for name, i in config.label2id.items()} != config.id2label:
+        raise ValueError(
+            f"{model} has a `label2id` in its config.json that is not its `id2label` turned around: mend the one that is wrong."
+        )
+    if known.keys() == {name.casefold() for name in names}:
+        return sorted(names, key=lambda name: known[name.casefold()])
+    unnamed = known.keys() == {f"label_{i}" for i in range(len(known))}
+    if _is_classifier(config) and len(known) == len(names) and not unnamed:
+        raise ValueError(
+            f"{model} has the labels {cut(', '.join(config.label2id))}, and `train_file` {cut(', '.join(names))}: which is which is not known. "
+            "Write them as the model has them, or take the model that it was made of."
+        )
+    return names
+
+
+def _is_classifier(config: PretrainedConfig) -> bool:
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
 
 
 def build(
@@ -95,7 +120,7 @@ def build(
             f"{model} has `problem_type` {config.problem_type} in its config.json, and texts have one label each here: give a classifier, "
             "or the model that it was made of."
         )
-    is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+    is_classifier = _is_classifier(config)
     if is_classifier and config.num_labels != len(names):
         raise ValueError(
             f"{model} tells {config.num_labels} labels apart, and `train_file` has {len(names)}: give texts of its labels, or the model "
@@ -116,13 +141,23 @@ def build(
 
 def check_tokens(model: PreTrainedModel, name: str | None, encoded: Iterable[Dataset]) -> None:
     """
-    Refuses the tokenizer of another model.
+    Refuses the tokenizer of another model, and texts with more tokens than the model has positions.
 
     Raises:
-        `ValueError`: a token is beyond the model's table of embeddings.
+        `ValueError`: a token is beyond the model's table of embeddings, or its place beyond that of the positions.
     """
+    texts = [ids for split in encoded for ids in split["input_ids"]]
+    table = getattr(model.base_model, "embeddings", None)
+    if isinstance(positions := getattr(table, "position_embeddings", None), torch.nn.Embedding):
+        # RoBERTa and its like count from behind the padding's.
+        places = positions.num_embeddings - (table.padding_idx + 1 if hasattr(table, "padding_idx") else 0)
+        longest = max(map(len, texts))
+        if longest > places:
+            raise ValueError(
+                f"`max_seq_length` lets a text have {longest} tokens, and {name} has positions for {places}: give {places} or less."
+            )
     rows = model.get_input_embeddings().num_embeddings
-    highest = max(max(ids) for split in encoded for ids in split["input_ids"])
+    highest = max(map(max, texts))
     if highest >= rows:
         raise ValueError(
             f"The tokenizer of {name} makes token {highest} of a text, and the model knows {rows}: they do not belong together."

@@ -20,7 +20,7 @@ from transformers import DataCollatorWithPadding, EvalPrediction, set_seed
 from tasks import metric, recipes, runs
 from tasks.arguments import CheckedArguments, TaskArguments
 from tasks.command import refusals, run
-from tasks.identity import identity_of
+from tasks.identity import fingerprint_of_model, identity_of
 from tasks.image_classification.top_k_accuracy import TopKAccuracy
 from tasks.results import CostMeter, write_result
 from tasks.text_classification import data, models
@@ -85,7 +85,8 @@ def prepare(task: TextArguments, args: TrainingArguments) -> Setup:
     splits = corpus.encode(tokenizer, task.max_seq_length)
     # The data's fingerprints stand for where it came from.
     files = dict.fromkeys(["train_file", "validation_file", "test_file"])
-    identity = identity_of("text_classification", task, args, data.prints(splits), **files)
+    saved = fingerprint_of_model(task.model_name_or_path)
+    identity = identity_of("text_classification", task, args, data.prints(splits), **files, model_files=saved)
     meter = CostMeter(model)
     with refusals():
         trainer = XSAMTrainer(
