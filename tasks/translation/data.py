@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from tasks.translation import sources
+from tasks.translation import folders, sources
 from tasks.translation.checks import refuse_changed, refuse_symbols, refuse_unknown
 from tasks.translation.corpus import Corpus, build
 from tasks.translation.data_bin import data_bin_prefix, read_binary, read_dictionaries
@@ -81,7 +81,7 @@ def load(arguments: DataArguments) -> Corpus:
         refuse_ignored(arguments, "dataset_config", "bpe_merges")
         return with_part(from_prepared(folder, *languages), examples)
     else:
-        sources.refuse_incomplete(folder, *languages)
+        folders.refuse_incomplete(folder, *languages)
         if (folder / f"train.{languages[0]}").is_file():
             refuse_ignored(arguments, "dataset_config")
             pairs = sources.parallel_folder(folder, *languages)
