@@ -253,8 +253,15 @@ def test_text_that_its_dictionary_does_not_know_is_refused_with_the_share(tmp_pa
         for name, line in (("train", "a b a a b"), ("valid", "a"), ("test", "a")):
             (tmp_path / f"{name}.{language}").write_text(f"{line}\n")
     load(DataArguments(dataset=str(tmp_path)))
+    (tmp_path / "train.de").write_text("a b a a b\n" * 20)
+    (tmp_path / "train.en").write_text("a b a a b\n" * 19 + "a b a a x\n")  # a hundredth
+    load(DataArguments(dataset=str(tmp_path)))
+    assert not caplog.records
+    (tmp_path / "train.de").write_text("a b a a b\n")
     (tmp_path / "train.en").write_text("a b a a x\n")  # a fifth
     load(DataArguments(dataset=str(tmp_path)))
+    (told,) = caplog.records
+    assert "20% of the en tokens of train are not in dict.en.txt, and one that is made of them" in told.getMessage()
     (tmp_path / "train.en").write_text("a b x x b\n")
     with pytest.raises(
         ValueError, match="40% of the en tokens of train are not in dict.en.txt, and at most 20% may be"
