@@ -105,13 +105,27 @@ def refuse_changed(
     sides: Sequence[list[list[int]]],
     languages: tuple[str, str],
 ) -> None:
-    """Refuses dictionaries that were changed since the training text was made binary; see [`Vocabulary`]."""
+    """
+    Refuses dictionaries that were changed since the training text was made binary, see [`Vocabulary`], and warns of those that count other
+    text.
+
+    Raises:
+        `ValueError`: so it is, or the two are exchanged.
+    """
     longest = max(map(len, vocabularies))
     times = [np.bincount(np.fromiter(chain.from_iterable(side), np.int64), minlength=longest) for side in sides]
     for language, vocabulary, own in zip(languages, vocabularies, times, strict=True):
         file, size = folder / f"dict.{language}.txt", len(vocabulary)
         vocabulary.refuse_rising(file)
         vocabulary.refuse_lost(file, f"{prefix}.{language}.bin", own[:size].tolist(), sum(times)[:size].tolist())
+        counts, first = list(vocabulary.counts.values()), UNK + 1
+        fits = [name for name, of in zip(languages, times, strict=True) if counts == of[first:size].tolist()]
+        if fits and language not in fits:
+            raise ValueError(f"{file} counts the words of {prefix}.{fits[0]}.bin: are the two dictionaries exchanged?")
+        if not fits and counts != sum(times)[first:size].tolist():
+            logger.warning(
+                f"{file} counts other text than {prefix}.{language}.bin: is it the one that this was made with?"
+            )
 
 
 def refuse_symbols(ids: list, folder: Path, split: str, languages: tuple[str, str]) -> None:

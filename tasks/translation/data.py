@@ -230,6 +230,7 @@ def from_data_bin(folder: Path, source: str, target: str) -> Corpus:
         if len(sides[0]) != len(sides[1]):
             raise ValueError(f"{prefix} has {len(sides[0])} {source} and {len(sides[1])} {target} sentences.")
         if name == "train":
+            folders.refuse_other_shards(folder, prefix)
             refuse_changed(vocabularies, folder, str(prefix), sides, (source, target))
         ids = list(zip(*sides, strict=True))
         refuse_unknown(ids, folder, split, (source, target))

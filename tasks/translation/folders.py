@@ -88,6 +88,25 @@ def refuse_other_data(folder: Path, splits: Mapping[str, Sequence[str]]) -> None
         )
 
 
+def refuse_other_shards(folder: Path, prefix: Path) -> None:
+    """
+    Refuses further parts of binary training text, `train1.de-en` and so on, which fairseq reads and this task does not, and warns of the
+    other direction's, which neither reads.
+
+    Raises:
+        `ValueError`: there are such; it names them.
+    """
+    pair = prefix.name.removeprefix("train.")
+    found = sorted({file.name.rpartition(".")[0] for file in folder.glob("train*.idx")})
+    if parts := [name for name in found if re.fullmatch(rf"train\d+\.{re.escape(pair)}\..*", name)]:
+        raise ValueError(
+            f"`dataset` {folder} holds {', '.join(parts)}, which would not be read: make one train.{pair} of all parts."
+        )
+    back = f"train.{'-'.join(reversed(pair.split('-')))}."
+    if others := [name for name in found if name.startswith(back)]:
+        logger.warning(f"{folder} holds {', '.join(others)} beside train.{pair}, and they are not read.")
+
+
 def _kind(file: Path) -> str:
     return Path(file.name.removesuffix(".gz")).suffix
 
