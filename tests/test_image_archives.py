@@ -243,6 +243,55 @@ def test_a_damaged_archive_names_itself(tmp_path, damage):
         archives.read("cifar100", file)
 
 
+def cifar10(folder, lengths=(1, 1, 1, 1, 1, 1)):
+    folder.mkdir()
+    for number, length in enumerate(lengths, 1):
+        content = {"data": PIXELS[:length] + np.uint8(number), "labels": list(range(length))}
+        name = f"data_batch_{number}" if number < 6 else "test_batch"
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["data_batch_3", "test_batch"])
+def test_a_batch_that_is_there_twice_is_named(tmp_path, name):
+    folder = cifar10(tmp_path / "cifar-10-batches-py")
+    cifar(tmp_path / "cifar-100-python", batch())  # another data set may lie beside it
+    (folder / f"{name}.old").write_bytes(b"")
+    assert len(archives.read("cifar10", tmp_path)[0][1]) == 5 and len(archives.read("cifar100", tmp_path)[0][1]) == 4
+    cifar10(tmp_path / "a-backup")
+    for file in (tmp_path / "a-backup").iterdir():
+        if file.name != name:
+            file.unlink()
+    with pytest.raises(ValueError, match=f"holds .*a-backup/{name} and {folder}/{name}, of which one would be read"):
+        archives.read("cifar10", tmp_path)
+
+
+def test_batches_that_would_be_passed_over_or_are_short_are_named(tmp_path):
+    folder = cifar10(tmp_path / "whole", (2, 2, 2, 2, 2, 3))
+    assert [len(y) for _, y in archives.read("cifar10", folder)] == [10, 3]
+    (folder / "data_batch_6").write_bytes((folder / "data_batch_1").read_bytes())
+    with pytest.raises(ValueError, match=f"{folder}/data_batch_6 is no part of cifar10, and would be passed over"):
+        archives.read("cifar10", folder)
+    folder = cifar10(tmp_path / "short", (2, 2, 1, 2, 2, 2))
+    with pytest.raises(
+        ValueError, match=f"{folder}/data_batch_3 has 1 images, and the other batches 2: fetch it again"
+    ):
+        archives.read("cifar10", folder)
+
+
+def test_an_archive_beside_its_own_batches_is_read_and_beside_others_refused(tmp_path):
+    folder = cifar10(tmp_path / "cifar-10-batches-py")
+    with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as archive:
+        archive.add(folder, "cifar-10-batches-py")
+    assert len(archives.read("cifar10", tmp_path)[0][1]) == 5
+    (folder / "data_batch_2").write_bytes((folder / "data_batch_1").read_bytes())
+    with pytest.raises(
+        ValueError, match="data_batch_2 is not the one in .*cifar-10-python.tar.gz, which would be read"
+    ):
+        archives.read("cifar10", tmp_path)
+    assert len(archives.read("cifar10", tmp_path / "cifar-10-python.tar.gz")[0][1]) == 5
+
+
 # --- parquet ---------------------------------------------------------------------------------------------------------
 
 
@@ -383,6 +432,33 @@ def test_a_file_that_is_there_twice_is_named(tmp_path, split):
     assert len(archives.read("cifar100", tmp_path)[split == "test"][1]) == 6
 
 
+@pytest.mark.parametrize(
+    "name", ["train-b.PARQUET", "train-b.parquet.part", "train-b.parquet.gz", "train-b.parquet (1)"]
+)
+def test_a_file_that_does_not_end_as_it_should_is_named(tmp_path, name):
+    for split in ("train", "test"):
+        parquet(tmp_path, split)
+    # Beside what the hub's client and others leave.
+    for other in ("train.parquet.md5", ".cache/huggingface/download/train.parquet.metadata", "parquet.md"):
+        (tmp_path / other).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / other).write_text("")
+    archives.read("cifar100", tmp_path)
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match="train-b.* does not end on .parquet, and would be passed over: rename it"):
+        archives.read("cifar100", tmp_path)
+
+
+@pytest.mark.parametrize("other", ["cifar-100-python/train", "cifar-100-python.tar.gz"])
+def test_parquet_files_beside_another_form_of_the_data_set_are_refused(tmp_path, other):
+    for split in ("train", "test"):
+        parquet(tmp_path / "cifar100" / split, "0000")
+    archives.read("cifar100", tmp_path)
+    (tmp_path / other).parent.mkdir(exist_ok=True)
+    (tmp_path / other).write_bytes(b"")
+    with pytest.raises(ValueError, match=f"holds parquet files, and {tmp_path}/{other} of cifar100 as well: move one"):
+        archives.read("cifar100", tmp_path)
+
+
 def test_a_file_in_place_of_its_folder_is_not_called_damaged(tmp_path):
     parquet(tmp_path, "train")
     with pytest.raises(ValueError, match="`data_dir` is .*train.parquet, a file: give the folder that holds"):
@@ -428,7 +504,7 @@ def idx(values, kind=8):
 def fashion(folder, **changes):
     rng = np.random.default_rng(0)
     for split, n in (("train", 5), ("t10k", 3)):
-        images, labels = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8), np.arange(n, dtype=np.uint8)
+        images, labels = rng.integers(0, 146, (n, 28, 28), dtype=np.uint8), np.arange(n, dtype=np.uint8)
         for kind, content in (("images-idx3", idx(images)), ("labels-idx1", idx(labels))):
             key = f"{split}_{kind[:6]}"
             content = changes.get(key, content)
@@ -547,14 +623,29 @@ def test_pixels_of_another_data_set_are_warned_about(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(data.logger, "warning", lambda text: said.append(text) if "pixels" in text else None)
     rng = np.random.default_rng(0)
-    for mean, warned in ((0.286, False), (0.131, True)):
-        pixels = (rng.random((40, 28, 28)) < mean).astype(np.uint8) * 255
-        data.load(
-            "fashion_mnist",
-            str(fashion(tmp_path, train_images=idx(pixels), train_labels=idx(np.arange(40, dtype=np.uint8) % 10))),
-            0,
-        )
-        assert bool(said) == warned
+
+    def load(train, test):
+        parts = {"train_images": (rng.random((40, 28, 28)) < train), "t10k_images": (rng.random((3, 28, 28)) < test)}
+        labels = {"train_labels": idx(np.arange(40, dtype=np.uint8) % 10)}
+        images = {name: idx(pixels.astype(np.uint8) * 255) for name, pixels in parts.items()}
+        data.load("fashion_mnist", str(fashion(tmp_path, **images, **labels)), 0)
+        return [text.partition(" mean")[0] for text in said]
+
+    assert load(0.286, 0.286) == []
+    assert load(0.131, 0.286) == ["The training pixels'"]
     assert "and that of fashion_mnist [0.286]: is it that data set?" in said[0]
+    assert load(0.286, 0.714) == ["The training pixels'", "The test pixels'"]
     data.load("digits")
-    assert len(said) == 1
+    assert len(said) == 2
+
+
+def test_more_test_images_than_training_images_are_warned_about(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(data.logger, "warning", lambda text: said.append(text) if "exchanged" in text else None)
+    draw = lambda n: idx(np.random.default_rng(n).integers(0, 146, (n, 28, 28), dtype=np.uint8))  # noqa: E731
+    labels = idx(np.arange(5, dtype=np.uint8))
+    data.load("fashion_mnist", str(fashion(tmp_path, t10k_images=draw(5), t10k_labels=labels)), 0)
+    assert not said
+    labels = idx(np.arange(6, dtype=np.uint8))
+    data.load("fashion_mnist", str(fashion(tmp_path, t10k_images=draw(6), t10k_labels=labels)), 0)
+    assert said == ["There are 5 training images and 6 test images: are the two exchanged?"]

@@ -278,6 +278,12 @@ def test_bad_input_is_named(tmp_path):
             data.load(**changes)
 
 
+def test_noise_for_embeddings_of_words_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`neftune_noise_alpha` is 5.0, and it is noise for the embeddings of words"):
+        train(*recipes.parse((ImageArguments, TrainingArguments), ["--neftune_noise_alpha", "5", "--output_dir", str(tmp_path)], ""))  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,8 @@ from scripts.paper import numbers
 from tasks.image_classification import corruptions, models
 
 
-def write(folder, n=10, classes=10):
+def write(folder, n=50, classes=10):
+    """Images of five severities, n in all."""
     labels = np.arange(n) % classes
     for at, name in enumerate(corruptions.NAMES):
         np.save(folder / f"{name}.npy", np.full((n, 32, 32, 3), at, np.uint8))
@@ -71,8 +72,8 @@ def test_a_finished_run_is_scored(tmp_path, name, capsys):
     corruptions.main([str(run), "--data_dir", str(data)])
     found = json.loads((run / corruptions.FILE).read_text())
     model.eval()
-    x = torch.full((10, 3, 32, 32), 18, dtype=torch.uint8)
-    expected = (model(x).logits.argmax(1) == torch.arange(10)).float().mean().item()
+    x = torch.full((50, 3, 32, 32), 18, dtype=torch.uint8)
+    expected = (model(x).logits.argmax(1) == torch.arange(50) % 10).float().mean().item()
     assert found["corruptions"]["saturate"] == pytest.approx(expected) and found["made_by"] == "CIFAR-10-C"
     assert capsys.readouterr().out.startswith(f"{run}: noise ")
 
@@ -130,6 +131,27 @@ def test_several_runs_are_scored_on_images_that_are_made_once(tmp_path, monkeypa
         corruptions.main([*runs, "--data_dir", "DATA", "--made", "--test_examples", "9"])
 
 
+def test_files_that_are_not_what_they_are_called_are_refused(tmp_path):
+    write(tmp_path, 500, 100)
+    read = lambda dataset="cifar100": list(corruptions.stored(dataset, tmp_path))  # noqa: E731
+    assert len(read()) == 19
+    for labels, told in (
+        (np.arange(500) % 10, "has no label 10, and 90 of the 100 classes of cifar100 are missing: is it CIFAR-100-C"),
+        (np.arange(500) % 99, "has no label 99, and 1 of the 100 classes"),
+        (np.sort(np.arange(500) % 100), "does not hold the same labels 5 times, once for each severity"),
+        (np.arange(499) % 100, "does not hold the same labels 5 times"),
+        (np.arange(100), "does not hold the same labels 5 times"),
+    ):
+        np.save(tmp_path / "labels.npy", labels)
+        with pytest.raises(ValueError, match=f"{tmp_path}/labels.npy {told}"):
+            read()
+    write(tmp_path)
+    assert len(read("cifar10")) == 19
+    (tmp_path / "fog.npy").write_bytes((tmp_path / "snow.npy").read_bytes())
+    with pytest.raises(ValueError, match="fog.npy and .*snow.npy are the same, and their images would count twice"):
+        read("cifar10")
+
+
 def test_what_is_missing_is_named(tmp_path):
     write(tmp_path)
 
@@ -143,10 +165,10 @@ def test_what_is_missing_is_named(tmp_path):
     (tmp_path / "archive.npz").replace(tmp_path / "fog.npy")
     refused("fog.npy is cut off, damaged or no array")
     np.save(tmp_path / "fog.npy", np.zeros((9, 32, 32, 3), np.uint8))
-    refused(r"fog.npy holds uint8 of \(9, 32, 32, 3\), and labels.npy 10 labels")
+    refused(r"fog.npy holds uint8 of \(9, 32, 32, 3\), and labels.npy 50 labels")
     (tmp_path / "fog.npy").unlink()
     refused("lacks fog.npy, and 1 of 20 files: give the folder CIFAR-10-C")
-    np.save(tmp_path / "fog.npy", np.zeros((10, 32, 32, 3), np.uint8))
+    np.save(tmp_path / "fog.npy", np.full((50, 32, 32, 3), 99, np.uint8))
     for labels, told in (
         (np.arange(10) * 9, "row 2 has the label 18"),
         (np.arange(10) * 0.9, "row 0 has the label 0.0"),  # which would be cut to whole numbers

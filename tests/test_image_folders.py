@@ -56,13 +56,22 @@ def check_tiny(parts):
     assert (grey == grey[..., :1]).all() and not (x_test[0] == x_test[0][..., :1]).all()
 
 
+def cut(file, lines):
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:lines]))
+
+
+def sort(root, level):
+    """A validation image into the folder of its class."""
+    (root / "val" / NAMES[level]).mkdir()
+    (root / "val" / "images" / f"val_{level}.JPEG").rename(root / "val" / NAMES[level] / f"val_{level}.JPEG")
+    (root / "val" / "val_annotations.txt").unlink(missing_ok=True)
+
+
 def test_tiny_imagenets_own_layout_and_that_with_folders_of_classes(tiny):
     check_tiny(archives.read("tiny_imagenet", tiny))
     check_tiny(archives.read("tiny_imagenet", tiny.parent))
-    for level, name in enumerate(NAMES):
-        (tiny / "val" / name).mkdir()
-        (tiny / "val" / "images" / f"val_{level}.JPEG").rename(tiny / "val" / name / f"val_{level}.JPEG")
-    (tiny / "val" / "val_annotations.txt").unlink()
+    for level in range(200):
+        sort(tiny, level)
     check_tiny(archives.read("tiny_imagenet", tiny))
     splits = data.load("tiny_imagenet", str(tiny), validation_share=0.5, random_erasing=0.5)
     shapes = {name: tuple(split[0]["pixel_values"].shape) for name, split in splits.items()}
@@ -82,6 +91,10 @@ def test_tiny_imagenets_own_layout_and_that_with_folders_of_classes(tiny):
          "images lacks val_9.JPEG, and 2 of the 200 files of val_annotations.txt: unpack"),
         (lambda root: (root / "val" / "val_annotations.txt").write_text("a.JPEG\tn1\n"), "line 1 has the class 'n1', which wnids"),
         (lambda root: (root / "val" / "val_annotations.txt").write_text(""), "images has no line in val_annotations.txt"),
+        (lambda root: cut(root / "val" / "val_annotations.txt", 150), "annotations.txt has no line for .*val_0.JPEG, and 50 pictures would be left out"),
+        (lambda root: [sort(root, level) for level in range(200)] and picture(root / "val" / "images" / "val_9.JPEG", (64, 64), 9),
+         "val/images/val_9.JPEG is in no folder of a class, and would be left out: sort all pictures"),
+        (lambda root: picture(root / "train" / "n00000777" / "images" / "x.JPEG", (64, 64), 9), "x.JPEG is in no folder of a class"),
         (lambda root: (root / "val" / "images" / "val_9.JPEG").unlink() or picture(root / "val" / "images" / "val_9.JPEG", (32, 64), 9),
          "val_9.JPEG is not a picture of Tiny-ImageNet: 32×64 pixels, not 64×64"),
         (lambda root: (root / "val" / "images" / "val_9.JPEG").unlink() or (root / "val" / "images" / "val_9.JPEG").write_bytes(b"no"),
@@ -137,6 +150,26 @@ def test_imagenet_is_read_one_by_one_and_varied_by_seed_epoch_and_index(imagenet
         train[7]
     part = data.load("imagenet", str(imagenet), validation_share=0, label_noise=0.1)
     assert len(part["wrong_labels"]) == 100 and part["wrong_labels"][0]["labels"] == part["wrong_labels"].labels[0]
+
+
+def test_imagenets_pictures_that_count_twice_or_not_at_all_are_refused(imagenet, tmp_path):
+    link = lambda part: shutil.copytree(imagenet / part, tmp_path / part, copy_function=os.link)  # noqa: E731
+    link("train"), link("val")
+    (tmp_path / "val" / "n99999999").mkdir()
+    (tmp_path / "val" / "labels.txt").write_text("")
+    (tmp_path / "val" / "n00000000" / "n00000000_1.JPEG").write_bytes(b"")
+    assert len(folders.imagenet(tmp_path)[1][1]) == 1001
+    for stray in ("n99999999/x.JPEG", "ILSVRC2012_val_00000293.JPEG"):
+        (tmp_path / "val" / stray).write_bytes(b"")
+        with pytest.raises(
+            ValueError, match=f"{tmp_path}/val/{stray} is in no folder of a class, and would be left out"
+        ):
+            folders.imagenet(tmp_path)
+        (tmp_path / "val" / stray).unlink()
+    shutil.rmtree(tmp_path / "val")
+    shutil.copytree(tmp_path / "train", tmp_path / "val", copy_function=os.link)
+    with pytest.raises(ValueError, match="1000 of the 1000 files of val are in train too .n00000000/train_0.JPEG."):
+        folders.imagenet(tmp_path)
 
 
 def test_a_part_of_imagenet_says_what_is_missing(tmp_path):

@@ -215,6 +215,17 @@ def test_texts_that_were_trained_on_are_said(tmp_path, monkeypatch):
     assert [text.partition(" are ")[0] for text in said] == ["11 of the 20 test texts", "4 of the 4 validation texts"]
 
 
+@pytest.mark.parametrize("shared, told", [(2, False), (3, True)])
+def test_texts_that_are_chosen_by_and_scored_are_said(tmp_path, monkeypatch, shared, told):
+    said = []
+    monkeypatch.setattr(data.logger, "warning", said.append)
+    for name, texts in (("train", range(9)), ("validation", range(10, 14)), ("test", range(14 - shared, 30))):
+        (tmp_path / f"{name}.tsv").write_text("text\tlabel\n" + "".join(f"text {i}\t{i % 2}\n" for i in texts))
+    files = {f"{name}_file": str(tmp_path / f"{name}.tsv") for name in ("train", "validation", "test")}
+    data.load(data.DataArguments(**files))
+    assert said == ["3 of the 19 test texts are validation texts too: what is chosen by the one is chosen by the other."] * told  # fmt: skip
+
+
 @pytest.mark.parametrize("columns", [["text", "text"], ["text", "label"]])
 def test_a_column_is_a_text_or_the_label(columns):
     with pytest.raises(ValueError, match="each has to be a column of its own"):

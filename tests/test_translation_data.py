@@ -112,10 +112,27 @@ def test_a_part_of_the_training_pairs_is_spread_evenly_and_teaches_its_own_subwo
     code = tmp_path / "prepared" / "code"
     assert few.subwords.codes == code.read_text()
     code.write_text("".join(code.read_text().splitlines(True)[:10]))
-    with pytest.raises(ValueError, match=r"code splits \d+ of 10 lines of this folder otherwise than they are"):
+    with pytest.raises(ValueError, match=r"code splits \d+ of 180 lines of train otherwise than they are"):
         part(30, tmp_path / "prepared")
     code.unlink()
     assert part(30, tmp_path / "prepared").subwords is None
+
+
+@pytest.mark.parametrize("name", ["train", "valid", "test"])
+def test_prepared_text_of_which_a_file_is_not_cut_is_refused(tmp_path, name):
+    rows = [*[("haus", "house")] * 19, ("maus", "mouse")] * 15
+    for split in ("train", "valid", "test"):
+        write(tmp_path, split, rows)
+    corpus = load(DataArguments(dataset=str(tmp_path), bpe_merges=6))
+    corpus.save(tmp_path, "de", "en")
+    cut = [tuple(map(corpus.subwords, pair)) for pair in rows]
+    for split in ("train", "valid", "test"):
+        write(tmp_path, split, cut)
+    load(DataArguments(dataset=str(tmp_path)))
+    write(tmp_path, name, [(german, "mouse" if "m@@" in english else english) for german, english in cut])
+    told = {"valid": "validation"}.get(name, name)
+    with pytest.raises(ValueError, match=rf"code splits 15 of 600 lines of {told} otherwise than they are"):
+        load(DataArguments(dataset=str(tmp_path)))
 
 
 def test_scored_pairs_that_are_trained_on_are_told(tmp_path, caplog):
@@ -127,6 +144,56 @@ def test_scored_pairs_that_are_trained_on_are_told(tmp_path, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "3 of the 21 pairs of test are training pairs too, and scores of them mean little."
     ]
+
+
+@pytest.mark.parametrize("shared, told", [(2, False), (3, True), (20, True)])
+def test_pairs_of_validation_and_test_that_are_the_same_are_told(tmp_path, caplog, shared, told):
+    rows = pairs(100)
+    write(tmp_path, "train", rows[:40])
+    write(tmp_path, "valid", rows[40:60])
+    write(tmp_path, "test", [*rows[40 : 40 + shared], *rows[60:90]])
+    warn_of_repetitions(load(DataArguments(dataset=str(tmp_path), bpe_merges=20)).splits)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{shared} of the {30 + shared} pairs of test are pairs of validation too: what is chosen by the one is chosen by the other."
+    ] * told
+
+
+@pytest.mark.parametrize("copies, told", [(20, False), (21, True)])
+def test_text_that_is_the_same_in_both_languages_is_told(tmp_path, caplog, copies, told):
+    rows = pairs(100)
+    write(tmp_path, "train", [*((german, german) for german, _ in rows[:copies]), *rows[copies:40]])
+    write(tmp_path, "valid", rows[40:60])
+    write(tmp_path, "test", rows[60:])
+    warn_of_repetitions(load(DataArguments(dataset=str(tmp_path), bpe_merges=20)).splits)
+    assert [record.getMessage() for record in caplog.records] == [
+        "21 of the 40 pairs of train have the same text in both languages: is one of its files a copy?"
+    ] * told
+
+
+def test_text_that_is_cut_already_is_refused_where_running_text_is_expected(tmp_path):
+    rows = pairs(100)
+    arguments = DataArguments(dataset=str(tmp_path), bpe_merges=20)
+
+    def read(name, changed):
+        for split, part in (("train", rows), ("valid", rows), ("test", rows)):
+            write(tmp_path, split, changed if split == name else part)
+        return load(arguments)
+
+    marks = ["das ha@@ us", "ha@@", "▁das ▁haus", "das ist &apos;s", "l&apos; eau", "&quot; das &quot;"]
+    for mark in marks:
+        for name, side, told in (("train", 0, "de of the train"), ("test", 1, "en of the test")):
+            marked = lambda n, side=side, mark=mark: [  # noqa: E731
+                tuple(mark if number == side and i < n else text for number, text in enumerate(pair))
+                for i, pair in enumerate(rows)
+            ]
+            read(name, marked(2))
+            with pytest.raises(
+                ValueError, match=f"3 of the 100 lines in {told} split of `dataset` have marks such as"
+            ):
+                read(name, marked(3))
+    # What a text about such things may hold.
+    for mark in ("a@@b @@ c", "mail@@example", "Tom&apos;s &quot;house&quot;", "x@ y"):
+        read("train", [(mark, english) for _, english in rows])
 
 
 def test_held_out_text_of_the_other_language_is_refused(tmp_path):

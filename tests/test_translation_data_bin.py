@@ -236,8 +236,45 @@ def test_a_dictionary_that_lost_a_line_is_refused(tmp_path, lost, told, joined):
         {"times": [40, 33, 27, 20, 17, *range(13, 4, -1)]},  # a chance
     ],
 )
-def test_a_dictionary_of_this_text_or_of_another_is_taken(tmp_path, changes):
+def test_a_dictionary_of_this_text_or_of_another_is_taken(tmp_path, caplog, changes):
     assert load(DataArguments(dataset=str(counted(tmp_path, **changes)))).source_vocabulary.tokens[4:18] == WORDS
+    told = [record.getMessage() for record in caplog.records if "counts other text than" in record.getMessage()]
+    assert len(told) == 2 * ("times" in changes)
+
+
+def test_exchanged_dictionaries_are_refused(tmp_path):
+    folder, times = counted(tmp_path), [30, *TIMES[1:]]
+    (tmp_path / "dict.en.txt").write_text(
+        "".join(f"e{i} {n}\n" for i, n in enumerate([*sorted(times, reverse=True), 0, 0]))
+    )
+    text = [[i + 4, 2] for i, n in enumerate(sorted(times, reverse=True)) for _ in range(n)]
+    for split in ("train", "valid", "test"):
+        binary(folder, [*text, *[[2]] * 10], name=f"{split}.de-en.en")
+    load(DataArguments(dataset=str(folder)))
+    (tmp_path / "dict.de.txt").rename(tmp_path / "kept")
+    (tmp_path / "dict.en.txt").rename(tmp_path / "dict.de.txt")
+    (tmp_path / "kept").rename(tmp_path / "dict.en.txt")
+    with pytest.raises(
+        ValueError, match="dict.de.txt counts the words of .*train.de-en.en.bin: are the two .* exchanged"
+    ):
+        load(DataArguments(dataset=str(folder)))
+
+
+def test_training_text_that_would_not_be_read_is_named(tmp_path, caplog):
+    folder = counted(tmp_path)
+    binary(folder, name="valid1.de-en.de")  # which fairseq scores if it is told to
+    load(DataArguments(dataset=str(folder)))
+    assert not caplog.records
+    binary(folder, name="train.en-de.en")
+    load(DataArguments(dataset=str(folder)))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{folder} holds train.en-de.en beside train.de-en, and they are not read."
+    ]
+    binary(folder, name="train1.de-en.de")
+    with pytest.raises(
+        ValueError, match="holds train1.de-en.de, which would not be read: make one train.de-en of all"
+    ):
+        load(DataArguments(dataset=str(folder)))
 
 
 def test_an_empty_dictionary_is_refused(tmp_path):
@@ -253,8 +290,15 @@ def test_text_that_its_dictionary_does_not_know_is_refused_with_the_share(tmp_pa
         for name, line in (("train", "a b a a b"), ("valid", "a"), ("test", "a")):
             (tmp_path / f"{name}.{language}").write_text(f"{line}\n")
     load(DataArguments(dataset=str(tmp_path)))
+    (tmp_path / "train.de").write_text("a b a a b\n" * 20)
+    (tmp_path / "train.en").write_text("a b a a b\n" * 19 + "a b a a x\n")  # a hundredth
+    load(DataArguments(dataset=str(tmp_path)))
+    assert not caplog.records
+    (tmp_path / "train.de").write_text("a b a a b\n")
     (tmp_path / "train.en").write_text("a b a a x\n")  # a fifth
     load(DataArguments(dataset=str(tmp_path)))
+    (told,) = caplog.records
+    assert "20% of the en tokens of train are not in dict.en.txt, and one that is made of them" in told.getMessage()
     (tmp_path / "train.en").write_text("a b x x b\n")
     with pytest.raises(
         ValueError, match="40% of the en tokens of train are not in dict.en.txt, and at most 20% may be"

@@ -1,5 +1,6 @@
 """The model: its size, its start, what is tied and what is frozen, and the traps of FSMT."""
 
+import json
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from tasks.translation import trainer
 from tasks.translation.corpus import collate
-from tasks.translation.model import TranslationTransformer, build
+from tasks.translation.model import TranslationTransformer, build, load
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,37 @@ def test_saving_keeps_numbers_ties_and_what_is_trained(small, tmp_path):
         n for n, _ in small.named_parameters()
     ]
     assert not any("embed_positions" in name for name, _ in again.named_parameters())
+
+
+def change(file, **fields):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def test_the_search_of_a_saved_model_is_not_steered_by_its_folder(small, tmp_path):
+    small.save_pretrained(tmp_path)
+    search = lambda model: model.eval().translate(INPUTS["input_ids"], INPUTS["attention_mask"], num_beams=3).tolist()  # noqa: E731
+    expected = search(small)
+    assert search(load(tmp_path)) == expected
+    forbidden = sorted({token for row in expected for token in row} - {1, 2})
+    change(
+        tmp_path / "generation_config.json", suppress_tokens=forbidden, no_repeat_ngram_size=1, forced_bos_token_id=7
+    )
+    assert search(TranslationTransformer.from_pretrained(tmp_path)) != expected == search(load(tmp_path))
+    change(tmp_path / "config.json", repetition_penalty=5.0, max_length=9)
+    assert search(load(tmp_path)) == expected
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("scale_embedding", False), ("tie_word_embeddings", False), ("decoder_layerdrop", 0.5), ("pad_token_id", 0)],
+)
+def test_a_configuration_of_another_architecture_is_refused(small, tmp_path, name, value):
+    small.save_pretrained(tmp_path)
+    change(tmp_path / "config.json", dropout=0.4, activation_function="gelu")
+    assert load(tmp_path).config.activation_function == "gelu"
+    change(tmp_path / "config.json", **{name: value})
+    with pytest.raises(ValueError, match=f"config.json has `{name}` {value}, and a transformer_iwslt_de_en "):
+        load(tmp_path)
 
 
 def test_no_position_sees_a_later_one_whether_labels_are_given_or_not(small):

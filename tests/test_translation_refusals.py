@@ -92,6 +92,68 @@ def test_a_training_file_beside_its_copy_is_refused(tmp_path):
         sources.from_datasets(str(tmp_path), None, "de", "en")
 
 
+BESIDE = ("README.md", "LICENSE", "fetch.py", ".hidden.en", "notes.txt")
+
+
+@pytest.mark.parametrize("others", [("val.de", "val.en"), ("test2016.de.gz",), ("more.en",)])
+def test_text_that_would_not_be_read_is_refused(tmp_path, others):
+    write(tmp_path, "train", pairs(40))
+    for name in BESIDE:
+        (tmp_path / name).write_text("")
+    assert len(sources.parallel_folder(tmp_path, "de", "en")["test"]) == 2
+    for name in others:
+        (tmp_path / name).write_text("a\n")
+    with pytest.raises(
+        ValueError, match=f"holds {', '.join(others)}, which would not be read: call held-out sets valid"
+    ):
+        sources.parallel_folder(tmp_path, "de", "en")
+    # Beside held-out sets there may be others.
+    for name in ("valid", "test"):
+        write(tmp_path, name, pairs(5))
+    assert len(sources.parallel_folder(tmp_path, "de", "en")["test"]) == 5
+
+
+@pytest.mark.parametrize("name", ["valid.en", "test.en"])
+def test_a_held_out_file_in_one_language_alone_is_no_sign_of_none(tmp_path, name):
+    write(tmp_path, "train", pairs(40))
+    (tmp_path / name).write_text("a\n")
+    with pytest.raises(ValueError, match="valid.de is missing: a folder of text has train, valid and test"):
+        sources.parallel_folder(tmp_path, "de", "en")
+
+
+ROWS = "".join(json.dumps({"de": german, "en": english}) + "\n" for german, english in pairs(40))
+
+
+@pytest.mark.parametrize("held_out", [(), ("validation", "test")])
+@pytest.mark.parametrize("other", ["holdout.jsonl", "final.csv", "parts/more.jsonl.gz", "corpus.json"])
+def test_tables_that_would_not_be_read_are_refused(tmp_path, held_out, other):
+    kind = other.partition(".")[2].removesuffix(".gz").replace("csv", "jsonl")
+    for name in ("train", *held_out):
+        (tmp_path / f"{name}.{kind}").write_text(ROWS)
+    for name in (*BESIDE, "checksums.json", "dataset_infos.json", "dict.de.txt", ".cache/x.jsonl", "tmp/x.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}" if name.endswith("json") else "")
+    sources.from_datasets(str(tmp_path), None, "de", "en")
+    (tmp_path / other).parent.mkdir(exist_ok=True)
+    (tmp_path / other).write_text("")
+    with pytest.raises(ValueError, match=f"holds {other}, which would not be read: call held-out sets validation"):
+        sources.from_datasets(str(tmp_path), None, "de", "en")
+    # The folder itself can say what is read.
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: x\n  data_files: train.{kind}\n---\n")
+    sources.from_datasets(str(tmp_path), None, "de", "en")
+
+
+@pytest.mark.parametrize(
+    "names, told", [(("corpus", "final"), True), (("part-1", "part-2"), False), (("train-a", "train-b"), False)]
+)
+def test_files_whose_names_say_no_split_are_told(tmp_path, caplog, names, told):
+    for name, rows in zip(names, (ROWS, ROWS[: len(ROWS) // 2].rpartition("\n")[0]), strict=True):
+        (tmp_path / f"{name}.jsonl").write_text(rows)
+    sources.from_datasets(str(tmp_path), None, "de", "en")
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"No file of {tmp_path} (corpus.jsonl, final.jsonl ...) says which split it is: all are taken as one, of which parts are held out."] * told  # fmt: skip
+
+
 def test_a_comma_that_makes_another_field_is_refused(tmp_path):
     (tmp_path / "train.csv").write_text("de,en\nja, gut,yes\nnein, gut,no\n")  # pandas reads " gut" and "yes"
     with pytest.raises(ValueError, match="`dataset` has rows with more fields than its header"):

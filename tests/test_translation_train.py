@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,10 @@ import yaml
 from processes import in_ranks
 from translation_toys import difference, flags, parse, weights, write_word_for_word
 
+from tasks.translation import fairseq_format
 from tasks.translation import train as task
 from tasks.translation.batches import TokenBatchSampler
+from tasks.translation.corpus import collate
 from tasks.translation.data import load
 from tasks.translation.vocabulary import Vocabulary
 
@@ -82,6 +86,34 @@ def test_a_saved_model_is_refused_with_a_dictionary_of_another_order(finished, t
     words = f"`model` .* has {first[0]!r} in line 1 of dict.en.txt, and `dataset` {second[0]!r}: give the data"
     with pytest.raises(ValueError, match=words):
         task.build_model(arguments, corpus)
+
+
+def test_a_saved_model_with_too_few_positions_is_refused(finished, text, tmp_path):
+    model = shutil.copytree(finished[0], tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    arguments, _ = parse(*flags(text, tmp_path, model=model))
+    corpus = load(arguments)
+    longest = max(
+        len(ids) for split in corpus.splits.values() for side in ("input_ids", "labels") for ids in split[side]
+    )
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": longest}))
+    fits = task.build_model(arguments, corpus)
+    fits(**collate([row for row in corpus.splits["train"] if len(row["input_ids"]) == longest]))
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": longest - 1}))
+    with pytest.raises(
+        ValueError, match=f"has {longest - 1} positions, and `dataset` sentences of up to {longest} tokens"
+    ):
+        task.build_model(arguments, corpus)
+
+
+def test_a_finished_run_is_not_written_over_by_another_model(finished, tmp_path):
+    for write in (fairseq_format.to_fairseq, partial(fairseq_format.to_hugging_face, finished[0])):
+        with pytest.raises(
+            ValueError, match=f"{finished[0]} holds a finished run .result.json., whose files would be"
+        ):
+            write(finished[0], finished[0], ("de", "en"))
+    fairseq_format.to_fairseq(finished[0], tmp_path / "new", ("de", "en"))
+    fairseq_format.to_fairseq(finished[0], tmp_path / "new", ("de", "en"))  # its own files may be
 
 
 PARALLEL = {"num_train_epochs": 2, "max_tokens": 50, "save_strategy": "steps", "save_steps": 2}

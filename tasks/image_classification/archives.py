@@ -7,6 +7,8 @@ another size, would train and score something else than the data set of that nam
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,7 +43,8 @@ def read(name: str, folder: Path, columns: tuple[str, str] | None = None) -> tup
         columns (`tuple[str, str]`, *optional*): the image's and the label's in parquet files, if not those of the hub.
 
     Raises:
-        `ValueError`: there is nothing of the kind, or it is damaged, or it is not the data set of that name.
+        `ValueError`: there is nothing of the kind, or it is damaged, or it is not the data set of that name, or there are several of which
+            one would be taken.
     """
     if not folder.exists():
         raise ValueError(f"`data_dir` is {folder}, which does not exist: give a folder with the files of {name}.")
@@ -49,6 +52,10 @@ def read(name: str, folder: Path, columns: tuple[str, str] | None = None) -> tup
         raise ValueError(f"`data_dir` is {folder}, a file: give the folder that holds the files of {name}.")
     images = DATASETS[name] if columns is None else replace(DATASETS[name], columns=columns)
     if (found := hub_files.read(folder, images)) is not None:
+        if others := [file for form in _other_forms(name) for file in sorted(folder.rglob(form)) if file.is_file()]:
+            raise ValueError(
+                f"{folder} holds parquet files, and {others[0]} of {name} as well: move one of the two out of `data_dir`."
+            )
         return found
     if name == "tiny_imagenet":
         return folders.tiny_imagenet(folder)
@@ -60,6 +67,13 @@ def read(name: str, folder: Path, columns: tuple[str, str] | None = None) -> tup
         f"`data_dir` is {folder}, where no files of {name} were found: expected train and test parquet files, "
         "CIFAR's python archive, or Fashion-MNIST's *-ubyte.gz files."
     )
+
+
+def _other_forms(name: str) -> list[str]:
+    if name not in CIFAR:
+        return ["wnids.txt" if name == "tiny_imagenet" else "*-idx?-ubyte.gz"]
+    train, test, prefix, _ = CIFAR[name]
+    return [*train, test, f"{prefix}-python.tar.gz"]
 
 
 # --- idx files -------------------------------------------------------------------------------------------------------
@@ -106,27 +120,48 @@ def _idx_pair(folder: Path, split: str, images: Images) -> Arrays:
 def _cifar(name: str, folder: Path) -> tuple[Arrays, Arrays] | None:
     train, test, prefix, labels = CIFAR[name]
     archives = [folder] if folder.is_file() else sorted(folder.glob(f"{prefix}-python.tar.gz"))
-    if archives:
-        contents = {f"{archives[0]}: {name}": data for name, data in read_members(archives[0], [*train, test]).items()}
-        order = [f"{archives[0]}: {batch}" for batch in [*train, test]]
-    else:
-        found = [
-            next((file for file in sorted(folder.rglob(batch)) if file.is_file()), None) for batch in [*train, test]
-        ]
-        if not any(found):
-            return None
-        if None in found:
-            missing = [*train, test][found.index(None)]
+    unpacked: dict[str, Path] = {}
+    known = {*train, test}
+    for file in sorted(folder.rglob("*")):
+        batch = file.name
+        further = name == "cifar10" and re.fullmatch(r"data_batch_\d+", batch)  # CIFAR-100 may lie beside CIFAR-10
+        if not (batch in known or further) or not file.is_file():
+            continue
+        if batch in unpacked:
             raise ValueError(
-                f"{missing} is missing in {folder}, which holds other parts of {name}: unpack the archive anew."
+                f"{folder} holds {unpacked[batch]} and {file}, of which one would be read: move the other out of it."
             )
-        for file in found:
+        if batch not in known:
+            raise ValueError(f"{file} is no part of {name}, and would be passed over: move it out of `data_dir`.")
+        unpacked[batch] = file
+    if archives:
+        members = read_members(archives[0], [*train, test])
+        for batch, file in unpacked.items():
+            if file.stat().st_size != len(members[batch]) or file.read_bytes() != members[batch]:
+                raise ValueError(
+                    f"{file} is not the one in {archives[0]}, which would be read: move one of the two out of `data_dir`."
+                )
+        contents = {f"{archives[0]}: {batch}": members[batch] for batch in [*train, test]}
+    else:
+        if not unpacked:
+            return None
+        missing = [batch for batch in [*train, test] if batch not in unpacked]
+        if missing:
+            raise ValueError(
+                f"{missing[0]} is missing in {folder}, which holds other parts of {name}: unpack the archive anew."
+            )
+        contents = {}
+        for file in (unpacked[batch] for batch in [*train, test]):
             if file.stat().st_size > LARGEST:
                 raise ValueError(f"{file} is not a batch of CIFAR: it has more than {LARGEST >> 20} MiB.")
-        contents = {str(file): file.read_bytes() for file in found}
-        order = [*map(str, found)]
-    batches = [_batch(contents[where], labels, DATASETS[name], where) for where in order]
-    return joined(batches[:-1]), batches[-1]
+            contents[str(file)] = file.read_bytes()
+    batches = [_batch(data, labels, DATASETS[name], where) for where, data in contents.items()]
+    *parts, test_part = batches
+    usual = Counter(len(y) for _, y in parts).most_common(1)[0][0]
+    for where, (_, y) in zip(contents, parts, strict=False):
+        if len(y) != usual:
+            raise ValueError(f"{where} has {len(y)} images, and the other batches {usual}: fetch it again.")
+    return joined(parts), test_part
 
 
 def _batch(data: bytes, labels: str, images: Images, where: str) -> Arrays:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from tasks.command import Parser, run, sentence
-from tasks.files import write_whole
+from tasks.files import refuse_a_copy, write_whole
 from tasks.image_classification import archives, hub_files, models, pixels
 from tasks.image_classification.catalogue import DATASETS
 from tasks.image_classification.data import equal_shares
@@ -50,7 +50,7 @@ def stored(dataset: str, folder: Path) -> Iterator[tuple[str, Images]]:
     Each corruption's images of all severities, from a folder of `.npy` files as they are published.
 
     Raises:
-        `ValueError`: a file is missing or damaged, or not of this data set.
+        `ValueError`: a file is missing, damaged or another's copy, or not of this data set with its five severities.
     """
     missing = [name for name in (*NAMES, "labels") if not (folder / f"{name}.npy").is_file()]
     if missing:
@@ -62,6 +62,17 @@ def stored(dataset: str, folder: Path) -> Iterator[tuple[str, Images]]:
     labels = hub_files.checked_labels(
         np.atleast_1d(_array(folder / "labels.npy")).tolist(), images, f"{folder}/labels.npy"
     )
+    absent = sorted(set(range(images.classes)) - set(labels.tolist()))
+    if absent:
+        raise ValueError(
+            f"{folder}/labels.npy has no label {absent[0]}, and {len(absent)} of the {images.classes} classes of {dataset} are missing: is it "
+            f"{FOLDERS[dataset]}?"
+        )
+    if len(labels) % SEVERITIES or (labels != np.tile(labels[: len(labels) // SEVERITIES], SEVERITIES)).any():
+        raise ValueError(
+            f"{folder}/labels.npy does not hold the same labels {SEVERITIES} times, once for each severity: fetch it and the others again."
+        )
+    refuse_a_copy([folder / f"{name}.npy" for name in NAMES], "images")
     for name in NAMES:
         x = _array(folder / f"{name}.npy")
         if x.shape != (len(labels), *images.shape) or x.dtype != np.uint8:

@@ -76,9 +76,11 @@ def load(
         )
     (x, y), test = _digits() if name == "digits" else _read(name, data_dir)
     if not images.on_disk:
-        _warn_of_another_data_set(name, x)
+        _warn_of_another_data_set(name, training=x, test=test[0])
     if name != "digits" and not images.on_disk:
         _refuse_repetitions(x, test[0], data_dir or images.hub)
+    if len(test[1]) > len(y):
+        logger.warning(f"There are {len(y)} training images and {len(test[1])} test images: are the two exchanged?")
     for split, classes in (("training", y), ("test", test[1])):
         missing = sorted(set(range(images.classes)) - set(classes.tolist()))
         if missing:
@@ -179,14 +181,14 @@ def _middle(pixels: np.ndarray, images: Images) -> np.ndarray:
     return np.concatenate(parts) if parts else np.empty((0, images.size, images.size, images.channels), np.uint8)
 
 
-def _warn_of_another_data_set(name: str, x: np.ndarray) -> None:
-    mean = (x.mean(axis=(0, 1, 2)) / 255).round(3)
-    if (
-        np.abs(mean - DATASETS[name].mean).max() > 0.05
-    ):  # MNIST's files, for instance, have the names of Fashion-MNIST's
-        logger.warning(
-            f"The pixels' mean is {mean.tolist()}, and that of {name} {list(DATASETS[name].mean)}: is it that data set?"
-        )
+def _warn_of_another_data_set(name: str, **parts: np.ndarray) -> None:
+    for part, x in parts.items():
+        mean = (x.mean(axis=(0, 1, 2)) / 255).round(3)
+        # MNIST's files, for instance, have the names of Fashion-MNIST's.
+        if np.abs(mean - DATASETS[name].mean).max() > 0.05:
+            logger.warning(
+                f"The {part} pixels' mean is {mean.tolist()}, and that of {name} {list(DATASETS[name].mean)}: is it that data set?"
+            )
 
 
 def _refuse_repetitions(train: np.ndarray, test: np.ndarray, where: str | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -55,7 +55,8 @@ def imagenet(folder: Path) -> tuple[Files, Files]:
     The training and the validation files of ImageNet-1k, in folders `train` and `val` with a folder for each class.
 
     Raises:
-        `ValueError`: a folder is missing, or has no pictures or another number of classes; the sentence names it.
+        `ValueError`: a folder is missing, or has no pictures or another number of classes, or one is a copy of the other; the sentence
+            names it.
     """
     for part in ("train", "val"):
         if not (folder / part).is_dir():
@@ -71,13 +72,27 @@ def imagenet(folder: Path) -> tuple[Files, Files]:
         raise ValueError(
             f"{folder / 'val'} has no folder for each class: sort its pictures into folders named as those of train."
         )
-    return _by_class(folder / "train", classes), _by_class(folder / "val", classes)
+    train, val = (_by_class(folder / part, classes) for part in ("train", "val"))
+    # ImageNet has no file name twice.
+    known = {(file.parent.name, file.name) for file in train[0]}
+    again = [file for file in val[0] if (file.parent.name, file.name) in known]
+    if len(again) > len(val[0]) / 10:
+        raise ValueError(
+            f"{folder}: {len(again)} of the {len(val[0])} files of val are in train too ({again[0].parent.name}/{again[0].name}), and scores of "
+            f"them mean nothing: {AGAIN}."
+        )
+    return train, val
 
 
 def _by_class(folder: Path, classes: Sequence[str]) -> Files:
     files, labels = [], []
+    for place in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if place.name not in classes and (other := next(_pictures(place), None)):
+            raise ValueError(
+                f"{other} is in no folder of a class, and would be left out: sort all pictures, or {AGAIN}."
+            )
     for label, name in enumerate(classes):
-        found = sorted(file for file in (folder / name).rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+        found = sorted(_pictures(folder / name))
         if not found:
             without = [name for name in classes if not (folder / name).is_dir()]
             known = f", and {len(without)} of {len(classes)} classes have no folder" if without else ""
@@ -85,6 +100,10 @@ def _by_class(folder: Path, classes: Sequence[str]) -> Files:
         files += found
         labels += [label] * len(found)
     return files, np.array(labels, dtype=np.int64)
+
+
+def _pictures(place: Path) -> Iterator[Path]:
+    return (file for file in (place, *place.rglob("*")) if file.suffix.lower() in IMG_EXTENSIONS)
 
 
 def _refuse_missing(listed: Path, folder: Path) -> None:
@@ -119,6 +138,10 @@ def _annotated(listed: Path, classes: Sequence[str]) -> Files:
             else "has no line in"
         )
         raise ValueError(f"{listed.parent / 'images'} {what} {listed.name}: {AGAIN}.")
+    if others := sorted(set(_pictures(listed.parent / "images")).difference(files)):
+        raise ValueError(
+            f"{listed} has no line for {others[0]}, and {len(others)} pictures would be left out: {AGAIN}."
+        )
     return files, np.array(labels, dtype=np.int64)
 
 

@@ -27,6 +27,8 @@ from tasks.image_classification.catalogue import DATASETS, Images
 
 Arrays = tuple[np.ndarray, np.ndarray]  # images (N, H, W, C) in uint8, labels (N,) in int64
 
+# A capital, or what a download that broke off adds. Checksums may be there.
+ODD = re.compile(r"\.(?!parquet$)(?i:parquet)(?!\.(md5|sha\d+|crc|sig|asc)$)")
 MODES = {1: "L", 3: "RGB"}
 
 
@@ -53,6 +55,12 @@ def read(folder: Path, images: Images) -> tuple[Arrays, Arrays] | None:
             f"{sorted(passed_over)[0]} says neither train nor {images.test_split}, and would be passed over: move it out of "
             "`data_dir` (validation images are a share of those for training)."
         )
+    for file in sorted(folder.rglob("*")):
+        visible = not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if visible and ODD.search(file.name) and file.is_file():
+            raise ValueError(
+                f"{file} does not end on .parquet, and would be passed over: rename it, fetch it anew, or move it out."
+            )
     for files in parquet.values():
         refuse_a_copy(files, "images")
         for file in files:

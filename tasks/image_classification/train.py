@@ -134,6 +134,10 @@ def prepare(task: ImageArguments, args: TrainingArguments) -> Setup:
             f"`metric_for_best_model` is {args.metric_for_best_model}, and `eval_splits` is {' '.join(task.eval_splits)}: the "
             "best model is chosen by validation alone, so leave one of them out."
         )
+    if args.neftune_noise_alpha is not None:
+        raise ValueError(
+            f"`neftune_noise_alpha` is {args.neftune_noise_alpha}, and it is noise for the embeddings of words, which images have not: leave it out."
+        )
     splits = data.load(
         task.dataset,
         task.data_dir,

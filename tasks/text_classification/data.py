@@ -183,18 +183,24 @@ def _value(label: str) -> str | Decimal:
 
 
 def _warn_of_repetitions(splits: Mapping[str, Dataset]) -> None:
-    """Says so if more than half of the texts that are scored are trained on: a copy of the file, rows that come again and again."""
+    """Says so if more than half of the texts that are scored are trained on, or those of the test chosen by: a copy of a file."""
 
     def texts(split: Dataset) -> list[tuple[str, ...]]:
         return list(zip(*(split[name] for name in ("text", "pair") if name in split.column_names), strict=True))
 
-    trained = set(texts(splits["train"]))
-    for name, split in splits.items():
-        again = sum(text in trained for text in texts(split))
-        if name != "train" and again > len(split) / 2:
+    of = {name: texts(split) for name, split in splits.items()}
+    trained, chosen = set(of.pop("train")), set(of.get("validation", ()))
+    for name, rows in of.items():
+        again = sum(text in trained for text in rows)
+        if again > len(rows) / 2:
             logger.warning(
-                f"{again} of the {len(split)} {name} texts are training texts too: their scores say what was learnt by heart."
+                f"{again} of the {len(rows)} {name} texts are training texts too: their scores say what was learnt by heart."
             )
+    again = sum(text in chosen for text in of.get("test", ()))
+    if again > min(len(of.get("test", ())), len(chosen)) / 2:
+        logger.warning(
+            f"{again} of the {len(of['test'])} test texts are validation texts too: what is chosen by the one is chosen by the other."
+        )
 
 
 def read(file: Path, task: DataArguments) -> dict[str, list[str]]:

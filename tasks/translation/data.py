@@ -8,8 +8,8 @@ from pathlib import Path
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from tasks.translation import sources
-from tasks.translation.checks import refuse_changed, refuse_symbols, refuse_unknown
+from tasks.translation import folders, sources
+from tasks.translation.checks import refuse_changed, refuse_cut, refuse_symbols, refuse_unknown
 from tasks.translation.corpus import Corpus, build
 from tasks.translation.data_bin import data_bin_prefix, read_binary, read_dictionaries
 from tasks.translation.text import Subwords, Tokenizer, join_subwords
@@ -19,7 +19,7 @@ from tasks.translation.vocabulary import Vocabulary
 logger = logging.get_logger(__name__)
 SPLITS = {"train": "train", "validation": "valid", "test": "test"}  # ours and fairseq's names
 MERGES = 10000
-SAMPLE = 300  # pairs of a prepared folder, by which its BPE is known again
+SAMPLE = 300  # pairs of a split of a prepared folder, by which its BPE is known again
 
 
 @dataclass
@@ -81,7 +81,7 @@ def load(arguments: DataArguments) -> Corpus:
         refuse_ignored(arguments, "dataset_config", "bpe_merges")
         return with_part(from_prepared(folder, *languages), examples)
     else:
-        sources.refuse_incomplete(folder, *languages)
+        folders.refuse_incomplete(folder, *languages)
         if (folder / f"train.{languages[0]}").is_file():
             refuse_ignored(arguments, "dataset_config")
             pairs = sources.parallel_folder(folder, *languages)
@@ -133,6 +133,7 @@ def from_text(
     """
     Tokenises, lower-cases, learns a joint BPE and separate vocabularies on the training pairs that are taken, and encodes all.
     """
+    refuse_cut(splits, (source, target))
     tokenizers = Tokenizer(source), Tokenizer(target)
     # A training pair with an empty side teaches to say nothing; held-out sets are scored as they are.
     train = [pair for pair in splits["train"] if all(side.strip() for side in pair)]
@@ -171,10 +172,9 @@ def from_text(
 def from_prepared(folder: Path, source: str, target: str) -> Corpus:
     """A folder of BPE text with dictionaries, as `scripts/run prepare_iwslt14` writes it."""
     vocabularies = read_dictionaries(folder, source, target)
-    datasets = {}
-    pairs: sources.Pairs = []
+    datasets, cut = {}, {}
     for name, prefix in SPLITS.items():
-        pairs = sources.parallel(folder, prefix, source, target)
+        pairs = cut[name] = sources.parallel(folder, prefix, source, target)
         ids = [tuple(v.encode(line) for v, line in zip(vocabularies, pair, strict=True)) for pair in pairs]
         refuse_symbols(ids, folder, prefix, (source, target))
         refuse_unknown(ids, folder, prefix, (source, target))
@@ -182,24 +182,25 @@ def from_prepared(folder: Path, source: str, target: str) -> Corpus:
         tokens = [tuple(join_subwords(line).replace("<unk>", "<<unk>>") for line in pair) for pair in pairs]
         datasets[name] = build(ids, tokens, running_text(tokens, source, target), name)
     code = folder / "code"
-    return Corpus(datasets, *vocabularies, Tokenizer(target), read_subwords(code, pairs) if code.is_file() else None)
+    return Corpus(datasets, *vocabularies, Tokenizer(target), read_subwords(code, cut) if code.is_file() else None)
 
 
-def read_subwords(code: Path, pairs: sources.Pairs) -> Subwords:
+def read_subwords(code: Path, splits: dict[str, sources.Pairs]) -> Subwords:
     """
-    The BPE that encoded some pairs.
+    The BPE that encoded the pairs of a folder.
 
     Raises:
-        `ValueError`: it would have encoded one of the first hundreds otherwise.
+        `ValueError`: it would have encoded one of some hundreds otherwise, which are spread evenly over a split.
     """
     subwords = Subwords.read(code)
-    lines = [line for pair in pairs[:SAMPLE] for line in pair]
-    foreign = sum(subwords(join_subwords(line)).split() != line.split() for line in lines)
-    if foreign:
-        raise ValueError(
-            f"{code} splits {foreign} of {len(lines)} lines of this folder otherwise than they are: put the file there that the text was "
-            "prepared with, or remove it (the model is then saved without its BPE)."
-        )
+    for name, pairs in splits.items():
+        lines = [line for row in rows_of_part(min(SAMPLE, len(pairs)), len(pairs)) for line in pairs[row]]
+        foreign = sum(subwords(join_subwords(line)).split() != line.split() for line in lines)
+        if foreign:
+            raise ValueError(
+                f"{code} splits {foreign} of {len(lines)} lines of {name} otherwise than they are: put the file there that the text was prepared "
+                "with, prepare all files alike, or remove it (the model is then saved without its BPE)."
+            )
     return subwords
 
 
@@ -229,6 +230,7 @@ def from_data_bin(folder: Path, source: str, target: str) -> Corpus:
         if len(sides[0]) != len(sides[1]):
             raise ValueError(f"{prefix} has {len(sides[0])} {source} and {len(sides[1])} {target} sentences.")
         if name == "train":
+            folders.refuse_other_shards(folder, prefix)
             refuse_changed(vocabularies, folder, str(prefix), sides, (source, target))
         ids = list(zip(*sides, strict=True))
         refuse_unknown(ids, folder, split, (source, target))

@@ -10,6 +10,7 @@ import torch
 from transformers import FSMTConfig
 
 from tasks.command import sentence
+from tasks.runs import RESULT
 from tasks.translation.data_bin import read_dictionaries, write_dictionaries
 from tasks.translation.model import TranslationTransformer, load
 
@@ -225,6 +226,10 @@ def to_hugging_face(checkpoint: Path, dictionaries: Path, folder: Path, language
 def _check_destination(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is there and no folder: give another destination.")
+    if (folder / RESULT).exists():
+        raise ValueError(
+            f"{folder} holds a finished run ({RESULT}), whose files would be written over: give another destination."
+        )
 
 
 def to_fairseq(model: Path, folder: Path, languages: tuple[str, str]) -> None:

@@ -5,7 +5,14 @@ import math
 from pathlib import Path
 
 from torch import nn
-from transformers import FSMTConfig, FSMTForConditionalGeneration, FSMTModel, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    FSMTConfig,
+    FSMTForConditionalGeneration,
+    FSMTModel,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
 from transformers.models.fsmt.modeling_fsmt import Attention
 
 from tasks.command import sentence
@@ -17,6 +24,9 @@ SIZES = {
     "transformer-iwslt-de-en": {"d_model": 512, "layers": 6, "attention_heads": 4, "ffn_dim": 1024},
     "transformer-small": {"d_model": 128, "layers": 3, "attention_heads": 4, "ffn_dim": 256},
 }
+# What FSMT can have otherwise, and this architecture and its data have not.
+FIXED = {"scale_embedding": True, "tie_word_embeddings": True, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
+FIXED |= {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
 
 
 class FinishAtLimit(LogitsProcessor):
@@ -136,9 +146,12 @@ def load(folder: Path, **changes) -> TranslationTransformer:
         `ValueError`: its files are missing, damaged or another model's, or lack weights, which would be random.
     """
     try:
-        kind = json.loads((folder / "config.json").read_bytes()).get("model_type")
-        if kind != FSMTConfig.model_type:
+        config = json.loads((folder / "config.json").read_bytes())
+        if (kind := config.get("model_type")) != FSMTConfig.model_type:
             raise ValueError(f"its config.json is of a model of type {kind}, not {FSMTConfig.model_type}")
+        for name, needed in FIXED.items():
+            if (value := config.get(name, needed)) != needed:
+                raise ValueError(f"its config.json has `{name}` {value}, and a transformer_iwslt_de_en {needed}")
         model, found = TranslationTransformer.from_pretrained(folder, output_loading_info=True, **changes)
     except Exception as error:  # of transformers, safetensors, json and the file system
         raise ValueError(f"{folder} holds no model of this task: {sentence(error)}.") from error
@@ -147,6 +160,9 @@ def load(folder: Path, **changes) -> TranslationTransformer:
     )
     if wrong:
         raise ValueError(f"{folder} holds no model of this task: these weights do not fit: {', '.join(wrong)}.")
+    # The search is fairseq's. What the folder says of it beside (generation_config.json: tokens to suppress, ...) has no part in it.
+    symbols = {name: number for name, number in FIXED.items() if name.endswith("_id")}
+    model.generation_config = GenerationConfig(**symbols, use_cache=True)
     return model
 
 

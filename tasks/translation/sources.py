@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from tasks.command import cut, sentence
 from tasks.files import object_of, refuse_a_copy, refuse_misread
+from tasks.translation import folders
 
 
 logger = logging.get_logger(__name__)
@@ -113,38 +114,18 @@ def parallel(folder: Path, name: str, source: str, target: str) -> Pairs:
 
 
 def parallel_folder(folder: Path, source: str, target: str) -> dict[str, Pairs]:
-    """`train`, `valid` and `test` text files of a folder; if there is only `train`, it is split."""
-    if not any((folder / f"{name}.{source}").is_file() for name in ("valid", "test")):
+    """
+    `train`, `valid` and `test` text files of a folder; if there is only `train`, it is split.
+
+    Raises:
+        `ValueError`: a file is missing, or another lies beside `train` alone; or see [`parallel`].
+    """
+    held_out = [folder / f"{name}.{language}" for name in ("valid", "test") for language in (source, target)]
+    if not any(file.is_file() for file in held_out):
+        folders.refuse_other_text(folder, source, target)
         return split(parallel(folder, "train", source, target))
     names = {"train": "train", "validation": "valid", "test": "test"}
     return {split: parallel(folder, name, source, target) for split, name in names.items()}
-
-
-def refuse_incomplete(folder: Path, source: str, target: str) -> None:
-    """
-    Names what a folder lacks that is neither raw text in this source language nor for `datasets`.
-
-    Raises:
-        `ValueError`: it looks prepared, and its text must not be tokenised and cut again, but has no source dictionary; or
-            it has a training text, but not in the source language.
-    """
-    signs = [f"dict.{target}.txt"]
-    if (folder / f"train.{source}").is_file():  # and not a folder of json files, where these mean nothing
-        signs += ["code", "checksums.json", "tmp"]
-    prepared = [name for name in signs if (folder / name).exists()]
-    if prepared:
-        raise ValueError(
-            f"`dataset` {folder} holds {', '.join(prepared)}, as a prepared folder does, but dict.{source}.txt is missing: "
-            f"prepare it again (or move raw text into a folder of its own); is `source_language` {source} right?"
-        )
-    texts = sorted(
-        file.name for pattern in ("train.??", "train.*.idx", f"train.{target}") for file in folder.glob(pattern)
-    )
-    if texts and not (folder / f"train.{source}").is_file():
-        raise ValueError(
-            f"`dataset` {folder} holds {', '.join(dict.fromkeys(texts))}, but train.{source} is missing, or no file; is "
-            f"`source_language` {source} right?"
-        )
 
 
 def column_pairs(rows: Dataset, source: str, target: str, held_out: bool = False) -> Pairs:
@@ -221,7 +202,7 @@ def from_datasets(name: str, config: str | None, source: str, target: str) -> di
     A json, csv or parquet file, a folder of them or a data set of the hub; if it has only one split, that is split.
 
     Raises:
-        `ValueError`: `datasets` cannot load it, two of the three splits are there, or a file beside its copy.
+        `ValueError`: `datasets` cannot load it, two of the three splits are there, a file beside its copy, or one that is not read.
     """
     path = Path(name)
     _refuse_double_keys([path] if path.is_file() else sorted(path.rglob("*.json")))
@@ -243,8 +224,10 @@ def from_datasets(name: str, config: str | None, source: str, target: str) -> di
         ) from error
     assert isinstance(loaded, DatasetDict)
     if path.is_dir():
-        for files in load_dataset_builder(name, config).config.data_files.values():
+        read = load_dataset_builder(name, config).config.data_files
+        for files in read.values():
             refuse_a_copy(filter(Path.is_file, map(Path, files)), "pairs")  # others are parts of archives
+        folders.refuse_other_data(path, read)
     splits = {
         name: column_pairs(rows, source, target, held_out=name != "train" and len(loaded) > 1)
         for name, rows in loaded.items()

@@ -61,7 +61,7 @@ def build_model(task: TranslationArguments, corpus: Corpus) -> models.Translatio
     A new model, or a saved one with the same vocabularies.
 
     Raises:
-        `ValueError`: no such model, or its vocabularies are of another size, order or words.
+        `ValueError`: no such model, its vocabularies are of another size, order or words, or a sentence is too long for it.
     """
     sizes = len(corpus.source_vocabulary), len(corpus.target_vocabulary)
     dropout = {} if task.dropout is None else {"dropout": task.dropout}
@@ -73,6 +73,14 @@ def build_model(task: TranslationArguments, corpus: Corpus) -> models.Translatio
         raise ValueError(
             f"`model` {task.model} has {saved[0]} and {saved[1]} tokens, `dataset` {sizes[0]} and {sizes[1]}: give the data "
             "that the model was trained on."
+        )
+    positions = model.config.max_position_embeddings
+    longest = max(
+        len(ids) for split in corpus.splits.values() for side in ("input_ids", "labels") for ids in split[side]
+    )
+    if longest > positions:
+        raise ValueError(
+            f"`model` {task.model} has {positions} positions, and `dataset` sentences of up to {longest} tokens: leave these out or cut them."
         )
     vocabularies = (corpus.source_vocabulary, corpus.target_vocabulary)
     for language, vocabulary in zip((task.source_language, task.target_language), vocabularies, strict=True):
