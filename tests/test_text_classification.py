@@ -206,24 +206,36 @@ def test_texts_that_were_trained_on_are_said(tmp_path, monkeypatch):
     monkeypatch.setattr(data.logger, "warning", said.append)
     rows = [f"text {i},{i % 2}\n" for i in range(20)]
     (tmp_path / "copy.csv").write_text(
-        "text,label\n" + "".join(rows[:11]) + "".join(f"other {row}" for row in rows[:9])
+        "text,label\n" + "".join(rows[:3]) + "".join(f"other {row}" for row in rows[:17])
     )
     load(tmp_path, "a.csv", "text,label\n" + "".join(rows[1:]), test_file=str(tmp_path / "copy.csv"))
     assert not said
     load(tmp_path, "a.csv", "text,label\n" + "".join(rows), test_file=str(tmp_path / "copy.csv"))
     load(tmp_path, "a.csv", "text,label\n" + "".join(rows * 2), validation_share=0.1)
-    assert [text.partition(" are ")[0] for text in said] == ["11 of the 20 test texts", "4 of the 4 validation texts"]
+    (tmp_path / "doubled.csv").write_text(
+        "text,label\n" + "other,0\n" * 3 + "".join(f"other {row}" for row in rows[:17])
+    )
+    load(tmp_path, "a.csv", "text,label\n" + "".join(rows), test_file=str(tmp_path / "doubled.csv"))
+    (tmp_path / "doubled.csv").write_text(
+        "text,label\n" + "other,0\n" * 4 + "".join(f"other {row}" for row in rows[:16])
+    )
+    load(tmp_path, "a.csv", "text,label\n" + "".join(rows), test_file=str(tmp_path / "doubled.csv"))
+    assert [text.partition(" texts are ")[0] for text in said] == [
+        "3 of the 20 test",
+        "4 of the 4 validation",
+        "3 of the 20 test",
+    ]
 
 
-@pytest.mark.parametrize("shared, told", [(2, False), (3, True)])
+@pytest.mark.parametrize("shared, told", [(1, False), (2, True)])
 def test_texts_that_are_chosen_by_and_scored_are_said(tmp_path, monkeypatch, shared, told):
     said = []
     monkeypatch.setattr(data.logger, "warning", said.append)
-    for name, texts in (("train", range(9)), ("validation", range(10, 14)), ("test", range(14 - shared, 30))):
+    for name, texts in (("train", range(9)), ("validation", range(10, 20)), ("test", range(20 - shared, 40))):
         (tmp_path / f"{name}.tsv").write_text("text\tlabel\n" + "".join(f"text {i}\t{i % 2}\n" for i in texts))
     files = {f"{name}_file": str(tmp_path / f"{name}.tsv") for name in ("train", "validation", "test")}
     data.load(data.DataArguments(**files))
-    assert said == ["3 of the 19 test texts are validation texts too: what is chosen by the one is chosen by the other."] * told  # fmt: skip
+    assert said == ["2 of the 22 test texts are validation texts too: what is chosen by the one is chosen by the other."] * told  # fmt: skip
 
 
 @pytest.mark.parametrize("columns", [["text", "text"], ["text", "label"]])

@@ -419,3 +419,17 @@ def test_more_beams_than_tokens_are_refused_before_they_fill_the_memory(tmp_path
         ValueError, match="`generation_num_beams` is 100000, and a hypothesis can begin with .* tokens only"
     ):
         train.train(*recipes.parse((train.TranslationArguments, train.TrainingArguments), line, ""))
+
+
+def test_a_quotation_mark_that_swallows_rows_is_told(tmp_path):
+    rows = [f"ja {i},yes {i}\n" for i in range(40)]
+    file = tmp_path / "train.csv"
+    file.write_text("de,en\n" + "".join(rows) + f"{'a ' * 100_000},long\n")
+    assert len(sources.from_datasets(str(file), None, "de", "en")["train"]) == 36
+    rows[3], rows[30] = f'"{rows[3]}', 'ja 30","yes"\n'
+    file.write_text("de,en\n" + "".join(rows))
+    for where in (file, tmp_path):
+        with pytest.raises(
+            ValueError, match="train.csv cannot be read: row 4 has 26 lines in its de that look like rows"
+        ):
+            sources.from_datasets(str(where), None, "de", "en")

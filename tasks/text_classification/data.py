@@ -183,7 +183,7 @@ def _value(label: str) -> str | Decimal:
 
 
 def _warn_of_repetitions(splits: Mapping[str, Dataset]) -> None:
-    """Says so if more than half of the texts that are scored are trained on, or those of the test chosen by: a copy of a file."""
+    """Says so if more than a tenth of the texts that are scored are trained on or there before, or those of the test chosen by."""
 
     def texts(split: Dataset) -> list[tuple[str, ...]]:
         return list(zip(*(split[name] for name in ("text", "pair") if name in split.column_names), strict=True))
@@ -192,12 +192,16 @@ def _warn_of_repetitions(splits: Mapping[str, Dataset]) -> None:
     trained, chosen = set(of.pop("train")), set(of.get("validation", ()))
     for name, rows in of.items():
         again = sum(text in trained for text in rows)
-        if again > len(rows) / 2:
+        if again > len(rows) / 10:
             logger.warning(
                 f"{again} of the {len(rows)} {name} texts are training texts too: their scores say what was learnt by heart."
             )
+        if (twice := len(rows) - len(set(rows))) > len(rows) / 10:
+            logger.warning(
+                f"{twice} of the {len(rows)} {name} texts are there before, and count again: are the rows doubled?"
+            )
     again = sum(text in chosen for text in of.get("test", ()))
-    if again > min(len(of.get("test", ())), len(chosen)) / 2:
+    if again > min(len(of.get("test", ())), len(chosen)) / 10:
         logger.warning(
             f"{again} of the {len(of['test'])} test texts are validation texts too: what is chosen by the one is chosen by the other."
         )

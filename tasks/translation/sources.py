@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import lzma
 import re
@@ -11,7 +12,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder
 from transformers.utils import logging
 
 from tasks.command import cut, sentence
-from tasks.files import object_of, refuse_a_copy, refuse_misread
+from tasks.files import object_of, refuse_a_copy, refuse_misread, refuse_swallowed_rows
 from tasks.translation import folders
 
 
@@ -205,7 +206,9 @@ def from_datasets(name: str, config: str | None, source: str, target: str) -> di
         `ValueError`: `datasets` cannot load it, two of the three splits are there, a file beside its copy, or one that is not read.
     """
     path = Path(name)
-    _refuse_double_keys([path] if path.is_file() else sorted(path.rglob("*.json")))
+    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    _refuse_double_keys([file for file in files if file.suffix == ".json"])
+    _refuse_swallowed_rows([file for file in files if file.suffix == ".csv"])
     try:
         if path.is_file():
             if config is not None:
@@ -240,6 +243,22 @@ def from_datasets(name: str, config: str | None, source: str, target: str) -> di
     return {split: splits[split] for split in ("train", "validation", "test")}
 
 
+def _refuse_swallowed_rows(files: list[Path]) -> None:
+    """
+    Refuses csv files with a quotation mark that is not closed.
+
+    Raises:
+        `ValueError`: so it is; it names the file.
+    """
+    for file in files:
+        csv.field_size_limit(file.stat().st_size + 1)
+        with file.open(encoding="utf-8-sig", newline="", errors="replace") as lines:
+            try:
+                refuse_swallowed_rows(csv.DictReader(lines))
+            except (ValueError, csv.Error) as error:
+                raise ValueError(f"{file} cannot be read: {sentence(error)}") from error
+
+
 def _refuse_double_keys(files: list[Path]) -> None:
     """
     Refuses lists of objects in which a key is there twice: `datasets` takes the last. Of objects one a line it refuses them itself.
@@ -248,7 +267,7 @@ def _refuse_double_keys(files: list[Path]) -> None:
         `ValueError`: so it is; it names the file.
     """
     for file in files:
-        if file.suffix == ".json" and file.read_bytes().lstrip().startswith(b"["):
+        if file.read_bytes().lstrip().startswith(b"["):
             try:
                 json.loads(file.read_bytes(), object_pairs_hook=object_of, strict=False)
             except (ValueError, RecursionError) as error:

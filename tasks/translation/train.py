@@ -20,7 +20,7 @@ from transformers import set_seed
 from tasks import recipes, runs
 from tasks.arguments import CheckedArguments, TaskArguments
 from tasks.command import cut, refusals, run
-from tasks.identity import identity_of
+from tasks.identity import fingerprint_of_model, identity_of
 from tasks.results import CostMeter, write_result
 from tasks.translation import checks, data, metrics
 from tasks.translation import model as models
@@ -130,9 +130,8 @@ def prepare(task: TranslationArguments, args: TrainingArguments) -> Setup:
     set_seed(args.seed)
     model = build_model(task, corpus)
     # The data's fingerprints stand for where it came from.
-    identity = identity_of(
-        "translation", task, args, corpus.fingerprints, dataset=None, train_examples=None, dropout=model.config.dropout
-    )
+    facts = {"dropout": model.config.dropout, "model_files": fingerprint_of_model(task.model)}
+    identity = identity_of("translation", task, args, corpus.fingerprints, dataset=None, train_examples=None, **facts)
     output = Path(args.output_dir) if args.process_index == 0 else None
     scorers = {name: metrics.Scorer(corpus, name, output) for name in ("validation", "test")}
     meter, saved = CostMeter(model), SavedSteps()
