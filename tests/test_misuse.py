@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from toys import Classifier, Points, train
 from toys import arguments as training_arguments
-from transformers import TrainingArguments
+from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 
-from xsam_hf import XSAMArguments, XSAMState, XSAMTrainer, xsam_gradient
+from xsam_hf import XSAMArguments, XSAMMixin, XSAMState, XSAMTrainer, xsam_gradient
 from xsam_hf.trainer.callback import keep_lines_before
 
 
@@ -310,3 +310,18 @@ def test_a_range_without_an_update_is_refused(tmp_path):
 def test_arguments_and_state_of_another_kind_are_refused(wrong):
     with pytest.raises(TypeError, match="give an XSAMArguments, and an XSAMState"):
         update(**wrong)
+
+
+def test_the_mixin_behind_the_trainer_is_refused():
+    for bases in ((Trainer, XSAMMixin), (Seq2SeqTrainer, XSAMMixin), (type("Mine", (Trainer,), {}), XSAMMixin)):
+        with pytest.raises(TypeError, match=r"Plain has the Trainer in front of XSAMMixin.*put XSAMMixin in front"):
+            type("Plain", bases, {})
+
+    class Mine(Trainer):
+        pass
+
+    class Alone(XSAMMixin):
+        pass
+
+    for bases in ((XSAMMixin, Mine), (Mine, XSAMTrainer), (Alone, Mine)):
+        type("Right", bases, {})

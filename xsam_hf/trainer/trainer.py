@@ -51,6 +51,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
     other pass, it is L(θ_0 + ε).
 
     Raises:
+        `TypeError`: a class has it behind the Trainer, whose `training_step` asks no other.
         `ValueError`: the model has no trainable weights, or `args` is an [`XSAMArguments`] without the Trainer's fields.
         `NotImplementedError`: the training set-up steps inside the backward pass, shards the batch's sequences or hides its
             gradients (FSDP1, layer-wise optimizers, most settings of DeepSpeed, ...); the message names the way out. As soon as
@@ -60,6 +61,15 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
     """
 
     _xsam_optimizer: Optimizer | None = None  # that the names below were collected for
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if Trainer in order and order.index(Trainer) < order.index(XSAMMixin):  # whose `training_step` calls no other
+            raise TypeError(
+                f"{cls.__name__} has the Trainer in front of XSAMMixin, which would never be asked: put XSAMMixin in front, "
+                f"`class {cls.__name__}(XSAMMixin, ...)`."
+            )
 
     def __init__(self, *args, **kwargs):
         for given in (*args, *kwargs.values()):
@@ -102,6 +112,11 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
         if arguments.rho == 0:
             return super().training_step(model, inputs, num_items_in_batch)
         self._xsam_callback.schedule_search(arguments, self.state)
+        if (
+            self._xsam_checkpoint is not None
+        ):  # also where XSAM is off for now: the next checkpoint is to have its averages again
+            weights, _ = self._xsam_weights()
+            self._xsam_read_average({**self._xsam_named, **weights})
         if not ascends_at(arguments, self.state.global_step, self.state.max_steps):
             if self.accelerator.sync_gradients:
                 self._xsam_sums.add(passes=1)
@@ -136,7 +151,6 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
     def _xsam_climb_first(self, first_pass: Callable[[], MicroBatch], arguments: XSAMArguments) -> MicroBatch:
         """The only pass of a stale update, at moved weights, which are back when it ends: no callback ever sees them away."""
         weights, _ = self._xsam_weights()
-        self._xsam_read_average({**self._xsam_named, **weights})
         state = self._xsam_callback.xsam
         theta = MovableWeights(weights, arguments, state.updates, state.memory, self._xsam_seen)
         with climbed(theta, arguments, state) as stoppable:
@@ -162,7 +176,6 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
     def _xsam_update(self, model: nn.Module, micro_batches: Sequence[MicroBatch], arguments: XSAMArguments) -> None:
         """One XSAM update from micro-batches whose gradients at θ_0 are in `p.grad` already."""
         callback, (weights, unstepped) = self._xsam_callback, self._xsam_weights()
-        self._xsam_read_average({**self._xsam_named, **weights})
         share = sum(micro_batch.share for micro_batch in micro_batches) / len(micro_batches)
         first = [torch.stack([micro_batch.loss for micro_batch in micro_batches]).sum()]
         to_come, end = arguments.ascent_steps + 1, None
