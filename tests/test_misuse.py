@@ -325,3 +325,34 @@ def test_the_mixin_behind_the_trainer_is_refused():
 
     for bases in ((XSAMMixin, Mine), (Mine, XSAMTrainer), (Alone, Mine)):
         type("Right", bases, {})
+
+
+@pytest.mark.parametrize("form", [list, lambda net: net.parameters(), dict])
+@pytest.mark.parametrize("begins", [1, 4])
+@pytest.mark.parametrize("perturbation", ["sam", "stale"])
+def test_a_gradient_that_steps_the_optimizer_is_refused_whatever_the_weights_are_given_as(form, begins, perturbation):
+    net, state = Classifier(), XSAMState()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    arguments = XSAMArguments(rho_exclude=["second"] if form is dict else None, perturbation=perturbation)
+
+    def gradient(step):
+        net.zero_grad()
+        loss = net(DATA.x, DATA.y)["loss"]
+        loss.backward()
+        if step:
+            optimizer.step()
+        return loss.detach()
+
+    for number in range(1, begins + 1):
+        weights = (
+            dict(net.named_parameters()) if form is dict else form(net.parameters()) if form is list else form(net)
+        )
+        if number < begins:  # zero_grad and backward are no writes into weights
+            update(net, weights, arguments, state, lambda: gradient(False))
+        else:
+            with pytest.raises(
+                NotImplementedError, match="writes into the trained weight .*step .* no place in a pass"
+            ):
+                update(net, weights, arguments, state, lambda: gradient(True))
+    # With XSAM off nothing is put back, and `gradient` may do what it likes.
+    update(net, list(net.parameters()), XSAMArguments(rho=0), XSAMState(), lambda: gradient(True))

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from .arguments import XSAMArguments
 from .arithmetic import add_, clone, copy_, subtract_
 from .geometry import are_plain, local, norm
+from .records import writes_into
 from .rounding import add_rounded
 from .seen import SeenAscent
 from .trainable import Weights, perturbed_and_excluded, refuse_unfit
@@ -68,9 +69,17 @@ class MovableWeights:
     def device(self) -> torch.device:
         return self._all[0].device
 
+    @property
+    def _every(self) -> dict[str, Tensor]:
+        return {**self.named, **{f"excluded weight {i}": weight for i, weight in enumerate(self.excluded)}}
+
     def refuse_unfit(self) -> None:
         """Refuses weights that cannot be moved and put back one by one; see the function."""
-        refuse_unfit({**self.named, **{f"excluded weight {i}": weight for i, weight in enumerate(self.excluded)}})
+        refuse_unfit(self._every)
+
+    def count_writes(self) -> dict[str, int]:
+        """PyTorch's counts of writes into the weights, also into those that stay; a `DTensor` has none of its own."""
+        return {name: writes_into(weight) for name, weight in self._every.items() if not isinstance(weight, DTensor)}
 
     def left_over(self) -> list[tuple[Tensor, Tensor]]:
         """The weights that have a gradient other than 0 already, and these gradients; waits for the device."""

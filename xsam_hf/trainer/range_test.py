@@ -187,7 +187,6 @@ def _as_it_was(trainer: XSAMMixin) -> Iterator[None]:
     names = ("_xsam_follower", "_xsam_generator", "_xsam_micro_batches_seen", "current_gradient_accumulation_steps")
     kept = {name: vars(trainer)[name] for name in names if name in vars(trainer)}
     model = cast(nn.Module, trainer.model)
-    modes = {module: module.training for module in model.modules()}
     accelerator = trainer.accelerator
     loaders, drawn_from = list(accelerator._dataloaders), accelerator.gradient_state.dataloader_references
     random = RandomState.capture()
@@ -203,7 +202,5 @@ def _as_it_was(trainer: XSAMMixin) -> Iterator[None]:
                 setattr(trainer, name, kept[name])
             else:
                 vars(trainer).pop(name, None)
-        for module, mode in modes.items():
-            module.training = mode
         accelerator._dataloaders[:], accelerator.gradient_state.dataloader_references = loaders, drawn_from
         random.restore()
