@@ -191,12 +191,23 @@ def test_a_state_goes_on_with_its_model_and_with_one_that_it_is_loaded_for():
         file.seek(0)
         loaded = torch.load(file, weights_only=True)
     copies = (XSAMState(**kept), copy.copy(state), copy.deepcopy(state), dataclasses.replace(state), loaded)
-    for wrapped in (nn.ModuleList([net]), nn.ModuleList(net.children()), net.double(), net.float()):
-        goes_on(wrapped, state)
+    for converted in (net.double(), net.float(), net.requires_grad_(True)):
+        goes_on(converted, state)
+    average = dict(state.average)
+    for wrapped in (nn.ModuleList([net]), nn.ModuleList(net.children())):  # whose weights have other names
+        with pytest.raises(
+            ValueError, match="'first.bias', and no weight of the model is called so. What wraps a model"
+        ):
+            goes_on(wrapped, state)
+        assert state.average == average
+    net.first.requires_grad_(False)  # it still has that name
+    goes_on(net, state)
+    net.first.requires_grad_(True)
     net.load_state_dict({name: part.clone() for name, part in net.state_dict().items()}, assign=True)
     goes_on(net, state)
+    listed = XSAMState()
     for _ in range(2):
-        goes_on(nn.ParameterList(net.parameters()), state)
+        goes_on(nn.ParameterList(net.parameters()), listed)
     for known in copies:
         other = Classifier()
         update(other, arguments=arguments, state=known)
@@ -356,3 +367,30 @@ def test_a_gradient_that_steps_the_optimizer_is_refused_whatever_the_weights_are
                 update(net, weights, arguments, state, lambda: gradient(True))
     # With XSAM off nothing is put back, and `gradient` may do what it likes.
     update(net, list(net.parameters()), XSAMArguments(rho=0), XSAMState(), lambda: gradient(True))
+
+
+@pytest.mark.parametrize("perturbation", ["vasso", "fsam", "stale"])
+def test_an_average_that_is_none_is_refused_before_it_is_used(perturbation):
+    arguments, state, net = XSAMArguments(perturbation=perturbation), XSAMState(), Classifier()
+    update(net, arguments=arguments, state=state)
+    kept, one = {"updates": 1, "average_of": perturbation}, torch.ones(7)
+
+    for wrong, sentence in (
+        ({"average": [one]}, r"`average` is \[tensor.*: give a dictionary"),
+        ({"average": None}, "`average` is None: give a dictionary"),
+        ({"average": {"first.bias": "x"}}, "`average` is {'first.bias': 'x'}: give a dictionary"),
+        ({"average": {"first.bias": one.int()}}, "'first.bias' has torch.int32, and the weight torch.float32"),
+        ({"average": {"first.bias": one + 0j}}, "'first.bias' has torch.complex64"),
+        ({"average": {"first.bias": one * torch.nan}}, "'first.bias' has numbers that are not finite"),
+        (
+            {"average": {"first.bias": one, "module.first.bias": one}},
+            "'module.first.bias', and no weight of the model",
+        ),
+        ({"average": {"first.bias": one}, "average_of": None}, "`average_of`, which perturbation made it, is None"),
+    ):
+        other = Classifier()
+        with pytest.raises(ValueError, match=sentence):
+            update(other, arguments=arguments, state=XSAMState(**{**kept, **wrong}))
+        assert all(torch.equal(a, b) for a, b in zip(other.parameters(), Classifier().parameters(), strict=True))
+    update(Classifier(), arguments=arguments, state=XSAMState(**kept, average=dict(state.average)))
+    update(Classifier(), arguments=arguments, state=XSAMState(**kept, average={"first.bias": one.bfloat16()}))
