@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,9 @@ class MovableWeights:
 
     def refuse_unfit(self) -> None:
         """Refuses weights that cannot be moved and put back one by one; see the function."""
+        for name, weight in self._every.items():
+            if weight.is_meta:
+                raise ValueError(f"{name!r} is on the meta device, where it has no numbers: load the model first.")
         refuse_unfit(self._every)
 
     def count_writes(self) -> dict[str, int]:
@@ -103,7 +106,10 @@ class MovableWeights:
         gradients: list[Any] = [weight.grad for weight in self.weights]
         if not (are_plain(gradients) and all([gradient.layout == torch.strided for gradient in gradients])):
             gradients = [_dense_gradient(weight) for weight in self.weights]
-        return gradients, [weight.grad for weight in self.excluded if weight.grad is not None]
+        excluded = [weight.grad for weight in self.excluded if weight.grad is not None]
+        if any([gradient.is_sparse for gradient in excluded]):
+            _refuse_sparse()
+        return gradients, excluded
 
     def drop_gradients(self) -> None:
         """Frees the gradients of all weights."""
@@ -190,9 +196,7 @@ def _dense_gradient(weight: Tensor) -> Tensor:
     if gradient is None:
         gradient = torch.zeros_like(weight)
     elif gradient.is_sparse:
-        raise NotImplementedError(
-            "A gradient is sparse and XSAM needs dense ones: build the embedding with `sparse=False`."
-        )
+        _refuse_sparse()
     elif gradient.is_conj():
         gradient = gradient.resolve_conj()
     elif isinstance(weight, DTensor) and isinstance(gradient, DTensor) and gradient.placements != weight.placements:
@@ -200,6 +204,12 @@ def _dense_gradient(weight: Tensor) -> Tensor:
         gradient = gradient.redistribute(weight.device_mesh, weight.placements)
     weight.grad = gradient
     return gradient
+
+
+def _refuse_sparse() -> NoReturn:
+    raise NotImplementedError(
+        "A gradient is sparse and XSAM needs dense ones: build the embedding with `sparse=False`."
+    )
 
 
 def drop_gradients(weights: Iterable[Tensor]) -> None:
