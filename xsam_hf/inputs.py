@@ -7,10 +7,12 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from .arguments import XSAMArguments
 from .module_state import refuse
 from .pass_state import PassState
 from .state import XSAMState
 from .trainable import Weights
+from .unread import warn_of_unread
 from .weights import MovableWeights
 
 
@@ -22,6 +24,7 @@ def with_weights(
     theta: MovableWeights,
     gradient: Callable[[], Tensor],
     before: PassState | None,
+    arguments: XSAMArguments,
     state: XSAMState,
     ascend: bool,
 ) -> Callable[[], Tensor]:
@@ -30,10 +33,18 @@ def with_weights(
     gradient that was left over.
 
     Raises:
+        `ValueError`: the state's α lies beyond the end of the search.
         `ValueError`, `NotImplementedError`: in the first update, a weight that cannot be moved and put back.
     """
     if state.updates == 1:
         theta.refuse_unfit()
+        if before is None:  # XSAMTrainer has told them
+            warn_of_unread(arguments)
+    if arguments.searches and state.alpha > max(1.0, arguments.alphas[-1]):  # 1 is where it starts
+        raise ValueError(
+            f"The state's `alpha` is {state.alpha:g}, beyond `alpha_max` ({arguments.alpha_max:g}), the end of the search: go on with the "
+            "`alpha_max` of the run that found it, or with another checkpoint."
+        )
     if ascend and before is None and not isinstance(weights, nn.Module):  # a module is followed: see module_state.py
         gradient = _without_writes(theta, gradient)
     # With a model its buffers are compared in these updates too.

@@ -26,11 +26,12 @@ from ..schedule import ascends_at
 from ..seen import SeenAscent
 from ..stale import climbed
 from ..trainable import weights_of
+from ..unread import warn_of_unread
 from ..weights import MovableWeights, drop_gradients
 from ..xsam import xsam_gradient
 from .callback import XSAMCallback
 from .checkpoint import CheckpointMixin
-from .compatibility import check_supported
+from .compatibility import check_fields, check_supported
 from .logs import UpdateSums
 from .micro_batch import MicroBatch
 from .model_card import add_section, with_tags
@@ -87,8 +88,16 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
         """The method's fields of `args`, read anew each time: a hyperparameter search changes them between trials."""
         return XSAMArguments.of(self.args)
 
+    @xsam_arguments.setter
+    def xsam_arguments(self, value: XSAMArguments) -> None:
+        raise AttributeError(
+            "`xsam_arguments` is read from `args`: set the fields there, `trainer.args.rho = 0.1`, or give your trainer's class an "
+            "attribute, `xsam_arguments = XSAMArguments(rho=0.1)`."
+        )
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         self._xsam_begin_anew()
+        warn_of_unread(self.xsam_arguments)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _xsam_begin_anew(self) -> None:
@@ -100,6 +109,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
         self._xsam_named: dict[str, Tensor] = {}
         self._xsam_ran = self._xsam_warned = False
         self._xsam_micro_batches_seen = self._xsam_updates = 0
+        check_fields(self)
         if self.xsam_arguments.rho == 0:  # the plain Trainer, list of callbacks included
             self.remove_callback(XSAMCallback)
         else:
