@@ -35,7 +35,7 @@ from .compatibility import check_fields, check_supported
 from .logs import UpdateSums
 from .micro_batch import MicroBatch
 from .model_card import add_section, with_tags
-from .precision import taken_in_half, warning_of
+from .precision import taken_rounded, warning_of
 from .replay import ReplayMixin
 
 
@@ -137,7 +137,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
             train()
         if self._xsam_seen is None:  # the first update with an ascent
             zero = self._xsam_zero
-            self._xsam_seen = SeenAscent(taken_in_half(self) if zero is None else zero.taken_in_half())
+            self._xsam_seen = SeenAscent(taken_rounded(self, arguments.rho) if zero is None else zero.taken_in_half())
         try:
             if arguments.ascent_scope == "micro":
                 return self._xsam_micro_step(model, inputs, num_items_in_batch, arguments)
@@ -314,7 +314,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
             )
             if self._xsam_seen is not None and (measure := self._xsam_seen.read()):
                 seen |= {f"xsam/seen_{name}": value for name, value in measure.items()}
-                if warning := warning_of(measure):
+                if warning := warning_of(measure, self._xsam_seen.in_half):
                     logger.warning(warning)
             logs |= seen
             if "xsam/fallbacks" in seen:
