@@ -1,18 +1,17 @@
-"""Arguments that would be passed over: those that the chosen optimizer, schedule or method never reads."""
+"""Arguments that would be passed over: those that the chosen optimizer or schedule never reads."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.utils import logging
 
 from tasks.command import cut, refusals, sentence
-from xsam_hf import XSAMArguments
 
 
 logger = logging.get_logger(__name__)
@@ -32,7 +31,9 @@ def check(trainer: Trainer) -> None:
     args = trainer.args
     _refuse_optim_args(trainer)
     _refuse_scheduler_kwargs(args)
-    warn(args, (*_of_optimizer(trainer), *_of_schedule(args), *of_method(args)))
+    warn(
+        args, (*_of_optimizer(trainer), *_of_schedule(args))
+    )  # those of the method are the library's: xsam_hf/unread.py
     if args.rho and args.ascent_steps == 1 and args.direction in ("lsam", "msam"):
         logger.warning(f"With one ascent step `direction` {args.direction} is SAM: give `ascent_steps` 2 or more.")
 
@@ -130,14 +131,6 @@ def _of_optimizer(trainer: Trainer) -> Iterator[tuple[str, str]]:
             with refusals():
                 if told(other) == told(trainer.args):
                     yield name, "optim"
-
-
-def of_method(args: XSAMArguments) -> Iterator[tuple[str, str]]:
-    """The fields of another perturbation than the chosen one, which they are named after."""
-    others = {*get_args(get_type_hints(XSAMArguments)["perturbation"])} - {args.perturbation}
-    for field in fields(XSAMArguments):
-        if field.name.split("_")[0] in others and getattr(args, field.name) != field.default:
-            yield field.name, "perturbation"
 
 
 def _text(value: Any) -> Any:

@@ -170,7 +170,7 @@ def test_an_offloaded_probe_is_waited_for(tmp_path, monkeypatch):
 
 def test_the_subset_of_a_batch_is_made_on_its_device_once():
     batch = {"x": torch.arange(8.0), "labels": torch.arange(8)}
-    subset, share = random_subset(batch, 0.5, [0])
-    assert subset.device == batch["x"].device and share == 0.5
-    part, _ = MicroBatch(batch, None, 1, None, subset=subset, share=share).inputs(whole=False)
+    subset, size = random_subset(batch, 0.5, [0])
+    assert subset.device == batch["x"].device and (len(subset), size) == (4, 8)
+    part, _ = MicroBatch(batch, None, 1, None, subset=subset, size=size).inputs(whole=False)
     assert part["x"].tolist() == part["labels"].tolist() == subset.tolist()

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from toys import Classifier, Points, train
 from toys import arguments as training_arguments
-from transformers import TrainingArguments
+from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 
-from xsam_hf import XSAMArguments, XSAMState, XSAMTrainer, xsam_gradient
+from xsam_hf import XSAMArguments, XSAMMixin, XSAMState, XSAMTrainer, xsam_gradient
 from xsam_hf.trainer.callback import keep_lines_before
 
 
@@ -59,6 +59,14 @@ def in_place_of(**values):
         ({"weights": torch.ones(3, requires_grad=True)}, TypeError, "weights are given as Tensor: give the model"),
         ({"weights": torch.optim.SGD(Classifier().parameters())}, TypeError, "weights are given as SGD"),
         ({"weights": Classifier().named_parameters()}, TypeError, "weights are given as tuple"),
+        (
+            {"weights": torch.optim.SGD(Classifier().parameters()).param_groups[0]},
+            TypeError,
+            "'params' is a list: give",
+        ),
+        ({"weights": {**dict(Classifier().named_parameters()), "lr": 0.1}}, TypeError, "'lr' is a float: give names"),
+        ({"weights": [nn.Parameter(torch.ones(2, device="meta"))]}, ValueError, "'0' is on the meta device"),
+        ({"state": XSAMState(alpha=50.0)}, ValueError, "`alpha` is 50, beyond `alpha_max` .2.*another checkpoint"),
         ({"weights": iter(())}, ValueError, "is empty after its first use"),
         ({"arguments": XSAMArguments(rho_exclude=[""])}, ValueError, "leaves no weight that is not excluded"),
     ],
@@ -191,12 +199,23 @@ def test_a_state_goes_on_with_its_model_and_with_one_that_it_is_loaded_for():
         file.seek(0)
         loaded = torch.load(file, weights_only=True)
     copies = (XSAMState(**kept), copy.copy(state), copy.deepcopy(state), dataclasses.replace(state), loaded)
-    for wrapped in (nn.ModuleList([net]), nn.ModuleList(net.children()), net.double(), net.float()):
-        goes_on(wrapped, state)
+    for converted in (net.double(), net.float(), net.requires_grad_(True)):
+        goes_on(converted, state)
+    average = dict(state.average)
+    for wrapped in (nn.ModuleList([net]), nn.ModuleList(net.children())):  # whose weights have other names
+        with pytest.raises(
+            ValueError, match="'first.bias', and no weight of the model is called so. What wraps a model"
+        ):
+            goes_on(wrapped, state)
+        assert state.average == average
+    net.first.requires_grad_(False)  # it still has that name
+    goes_on(net, state)
+    net.first.requires_grad_(True)
     net.load_state_dict({name: part.clone() for name, part in net.state_dict().items()}, assign=True)
     goes_on(net, state)
+    listed = XSAMState()
     for _ in range(2):
-        goes_on(nn.ParameterList(net.parameters()), state)
+        goes_on(nn.ParameterList(net.parameters()), listed)
     for known in copies:
         other = Classifier()
         update(other, arguments=arguments, state=known)
@@ -310,3 +329,182 @@ def test_a_range_without_an_update_is_refused(tmp_path):
 def test_arguments_and_state_of_another_kind_are_refused(wrong):
     with pytest.raises(TypeError, match="give an XSAMArguments, and an XSAMState"):
         update(**wrong)
+
+
+def test_the_mixin_behind_the_trainer_is_refused():
+    for bases in ((Trainer, XSAMMixin), (Seq2SeqTrainer, XSAMMixin), (type("Mine", (Trainer,), {}), XSAMMixin)):
+        with pytest.raises(TypeError, match=r"Plain has the Trainer in front of XSAMMixin.*put XSAMMixin in front"):
+            type("Plain", bases, {})
+
+    class Mine(Trainer):
+        pass
+
+    class Alone(XSAMMixin):
+        pass
+
+    for bases in ((XSAMMixin, Mine), (Mine, XSAMTrainer), (Alone, Mine)):
+        type("Right", bases, {})
+
+
+@pytest.mark.parametrize("form", [list, lambda net: net.parameters(), dict])
+@pytest.mark.parametrize("begins", [1, 4])
+@pytest.mark.parametrize("perturbation", ["sam", "stale"])
+def test_a_gradient_that_steps_the_optimizer_is_refused_whatever_the_weights_are_given_as(form, begins, perturbation):
+    net, state = Classifier(), XSAMState()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    arguments = XSAMArguments(rho_exclude=["second"] if form is dict else None, perturbation=perturbation)
+
+    def gradient(step):
+        net.zero_grad()
+        loss = net(DATA.x, DATA.y)["loss"]
+        loss.backward()
+        if step:
+            optimizer.step()
+        return loss.detach()
+
+    for number in range(1, begins + 1):
+        weights = (
+            dict(net.named_parameters()) if form is dict else form(net.parameters()) if form is list else form(net)
+        )
+        if number < begins:  # zero_grad and backward are no writes into weights
+            update(net, weights, arguments, state, lambda: gradient(False))
+        else:
+            with pytest.raises(
+                NotImplementedError, match="writes into the trained weight .*step .* no place in a pass"
+            ):
+                update(net, weights, arguments, state, lambda: gradient(True))
+    # With XSAM off nothing is put back, and `gradient` may do what it likes.
+    update(net, list(net.parameters()), XSAMArguments(rho=0), XSAMState(), lambda: gradient(True))
+
+
+@pytest.mark.parametrize("perturbation", ["vasso", "fsam", "stale"])
+def test_an_average_that_is_none_is_refused_before_it_is_used(perturbation):
+    arguments, state, net = XSAMArguments(perturbation=perturbation), XSAMState(), Classifier()
+    update(net, arguments=arguments, state=state)
+    kept, one = {"updates": 1, "average_of": perturbation}, torch.ones(7)
+
+    for wrong, sentence in (
+        ({"average": [one]}, r"`average` is \[tensor.*: give a dictionary"),
+        ({"average": None}, "`average` is None: give a dictionary"),
+        ({"average": {"first.bias": "x"}}, "`average` is {'first.bias': 'x'}: give a dictionary"),
+        ({"average": {"first.bias": one.int()}}, "'first.bias' has torch.int32, and the weight torch.float32"),
+        ({"average": {"first.bias": one + 0j}}, "'first.bias' has torch.complex64"),
+        ({"average": {"first.bias": one * torch.nan}}, "'first.bias' has numbers that are not finite"),
+        (
+            {"average": {"first.bias": one, "module.first.bias": one}},
+            "'module.first.bias', and no weight of the model",
+        ),
+        ({"average": {"first.bias": one}, "average_of": None}, "`average_of`, which perturbation made it, is None"),
+    ):
+        other = Classifier()
+        with pytest.raises(ValueError, match=sentence):
+            update(other, arguments=arguments, state=XSAMState(**{**kept, **wrong}))
+        assert all(torch.equal(a, b) for a, b in zip(other.parameters(), Classifier().parameters(), strict=True))
+    update(Classifier(), arguments=arguments, state=XSAMState(**kept, average=dict(state.average)))
+    update(Classifier(), arguments=arguments, state=XSAMState(**kept, average={"first.bias": one.bfloat16()}))
+
+
+def test_a_sparse_gradient_of_an_excluded_weight_is_named():
+    embedding, head = nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2)
+
+    def gradient():
+        loss = head(embedding(torch.arange(4))).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    for weights in (nn.ModuleList([embedding, head]), [*embedding.parameters(), *head.parameters()]):
+        excluded = XSAMArguments(rho_exclude=[r"0\.weight"]) if isinstance(weights, nn.Module) else XSAMArguments()
+        with pytest.raises(NotImplementedError, match="A gradient is sparse .* `sparse=False`"):
+            update(weights=weights, arguments=excluded, gradient=gradient)
+
+
+def test_an_alpha_of_the_grid_is_gone_on_from():
+    for alpha_max, samples, alpha in ((2.0, 21, 2.0), (0.5, 21, 1.0), (1.1, 4, None), (3.0, 21, 3.0)):
+        arguments = XSAMArguments(alpha_max=alpha_max, alpha_samples=samples)
+        update(arguments=arguments, state=XSAMState(alpha=arguments.alphas[-1] if alpha is None else alpha))
+    update(arguments=XSAMArguments(alpha=1.0), state=XSAMState(alpha=50.0))  # nobody reads it
+
+
+def test_where_the_methods_fields_are_read_from(tmp_path):
+    class Mine(XSAMTrainer):
+        xsam_arguments = XSAMArguments(rho=0.2)
+
+    def build(cls, args):
+        return cls(Classifier(), args, train_dataset=DATA)
+
+    ours = training_arguments(tmp_path, rho=0.7)
+    for cls, args in ((Mine, ours), (Mine, training_arguments(tmp_path)), (type("Off", (Mine,), {"xsam_arguments": XSAMArguments(rho=0)}), ours)):  # fmt: skip
+        with pytest.raises(ValueError, match=r"`args\.rho` is 0.*which is read instead, has 0"):
+            build(cls, args)
+    run = build(Mine, training_arguments(tmp_path, rho=0.2, max_steps=1))
+    run.args.rho = 0.3
+    with pytest.raises(ValueError, match=r"`args\.rho` is 0.3, and `xsam_arguments` of Mine"):
+        run.train()
+    plain = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    assert build(Mine, plain).xsam_arguments.rho == 0.2 and build(XSAMTrainer, ours).xsam_arguments.rho == 0.7
+    for wrong in ({"rho": 0.2}, {0.2}, None):
+        with pytest.raises(TypeError, match=r"`xsam_arguments` of Wrong is .*: give `xsam_arguments = XSAMArguments"):
+            build(type("Wrong", (XSAMTrainer,), {"xsam_arguments": wrong}), plain)
+    with pytest.raises(AttributeError, match=r"is read from `args`: set the fields there, `trainer\.args\.rho = 0.1`"):
+        build(XSAMTrainer, ours).xsam_arguments = XSAMArguments()
+
+
+def test_an_optimizer_that_climbs_is_refused(tmp_path):
+    def build(maximize, rho, given):
+        net = Classifier()
+        if given:
+            how = {"optimizers": (torch.optim.SGD(net.parameters(), lr=0.1, maximize=maximize), None)}
+        else:
+            how = {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1, "maximize": maximize})}
+        return XSAMTrainer(net, training_arguments(tmp_path, rho=rho), train_dataset=DATA, **how)
+
+    for given in (True, False):
+        with pytest.raises(NotImplementedError, match=r"The optimizer climbs \(`maximize=True`\)"):
+            build(True, 0.1, given)
+        build(True, 0, given)
+        build(False, 0.1, given)
+
+
+# --- fields that nothing reads
+
+
+@pytest.mark.parametrize(
+    "fields, told",
+    [
+        ({"vasso_decay": 0.2}, "`vasso_decay` (0.2) where `perturbation` is sam"),
+        ({"asam_scope": "all", "perturbation": "fsam"}, "`asam_scope` (all) where `perturbation` is fsam"),
+        (
+            {"alpha": 1.0, "rho_max": 3.0, "alpha_samples": 5},
+            "`rho_max` (3.0), `alpha_samples` (5) where `alpha` is 1.0",
+        ),
+        ({"alpha": 1.5, "alpha_search_steps": 0.1}, "`alpha_search_steps` (0.1) where `alpha` is 1.5"),
+        ({"direction": "lsam", "rho_max": 0.3}, "`rho_max` (0.3) where `direction` is lsam"),
+        (
+            {"direction": "msam", "alpha_max": 3.0, "fsam_sigma": 0.5},
+            "`alpha_max` (3.0) where `direction` is msam; nor `fsam_sigma` (0.5) where `perturbation` is sam",
+        ),
+        ({"rho": 0, "alpha": 1.0, "perturbation": "asam"}, "`perturbation` (asam), `alpha` (1.0) where `rho` is 0"),
+        ({}, None),
+        ({"rho": 0}, None),
+        ({"rho": 0.3, "rho_max": 3.0, "alpha_samples": 5, "alpha_search_steps": 2, "alpha_max": 1.0}, None),
+        ({"alpha": 3.0, "alpha_max": 3.0}, None),
+        ({"alpha": 1.0, "rho_max": 3.0, "gradient_scale": "slope_max"}, None),
+        ({"perturbation": "fsam", "fsam_sigma": 0.5, "fsam_lambda": 0.5}, None),
+        ({"perturbation": "stale", "stale_decay": 0.0, "alpha": 1.0}, None),
+    ],
+)
+def test_fields_that_nothing_reads_are_told_once(tmp_path, caplog, fields, told):
+    expected = [] if told is None else [f"Nothing reads {told}: leave out what was not meant for another run."]
+
+    def said():
+        messages = [message for message in caplog.messages if "Nothing reads" in message]
+        caplog.clear()
+        return messages
+
+    state, net = XSAMState(), Classifier()
+    for _ in range(2):
+        update(net, arguments=XSAMArguments(**fields), state=state)
+        net.zero_grad()
+    assert said() == expected
+    train(tmp_path, Classifier(), max_steps=2, save_strategy="no", **fields)
+    assert said() == expected

@@ -406,3 +406,13 @@ def test_which_weights_autocast_takes_in_half_precision(tmp_path):
     assert set(found.values()) == {torch.bfloat16}
     run.model.to(torch.float16)
     assert taken_in_half(run)[run.model.transformer.ln_f.weight] == torch.float16
+
+
+def test_a_climb_that_float32_loses_is_warned_of(tmp_path, caplog):
+    for rho, lost in ((1e-9, True), (5e-5, False), (0.05, False)):
+        caplog.clear()
+        run = train(tmp_path, rho=rho, alpha=2.0, max_steps=2)
+        told = [message for message in caplog.messages if "lost in rounding to float32. Use a longer `rho`" in message]
+        assert len(told) == lost
+        seen = [entry["xsam/seen_share"] for entry in run.state.log_history if "xsam/seen_share" in entry]
+        assert len(seen) == (rho < 1e-4) and all((share < 0.5) == lost for share in seen)

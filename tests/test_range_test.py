@@ -110,6 +110,48 @@ def test_it_leaves_no_trace(tmp_path, trained):
     assert torch.equal(weights_of(tested), weights_of(plain))
 
 
+def test_it_climbs_with_the_weights_that_training_perturbs(tmp_path):
+    def optimizers(model):
+        return torch.optim.SGD(model.second.parameters(), lr=0.1), None
+
+    class OfTheHead(XSAMTrainer):
+        def create_optimizer(self, *args):
+            self.optimizer = optimizers(self.model)[0]
+            return self.optimizer
+
+    model, data = Classifier(), Points()
+    model.first.requires_grad_(False)
+    expected = find_rho(XSAMTrainer(model, arguments(tmp_path), train_dataset=data))
+    model = Classifier()
+    given = XSAMTrainer(model, arguments(tmp_path), train_dataset=data, optimizers=optimizers(model))
+    made = OfTheHead(Classifier(), arguments(tmp_path), train_dataset=data)
+    made.model.first.bias.grad = torch.ones(7)
+    assert find_rho(given) == find_rho(made) == expected != find_rho(build(tmp_path))
+    assert made.optimizer is None and made.model.first.weight.grad is None and made._xsam_optimizer is None
+    assert torch.equal(made.model.first.bias.grad, torch.ones(7))
+    made.train()
+    assert find_rho(made).rho is not None
+
+
+def test_micro_batches_that_climb_alone_are_measured_so(tmp_path):
+    cut = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    found = find_rho(build(tmp_path, Classifier(), ascent_scope="micro", **cut), batches=2, rhos=[0.1, 1.0])
+    trainer = build(tmp_path, Classifier(), **cut)
+    rises = torch.zeros(2)
+    batches = [batch for batch, _ in zip(trainer.get_train_dataloader(), range(8), strict=False)]
+    for batch in batches:  # by hand; an update's loss is the mean over its micro-batches
+        model = Classifier()
+        loss = model(**batch)["loss"]
+        gradient = torch.autograd.grad(loss, list(model.parameters()))
+        size = torch.cat([g.reshape(-1) for g in gradient]).norm()
+        for i, rho in enumerate(found.rhos):
+            moved = {n: w + rho * g / size for (n, w), g in zip(model.named_parameters(), gradient, strict=True)}
+            rises[i] += torch.func.functional_call(model, moved, kwargs=batch)["loss"].detach() - loss.detach()
+    assert found.rises == pytest.approx((rises / 8).tolist(), abs=1e-6)
+    assert (found.forward, found.backward) == (8 * 3, 8)
+    assert found.rises[1] > 1.05 * find_rho(trainer, batches=2, rhos=[0.1, 1.0]).rises[1]
+
+
 def test_a_failing_pass_leaves_no_trace_either(tmp_path):
     trainer = build(tmp_path)
     before = weights_of(trainer)
@@ -138,6 +180,8 @@ def test_refusals(tmp_path):
         ({"batches": 0}, "`batches` is 0: give a whole number, 1 or more"),
         ({"batches": 2.5}, "`batches` is 2.5: give a whole number"),
         ({"rhos": "0.1"}, r"`rhos` is \['0', '.', '1'\]: give numbers"),
+        ({"rhos": 0.1}, r"`rhos` is 0.1: give two lengths or more, such as \[0.01"),
+        ({"rhos": None}, "`rhos` is None: give two lengths"),
         ({"rhos": [1.0]}, "two lengths above 0 or more, in ascending order"),
         ({"rhos": [1.0, 0.1]}, "in ascending order"),
         ({"rhos": [0.0, 0.1]}, "above 0"),
@@ -150,6 +194,15 @@ def test_refusals(tmp_path):
     diverged.model.first.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="The loss at the weights as they stand is nan"):
         find_rho(diverged)
+
+    class Negative(Classifier):
+        def forward(self, x, labels=None):
+            return {"loss": super().forward(x, labels)["loss"] - 5}
+
+    with pytest.raises(ValueError, match="The loss at the weights as they stand is -3.*needs a loss above 0"):
+        find_rho(build(tmp_path, Negative()))
+    with pytest.raises(ValueError, match="The training data give no update batch.*`dataloader_drop_last`"):
+        find_rho(build(tmp_path, dataloader_drop_last=True, per_device_train_batch_size=64))
     recipe = "tasks/image_classification/recipes/digits-noise-resnet-small.yaml"
     with pytest.raises(ValueError, match="leave out `resume_from_checkpoint`"):
         find_rho_command.main(

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from processes import run_command
 
 from tasks import command, recipes
 from tasks.image_classification.train import ImageArguments, TrainingArguments
+from xsam_hf import XSAMArguments
+from xsam_hf.unread import unread
 
 
 ROOT = Path(__file__).parents[1]
@@ -288,6 +291,13 @@ def test_an_empty_value_is_refused(parse, recipe, argv):
 def test_no_recipe_of_ours_fixes_its_folder():
     for recipe in (ROOT / "tasks").glob("*/recipes/*.yaml"):
         assert "output_dir" not in recipes.read(recipe)
+
+
+def test_a_recipe_gives_no_field_of_the_method_that_nothing_reads():
+    names = {field.name for field in fields(XSAMArguments)}
+    for recipe in (ROOT / "tasks").glob("*/recipes/*.yaml"):
+        given = {name: value for name, value in recipes.read(recipe).items() if name in names}
+        assert given and not unread(XSAMArguments(**given)), recipe
 
 
 # --- the commands ----------------------------------------------------------------------------------------------------

@@ -220,3 +220,61 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
     again.train(resume_from_checkpoint=True)
     assert torch.equal(weights_of(run), weights_of(again))
     assert len(searches(tmp_path)) == 3
+
+
+def test_an_average_of_an_earlier_run_in_the_same_folder_is_not_resumed(tmp_path):
+    # With the schedule XSAM is off until the sixth update: no average in checkpoint-4, and none of the first run's stays there.
+    late = {**SETTINGS, "perturbation": "vasso", "alpha": 1.0, "sharpness_start": 0.5}
+    whole = train(tmp_path / "whole", model(), **late)
+    train(tmp_path / "again", model(), **{**late, "sharpness_start": 0.0, "max_steps": 5})
+    assert (tmp_path / "again" / "checkpoint-4" / "xsam_state.safetensors").is_file()
+    train(tmp_path / "again", model(), **late)
+    assert not (tmp_path / "again" / "checkpoint-4" / "xsam_state.safetensors").exists()
+    resumed = train(tmp_path / "again", model(), resume=str(tmp_path / "again" / "checkpoint-4"), **late)
+    assert torch.equal(weights_of(resumed), weights_of(whole))
+    # `rho` 0 is a run without one too.
+    train(tmp_path / "again", model(), **{**late, "rho": 0.0})
+    assert not list((tmp_path / "again").glob("checkpoint-*/xsam_state.safetensors"))
+
+
+def test_an_average_outlasts_a_checkpoint_between_two_ascents(tmp_path):
+    settings = {**SETTINGS, "perturbation": "vasso", "sharpness_every": 4}
+    whole = train(tmp_path / "whole", model(), **settings)
+    # Resumed at 5, saved at 6 before the next ascent, resumed there.
+    train(tmp_path / "again", model(), resume=str(tmp_path / "whole" / "checkpoint-5"), **settings)
+    resumed = train(tmp_path / "more", model(), resume=str(tmp_path / "again" / "checkpoint-6"), **settings)
+    assert torch.equal(weights_of(resumed), weights_of(whole))
+
+
+def test_an_average_of_another_checkpoint_is_refused(tmp_path):
+    settings = {**SETTINGS, "max_steps": 6}
+    for name in ("vasso", "stale", "sam"):
+        train(tmp_path / name, model(), **settings, perturbation=name)
+    file = tmp_path / "vasso" / "checkpoint-5" / "xsam_state.safetensors"
+    whole = file.read_bytes()
+
+    def resume(name, other):
+        at = tmp_path / name / "checkpoint-5"
+        if other is not None:
+            shutil.copy(other, at / file.name)
+        return train(tmp_path / "again", model(), resume=str(at), **settings, perturbation=name)
+
+    for name, other, sentence in (
+        (
+            "vasso",
+            tmp_path / "vasso" / "checkpoint-4" / file.name,
+            "says `update` 4, and trainer_state.json beside it 5",
+        ),
+        (
+            "vasso",
+            tmp_path / "stale" / "checkpoint-5" / file.name,
+            "says `perturbation` stale, and .* beside it vasso",
+        ),
+        ("sam", tmp_path / "vasso" / "checkpoint-4" / file.name, "has 6 averages, of which .* counts 0"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            resume(name, other)
+    file.write_bytes(whole)
+    resume("vasso", None)
+    save_file(load_file(file), file)  # as earlier versions wrote it
+    resume("vasso", None)

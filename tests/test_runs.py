@@ -446,7 +446,6 @@ def test_what_nothing_reads_is_warned_of(tmp_path, monkeypatch):
         "`adam_beta1` is 0.5, and `optim` sgd does not read it.",
         "`adam_epsilon` is 0.1, and `optim` sgd does not read it.",
         "`warmup_steps` is 2.0, and `lr_scheduler_type` constant does not read it.",
-        "`asam_eta` is 0.5, and `perturbation` sam does not read it.",
     ]
     assert told(direction="lsam", ascent_steps=1) == [
         "With one ascent step `direction` lsam is SAM: give `ascent_steps` 2 or more."

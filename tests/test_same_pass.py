@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 from torch import nn
-from toys import CLASSES, HIDDEN, INPUTS, Points, arguments, build, train, weights_of
+from toys import CLASSES, HIDDEN, INPUTS, Classifier, Points, arguments, build, train, weights_of
 from transformers import Trainer, TrainerCallback
 
 from xsam_hf import XSAMArguments, XSAMMixin, XSAMState, XSAMTrainer, module_state, records, xsam_gradient
@@ -1145,3 +1145,60 @@ def test_a_bare_loop_follows_the_model_too(name):
     alphas = by_hand(expected, data)
     weights, wanted = (torch.cat([p.detach().reshape(-1) for p in m.parameters()]) for m in (model, expected))
     assert (weights - wanted).abs().max() <= 1e-9 and state.alpha == pytest.approx(alphas[-1])
+
+
+# --- training modes
+
+
+class Turning(Classifier):
+    """A pass leaves its BatchNorm and dropout in evaluation mode."""
+
+    def __init__(self, turns):
+        super().__init__(dropout=0.5, batch_norm=True)
+        self.turns = turns
+
+    def forward(self, x, labels=None):
+        found = super().forward(x, labels)
+        if self.turns:
+            self.norm.eval()
+            self.dropout.eval()
+        return found
+
+
+@pytest.mark.parametrize("where", ["the pass", "the probe"])
+def test_every_pass_has_the_training_modes_of_the_first(where):
+    def after_three_updates(turns):
+        torch.manual_seed(0)
+        model, state, data = Turning(turns and where == "the pass"), XSAMState(), Points(8)
+        modes = []
+
+        def loss():
+            modes.append([module.training for module in model.modules()])
+            return model(data.x, data.y)["loss"]
+
+        def probe():
+            value = loss()
+            if turns and where == "the probe":
+                model.eval()
+            return value
+
+        def gradient():
+            value = loss()
+            value.backward()
+            return value.detach()
+
+        for _ in range(3):
+            model.train()
+            model.zero_grad()
+            xsam_gradient(model, gradient, probe, XSAMArguments(rho=0.5, ascent_steps=2), state)
+            with torch.no_grad():
+                for weight in model.parameters():
+                    weight -= 0.1 * weight.grad
+        assert modes == [modes[0]] * len(modes) and all(modes[0]) and len(modes) == 21 + 9
+        return model
+
+    turned, straight = after_three_updates(True), after_three_updates(False)
+    for name, value in straight.state_dict().items():
+        assert torch.equal(value, turned.state_dict()[name]), name
+    # As the first pass left them, which is what plain training would leave.
+    assert straight.norm.training and turned.norm.training == (where == "the probe")

@@ -4,10 +4,10 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from toys import CLASSES, HIDDEN, INPUTS, Classifier, Points, train, weights_of
+from toys import CLASSES, HIDDEN, INPUTS, Classifier, Points, arguments, train, weights_of
 from transformers import Trainer
 
-from xsam_hf import XSAMArguments, XSAMState
+from xsam_hf import XSAMArguments, XSAMState, XSAMTrainer
 from xsam_hf.pass_state import PassState
 from xsam_hf.schedule import ascends_at, follow_schedule, search_at
 from xsam_hf.trainer.micro_batch import MicroBatch, random_subset
@@ -48,7 +48,7 @@ def test_the_schedule_by_hand():
 def test_shares_are_rounded_up_but_not_by_floating_point(share, whole, first):
     arguments = XSAMArguments(sharpness_start=share)
     assert [ascends_at(arguments, i, whole) for i in (first - 1, first)] == [False, True]
-    assert random_subset({"x": torch.zeros(whole)}, share, [0])[1] == first / whole
+    assert len(random_subset({"x": torch.zeros(whole)}, share, [0])[0]) == first
 
 
 def test_the_trainer_knows_the_whole_of_a_share(tmp_path):
@@ -140,9 +140,9 @@ def test_an_update_with_a_part_agrees_with_the_formula(tmp_path):
     theta = torch.cat([p.detach().reshape(-1) for p in model.parameters()]).numpy()
     run = train(tmp_path, model, data, rho=0.5, alpha=1.0, ascent_fraction=0.5, num_train_epochs=1, seed=3,
                 train_sampling_strategy="sequential")  # fmt: skip
-    subset, share = random_subset({"x": data.x, "labels": data.y}, 0.5, [3, 0, 0, 0])
+    subset, size = random_subset({"x": data.x, "labels": data.y}, 0.5, [3, 0, 0, 0])
     part = {"x": data.x[subset], "labels": data.y[subset]}
-    assert share == 0.5
+    assert (len(subset), size) == (4, 8)
     network = oracle.TanhNetwork(INPUTS, HIDDEN, CLASSES)
     g0 = network.gradient(theta, part["x"].numpy(), part["labels"].numpy())
     g1 = network.gradient(theta + 0.5 * g0 / np.linalg.norm(g0), data.x.numpy(), data.y.numpy())
@@ -165,20 +165,69 @@ def test_a_batch_that_cannot_be_cut_stays_whole():
     whole = {"input_ids": torch.zeros(1, 9), "mask": torch.ones(())}
     assert random_subset(whole, 0.5, [0]) == (None, 1) == random_subset({"name": "n"}, 0.5, [0])
     nested = {"x": {"a": torch.arange(4), "b": [torch.arange(4), torch.arange(3)]}, "y": torch.arange(4), "name": "n"}
-    subset, share = random_subset(nested, 0.5, [0])
-    micro_batch = MicroBatch(nested, 20, 1, PassState.capture(None), subset=subset, share=share)
+    subset, size = random_subset(nested, 0.5, [0], ["y"])
+    micro_batch = MicroBatch(nested, 20, 1, PassState.capture(None), subset=subset, size=size)
     part, n = micro_batch.inputs(whole=False)
-    assert share == 0.5 and n == 10 and len(part["x"]["a"]) == 2 and torch.equal(part["x"]["a"], part["y"])
+    assert micro_batch.share == 0.5 and n == 10 and len(part["x"]["a"]) == 2 and torch.equal(part["x"]["a"], part["y"])
     assert torch.equal(part["x"]["b"][0], part["y"]) and len(part["x"]["b"][1]) == 3 and part["name"] == "n"
     whole, n = micro_batch.inputs(whole=True)
     assert n == 20 and torch.equal(whole["y"], torch.arange(4))
 
 
 def test_a_subset_takes_its_share_of_the_items():
-    def of(n, share):
-        return MicroBatch({"x": torch.arange(4)}, n, 1, PassState.capture(None), subset=torch.tensor([1]), share=share).inputs(whole=False)[1]  # fmt: skip
+    def of(n, subset):
+        return MicroBatch({"x": torch.arange(4)}, n, 1, PassState.capture(None), subset=torch.tensor(subset), size=4).inputs(whole=False)[1]  # fmt: skip
 
-    assert of(20, 0.25) == 5 and of(None, 0.25) is None and of(torch.tensor(7), 0.5).item() == 3.5
+    assert of(20, [1]) == 5 and of(None, [1]) is None and of(torch.tensor(7), [0, 2]).item() == 3.5
+
+
+@pytest.mark.parametrize("n", [1, 5, None])
+def test_the_labels_say_how_many_examples_there_are(tmp_path, n):
+    """Whatever tensor comes first: one of a few numbers for the whole batch, or a single number, stays whole."""
+
+    class Weighted(Classifier):
+        rows: list[tuple[int, int]] = []
+
+        def forward(self, w, x, labels=None):
+            self.rows.append((w.numel(), len(x)))
+            found = super().forward(x, labels)
+            return {**found, "loss": found["loss"] * w.mean()}
+
+    def collate(rows):
+        batch = {name: torch.stack([row[name] for row in rows]) for name in ("x", "labels")}
+        return {"w": torch.ones(n) if n else torch.ones(()), **batch}
+
+    args = arguments(tmp_path, rho=0.5, alpha=1.0, ascent_fraction=0.25, max_steps=2, remove_unused_columns=False)
+    run = XSAMTrainer(Weighted(), args, collate, Points(12))
+    run.train()
+    whole = n or 1
+    assert Weighted.rows[:4] == [(whole, 2), (whole, 8), (whole, 1), (whole, 4)]
+    Weighted.rows.clear()
+    assert history(run, "xsam/passes") == [1.25, 1.25]
+
+
+def test_a_batch_that_does_not_say_how_many_examples_it_has_is_refused():
+    x, y, five = torch.zeros(8, 3), torch.arange(8), torch.zeros(5)
+    for unclear in (
+        {"w": five, "x": x, "y": y},  # without labels
+        {"x": torch.zeros(16, 3), "labels": y},  # nothing has as many
+        {"x": x, "labels": torch.zeros(1)},
+        {"x": x, "labels": [y, five]},
+        [five, x],
+    ):
+        with pytest.raises(ValueError, match=r"how many there are is not clear.* Name the labels \(`label_names`\)"):
+            random_subset(unclear, 0.5, [0])
+    for clear, names in (
+        ({"w": five, "x": x, "y": y}, ["y"]),
+        ({"w": five, "x": x, "labels": y}, ["labels"]),
+        ({"x": x, "y": y, "w": torch.zeros(1), "s": torch.zeros(())}, ["labels"]),
+        ({"x": x, "labels": None}, ["labels"]),
+        ({"ids": x, "start": y, "end": y}, ["start", "end"]),
+        ({"labels": y}, ["labels"]),
+        ([x, y], ["labels"]),
+    ):
+        subset, size = random_subset(clear, 0.5, [0], names)
+        assert (len(subset), size) == (4, 8)
 
 
 def test_the_search_takes_the_whole_batch(tmp_path):

@@ -346,7 +346,10 @@ def test_an_interrupt_outside_the_pass_waits(tmp_path):
         original(destination, source)
 
     model, data = Classifier(), Points(8)
-    start, state = flat(model).clone(), XSAMState(average={"first.weight": torch.ones_like(model.first.weight)})
+    start, state = (
+        flat(model).clone(),
+        XSAMState(average={"first.weight": torch.ones_like(model.first.weight)}, average_of="stale"),
+    )
 
     def gradient():
         loss = model(data.x, data.y)["loss"]

@@ -462,3 +462,18 @@ def test_other_running_statistics_move_once_too(kind):
         xsam_gradient(model, gradient, lambda m=model: m(x).square().mean(), XSAMArguments(rho=rho), XSAMState())
         buffers.append(list(model.buffers()))
     assert buffers[0] and all(torch.equal(a, b) for a, b in zip(*buffers, strict=True))
+
+
+@pytest.mark.parametrize("alpha", [None, 0.0, 1.0, 2.0])
+@pytest.mark.parametrize("perturbation", ["sam", "vasso", "asam"])
+def test_a_step_that_is_too_short_for_the_dtype_leaves_the_plain_gradient(alpha, perturbation):
+    model, state = Classifier(), XSAMState(alpha=2.0)
+    data = Points(8)
+    gradient, loss = closures(model, data.x, data.y)
+    gradient()
+    plain = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    arguments = XSAMArguments(rho=1e-30, alpha=alpha, perturbation=perturbation)
+    seen = xsam_gradient(model, gradient, loss, arguments, state)
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), plain, strict=True))
+    assert seen.grad_norm_last == seen.grad_norm_first and not seen.fell_back

@@ -133,13 +133,15 @@ class Arc:
         $c$ and $d$ of $\|g_k\|\,v(\alpha) = c\,(\theta_k - \theta_0) + d\,g_k$ (Eq. 8), 0-dim.
 
         With (a, b) the slerp coefficients of Eq. 6: $c = a\,\|g_k\|/\|\theta_k - \theta_0\|$ and $d = b$. At α = 1 these are
-        exactly 0 and 1, SAM's gradient untouched; α = 0 is the displacement. A displacement of length 0 adds nothing.
+        exactly 0 and 1, SAM's gradient untouched; α = 0 is the displacement. Where that has the length 0, as of a step too short for
+        the weights' dtype, there is no arc: 0 and 1, the gradient at θ_0.
         """
         if alpha == 1:
             return 0.0, 1.0
         first, second = slerp(alpha, self.psi)
         c = first * self.gradient_norm / self.displacement_norm
-        return torch.where(self.displacement_norm > 0, c, torch.zeros_like(c)), second
+        there = self.displacement_norm > 0
+        return torch.where(there, c, torch.zeros_like(c)), torch.where(there, second, torch.ones_like(second))
 
     def combine(self, c: Tensor | float, d: Tensor | float) -> None:
         """Writes c (θ_k − θ_0) + d g_k over g_k."""

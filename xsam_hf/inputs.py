@@ -7,9 +7,12 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from .arguments import XSAMArguments
+from .module_state import refuse
 from .pass_state import PassState
 from .state import XSAMState
 from .trainable import Weights
+from .unread import warn_of_unread
 from .weights import MovableWeights
 
 
@@ -21,16 +24,29 @@ def with_weights(
     theta: MovableWeights,
     gradient: Callable[[], Tensor],
     before: PassState | None,
+    arguments: XSAMArguments,
     state: XSAMState,
+    ascend: bool,
 ) -> Callable[[], Tensor]:
     """
-    `gradient`, in the first two updates with a warning where it adds to a gradient that was left over.
+    `gradient`, with a look at whether it writes into the weights, and in the first two updates with a warning where it adds to a
+    gradient that was left over.
 
     Raises:
+        `ValueError`: the state's α lies beyond the end of the search.
         `ValueError`, `NotImplementedError`: in the first update, a weight that cannot be moved and put back.
     """
     if state.updates == 1:
         theta.refuse_unfit()
+        if before is None:  # XSAMTrainer has told them
+            warn_of_unread(arguments)
+    if arguments.searches and state.alpha > max(1.0, arguments.alphas[-1]):  # 1 is where it starts
+        raise ValueError(
+            f"The state's `alpha` is {state.alpha:g}, beyond `alpha_max` ({arguments.alpha_max:g}), the end of the search: go on with the "
+            "`alpha_max` of the run that found it, or with another checkpoint."
+        )
+    if ascend and before is None and not isinstance(weights, nn.Module):  # a module is followed: see module_state.py
+        gradient = _without_writes(theta, gradient)
     # With a model its buffers are compared in these updates too.
     may_wait = isinstance(weights, nn.Module) or theta.device.type == "cpu"
     if state.updates > 2 or before is not None or not may_wait:
@@ -47,3 +63,17 @@ def with_weights(
         return loss
 
     return checked if left_over else gradient
+
+
+def _without_writes(theta: MovableWeights, gradient: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """`gradient`, which raises NotImplementedError where it wrote into a weight, by PyTorch's counts of writes: waits for nothing."""
+
+    def checked() -> Tensor:
+        before = theta.count_writes()
+        loss = gradient()
+        for name, writes in theta.count_writes().items():
+            if writes != before[name]:
+                refuse(f"writes into the trained weight {name!r}")
+        return loss
+
+    return checked

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -59,10 +59,17 @@ class ModuleState:
     records: dict[_Key, Record]
     places: frozenset[_Place]  # that were looked at: a module that a pass made later has others
     writes: list[int] | None = None  # into each trained weight, until the pass is looked at; none in the first update
+    modes: list[bool] = field(default_factory=list)  # of the follower's modules: training or not
 
     def restore(self) -> None:
-        """Puts back the objects that have been seen to move, by name, and all contents that were copied, bit for bit."""
+        """
+        Puts back the objects that have been seen to move, by name, all contents that were copied, bit for bit, and every module's
+        training mode.
+        """
         self.follower.learn(self, by_content=False)
+        for module, mode in zip(self.follower.modules, self.modes, strict=False):  # some may be new
+            if module.training != mode:
+                module.training = mode
         for place, name in self.follower.moving:
             if record := self.records.get((place, name)):
                 place.values[name] = record.value
@@ -88,9 +95,9 @@ class StateFollower:
 
     Followed by name, in all modules below the roots and in those that hang on their attributes: buffers of every kind, also
     those that a pass assigns anew, adds or removes; frozen weights; modules; tensors, tuples and random generators that are
-    plain attributes. The first update copies all of them, as far as they are not larger than the trained weights together: the
-    optimizer's state is not there yet. Later updates copy those that have moved, and small ones. A large one that begins to
-    move later makes that update a plain one.
+    plain attributes; and whether a module trains or evaluates. The first update copies all of them, as far as they are not larger
+    than the trained weights together: the optimizer's state is not there yet. Later updates copy those that have moved, and small
+    ones. A large one that begins to move later makes that update a plain one.
 
     Other attributes (numbers, lists, objects of the user's own) stay as the last pass leaves them; see docs/compatibility.md.
 
@@ -110,7 +117,7 @@ class StateFollower:
         trained: Callable[[], Iterable[Tensor]] | None = None,
         left_alone: Callable[[str, Any], bool] | None = None,
     ):
-        self._owners: dict[nn.Module, str] = {}
+        self.modules: dict[nn.Module, str] = {}  # with their names, in the order in which they were found
         self._places: list[_Place] = []
         self._left_alone = left_alone
         self._trained = trained or (lambda: [weight for root in modules for weight in root.parameters()])
@@ -124,8 +131,8 @@ class StateFollower:
 
     def _follow(self, root: nn.Module) -> None:
         for module, owner in modules_in([root]).items():
-            if module not in self._owners:
-                self._owners[module] = owner
+            if module not in self.modules:
+                self.modules[module] = owner
                 kinds = ("buffers", module._buffers), ("parameters", module._parameters), ("modules", module._modules)
                 self._places += [
                     _Place(values, kind, owner, left_alone=self._left_alone)
@@ -186,7 +193,8 @@ class StateFollower:
                     "XSAM takes several gradients before the step: remove it, or set `rho` to 0."
                 )
         writes = None if self._first else self._count_writes()
-        return ModuleState(self, by_content, records, frozenset(self._places), writes)
+        modes = [module.training for module in self.modules]
+        return ModuleState(self, by_content, records, frozenset(self._places), writes, modes)
 
     def learn(self, before: ModuleState, by_content: bool = True) -> None:
         """
@@ -208,15 +216,15 @@ class StateFollower:
                 assert record is not None
                 if record.trained:
                     if record.checksum is not None and self._first and record.written():
-                        _refuse(f"writes into the trained weight {place.called(name)!r}")
+                        refuse(f"writes into the trained weight {place.called(name)!r}")
                 elif isinstance(old, Tensor) and old.layout != torch.strided and writes_into(old) != record.version:
-                    _refuse(f"writes into the sparse tensor {place.called(name)!r}")
+                    refuse(f"writes into the sparse tensor {place.called(name)!r}")
                 elif record.has_moved(by_content):
                     self.moving.add(key)
                 elif record.size is not None and self._first and len(old) != record.size:
                     strangers.append(key)
             elif place.kind == "parameters":
-                _refuse(f"puts another parameter in the place of {place.called(name)!r}")
+                refuse(f"puts another parameter in the place of {place.called(name)!r}")
             elif place.kind in ("buffers", "modules") or isinstance(value, _FOLLOWED) or isinstance(old, _FOLLOWED):
                 self.moving.add(key)
                 if isinstance(value, nn.Module):
@@ -256,7 +264,7 @@ class StateFollower:
         if earlier is not None:
             for name, once, now in zip(self._weights, earlier, self._count_writes(), strict=True):
                 if once != now:
-                    _refuse(f"writes into the trained weight {name!r}")
+                    refuse(f"writes into the trained weight {name!r}")
 
     def _count_writes(self) -> list[int]:
         return list(map(writes_into, self._weights.values()))
@@ -293,8 +301,9 @@ def follower_of(module: nn.Module) -> StateFollower:
     return _followers[module]
 
 
-def _refuse(what: str) -> None:
+def refuse(what: str) -> None:
+    """Refuses what a pass does to a weight, in NotImplementedError's one sentence."""
     raise NotImplementedError(
         f"A forward pass {what}, which XSAM cannot put back between the passes of an update: change it after the optimizer's "
-        "step, in a callback's `on_step_end` for instance, or keep it in a buffer, or set `rho` to 0."
+        "step (which has no place in a pass), in a callback's `on_step_end` for instance, or keep it in a buffer, or set `rho` to 0."
     )

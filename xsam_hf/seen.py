@@ -65,6 +65,11 @@ class SeenAscent:
         """Whether the coming ascent is to be measured."""
         return bool(self._dtypes) and self._sums is None
 
+    @property
+    def in_half(self) -> bool:
+        """Whether a weight is taken in half precision."""
+        return any(dtype.itemsize < 4 for dtype in self._dtypes.values())
+
     def begin(self) -> None:
         """Forgets an ascent that an exception ended."""
         self._parts, self._sums = {}, None

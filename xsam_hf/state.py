@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from weakref import WeakSet
 
 from torch import Tensor, nn
 
+from .geometry import local
 from .search import AlphaSearch
 
 
@@ -46,6 +48,7 @@ class XSAMState:
 
     def __post_init__(self):
         self._averaged: WeakSet[nn.Module] | None = None  # the modules whose gradients the average is of
+        self._looked_at = False
         whole = _is_number(self.updates) and self.updates >= 0 and self.updates == int(self.updates)
         fit = {
             "alpha": _is_number(self.alpha) and self.alpha >= 0,
@@ -62,11 +65,14 @@ class XSAMState:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy may be for a copy of the model, and a loaded state for one that is built anew.
-        return {**self.__dict__, "_averaged": None}
+        return {**self.__dict__, "_averaged": None, "_looked_at": False}
 
     def check_average(self, perturbation: str, weights: Mapping[str, Tensor], model: nn.Module | None) -> None:
         """
-        Refuses a running average that another perturbation made, or that is not of these weights.
+        Refuses a running average that another perturbation made, or that is none of these weights'.
+
+        Whether its numbers are finite is looked at once, before its first use: this waits for the device, if there is an average by
+        then, as in a state that was loaded.
 
         Args:
             perturbation (`str`): of this update.
@@ -76,7 +82,16 @@ class XSAMState:
         Raises:
             `ValueError`: so it is.
         """
-        if self.average and self.average_of not in (None, perturbation):
+        if not isinstance(self.average, dict) or not all([isinstance(part, Tensor) for part in self.average.values()]):
+            raise ValueError(
+                f"The state's `average` is {reprlib.repr(self.average)}: give a dictionary of the weights' names and tensors, as "
+                "`XSAMState.average` is, or begin with a new XSAMState()."
+            )
+        if self.average and self.average_of is None:
+            raise ValueError(
+                "The state has a running average, and `average_of`, which perturbation made it, is None: keep both with your checkpoint."
+            )
+        if self.average and self.average_of != perturbation:
             raise ValueError(
                 f"`perturbation` is {perturbation!r}, and the state's running average was made by {self.average_of!r}, to which it means "
                 f"something else: go on with {self.average_of!r}, or begin anew."
@@ -84,13 +99,36 @@ class XSAMState:
         self.average_of = perturbation
         for name, weight in weights.items():
             part = self.average.get(name)
-            if part is not None and part.shape != weight.shape:
+            if part is None:
+                continue
+            if part.shape != weight.shape:
                 raise ValueError(
                     f"The state's average of {name!r} has the shape {tuple(part.shape)}, and the weight {tuple(weight.shape)}: it "
                     "belongs to another model. Begin with a new XSAMState()."
                 )
+            if part.is_complex() != weight.is_complex() or not (part.is_complex() or part.is_floating_point()):
+                raise ValueError(
+                    f"The state's average of {name!r} has {part.dtype}, and the weight {weight.dtype}: load another checkpoint, or begin "
+                    "with a new XSAMState()."
+                )
+        if not self._looked_at:
+            self._looked_at = True
+            for name, part in self.average.items():
+                if not local([part])[0].isfinite().all():
+                    raise ValueError(
+                        f"The state's average of {name!r} has numbers that are not finite: load another checkpoint, or begin with a new "
+                        "XSAMState()."
+                    )
         if model is None:
             return
+        if unknown := self.average.keys() - weights.keys():  # of weights that do not move now, or of none
+            unknown -= {name for name, _ in model.named_parameters(remove_duplicate=False)}
+            if unknown:
+                raise ValueError(
+                    f"The state's running average has {min(unknown)!r}, and no weight of the model is called so. What wraps a model (DDP, "
+                    "torch.compile, PEFT) gives its weights other names: give the model in the form in which the average was made, or "
+                    "begin with a new XSAMState()."
+                )
         if not self.average or self._averaged is None:
             self._averaged = WeakSet(model.modules())
         # What wraps a model or changes it in place (DDP, FSDP, PEFT, `model.to`) keeps some of its modules.

@@ -42,6 +42,12 @@ def perturbed_and_excluded(
                 _refuse_weights(weight)
         # A tied weight may be listed twice.
         weights = {str(i): weight for i, weight in enumerate(dict.fromkeys(weights))}
+    for name, weight in weights.items():
+        if not isinstance(weight, Tensor):
+            raise TypeError(
+                f"The weights are a dictionary, in which {name!r} is a {type(weight).__name__}: give names and tensors alone, the model "
+                "(or of an optimizer's group its list, `group['params']`)."
+            )
     trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
     if not trained:
         raise ValueError(

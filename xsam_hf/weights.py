@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from .arguments import XSAMArguments
 from .arithmetic import add_, clone, copy_, subtract_
 from .geometry import are_plain, local, norm
+from .records import writes_into
 from .rounding import add_rounded
 from .seen import SeenAscent
 from .trainable import Weights, perturbed_and_excluded, refuse_unfit
@@ -68,9 +69,20 @@ class MovableWeights:
     def device(self) -> torch.device:
         return self._all[0].device
 
+    @property
+    def _every(self) -> dict[str, Tensor]:
+        return {**self.named, **{f"excluded weight {i}": weight for i, weight in enumerate(self.excluded)}}
+
     def refuse_unfit(self) -> None:
         """Refuses weights that cannot be moved and put back one by one; see the function."""
-        refuse_unfit({**self.named, **{f"excluded weight {i}": weight for i, weight in enumerate(self.excluded)}})
+        for name, weight in self._every.items():
+            if weight.is_meta:
+                raise ValueError(f"{name!r} is on the meta device, where it has no numbers: load the model first.")
+        refuse_unfit(self._every)
+
+    def count_writes(self) -> dict[str, int]:
+        """PyTorch's counts of writes into the weights, also into those that stay; a `DTensor` has none of its own."""
+        return {name: writes_into(weight) for name, weight in self._every.items() if not isinstance(weight, DTensor)}
 
     def left_over(self) -> list[tuple[Tensor, Tensor]]:
         """The weights that have a gradient other than 0 already, and these gradients; waits for the device."""
@@ -94,7 +106,10 @@ class MovableWeights:
         gradients: list[Any] = [weight.grad for weight in self.weights]
         if not (are_plain(gradients) and all([gradient.layout == torch.strided for gradient in gradients])):
             gradients = [_dense_gradient(weight) for weight in self.weights]
-        return gradients, [weight.grad for weight in self.excluded if weight.grad is not None]
+        excluded = [weight.grad for weight in self.excluded if weight.grad is not None]
+        if any([gradient.is_sparse for gradient in excluded]):
+            _refuse_sparse()
+        return gradients, excluded
 
     def drop_gradients(self) -> None:
         """Frees the gradients of all weights."""
@@ -181,9 +196,7 @@ def _dense_gradient(weight: Tensor) -> Tensor:
     if gradient is None:
         gradient = torch.zeros_like(weight)
     elif gradient.is_sparse:
-        raise NotImplementedError(
-            "A gradient is sparse and XSAM needs dense ones: build the embedding with `sparse=False`."
-        )
+        _refuse_sparse()
     elif gradient.is_conj():
         gradient = gradient.resolve_conj()
     elif isinstance(weight, DTensor) and isinstance(gradient, DTensor) and gradient.placements != weight.placements:
@@ -191,6 +204,12 @@ def _dense_gradient(weight: Tensor) -> Tensor:
         gradient = gradient.redistribute(weight.device_mesh, weight.placements)
     weight.grad = gradient
     return gradient
+
+
+def _refuse_sparse() -> NoReturn:
+    raise NotImplementedError(
+        "A gradient is sparse and XSAM needs dense ones: build the embedding with `sparse=False`."
+    )
 
 
 def drop_gradients(weights: Iterable[Tensor]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, get_scheduler
 
-from tasks import ignored, runs
+from tasks import runs
 from tasks.arguments import check_ranges
 from tasks.command import refusals, run
 from tasks.recipes import DataclassParser
@@ -58,7 +58,6 @@ def train(task: TextArguments, args: LoopArguments, accelerator: Accelerator) ->
         raise ValueError(
             f"`output_dir` {args.output_dir} holds the {runs.RESULT} of another run: give another folder."
         )
-    ignored.warn(args, ignored.of_method(args))
     corpus = data.load(task)
     if "validation" not in corpus.splits:
         raise ValueError("`validation_share` is 0, and the loop scores validation: give a `validation_file`.")

@@ -29,13 +29,14 @@ class XSAMCallback(TrainerCallback, ExportableState):
 
     Attributes:
         began (`int`): the number of updates before this training.
-        averages (`int`): how many tensors the checkpoint that was resumed has in `xsam_state.safetensors`.
+        averages (`int`, *optional*): how many tensors the checkpoint that was resumed has in `xsam_state.safetensors`, if it says so.
         step_due (`bool`): an update's gradient is there, and the optimizer has not stepped yet.
     """
 
     def __init__(self):
         self.xsam = XSAMState()
-        self.began = self.averages = 0
+        self.began = 0
+        self.averages: int | None = 0
         self.step_due = False
         self._epoch_began = False
         self._resumed_inside_epoch = False
@@ -100,7 +101,7 @@ class XSAMCallback(TrainerCallback, ExportableState):
             file.write(json.dumps(line) + "\n")
 
 
-def _state_in(saved: Any, step: int) -> tuple[XSAMState, int]:
+def _state_in(saved: Any, step: int) -> tuple[XSAMState, int | None]:
     """
     What a checkpoint keeps of XSAM's: the state, without its averages, and how many of these there are.
 
@@ -127,8 +128,8 @@ def _state_in(saved: Any, step: int) -> tuple[XSAMState, int]:
         raise ValueError(
             f"{where} has a damaged trainer_state.json ({error}): resume from another checkpoint."
         ) from error
-    averages = attributes.get("averages", 0)
-    if type(averages) is not int:
+    averages = attributes.get("averages")
+    if averages is not None and type(averages) is not int:
         raise ValueError(
             f"{where} counts {averages!r} averages in its trainer_state.json: resume from another checkpoint."
         )

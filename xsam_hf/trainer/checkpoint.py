@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -15,6 +15,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
+from ..state import XSAMState
 from .callback import XSAMCallback
 
 
@@ -82,19 +83,21 @@ class CheckpointMixin(_Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, XSAMCallback):
-                save_average(callback.xsam.average, Path(output_dir), self.args.should_save)
+        states = [callback.xsam for callback in self.callback_handler.callbacks if isinstance(callback, XSAMCallback)]
+        state = states[0] if states else XSAMState()
+        about = {"update": str(self.state.global_step), "perturbation": str(state.average_of)}
+        save_average(state.average, Path(output_dir), self.args.should_save, about)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        # Read by the first update: the callback that is to have the averages may be replaced until then.
+        # Read by the first training step: the callback that is to have the averages may be replaced until then.
         self._xsam_checkpoint = checkpoint
 
     def _xsam_read_average(self, weights: Mapping[str, Tensor]) -> None:
         if self._xsam_checkpoint is not None:
             callback = self._xsam_callback
-            callback.xsam.average = load_average(Path(self._xsam_checkpoint), weights, callback.averages)
+            about = {"update": str(callback.began), "perturbation": str(callback.xsam.average_of)}
+            callback.xsam.average = load_average(Path(self._xsam_checkpoint), weights, callback.averages, about)
             self._xsam_checkpoint = None
 
 
@@ -118,14 +121,17 @@ def last_whole_checkpoint(folder: Path) -> str:
     raise ValueError(f"No valid checkpoint found in output directory ({folder}): none was written to its end.")
 
 
-def save_average(average: Mapping[str, Tensor], folder: Path, write: bool) -> None:
+def save_average(
+    average: Mapping[str, Tensor], folder: Path, write: bool, about: Mapping[str, str] | None = None
+) -> None:
     """
-    Writes `XSAMState.average` to `xsam_state.safetensors`, by the weights' names; nothing if there is none.
+    Writes `XSAMState.average` to `xsam_state.safetensors`, by the weights' names; if there is none, no such file stays.
 
     Args:
         average (`Mapping[str, torch.Tensor]`): the shards of a sharded one are put together, on all processes at once.
         folder (`Path`): the checkpoint.
         write (`bool`): whether this process writes; the others keep no whole tensor.
+        about (`Mapping[str, str]`, *optional*): the update and the perturbation, for [`load_average`] to compare.
     """
     whole = {}
     for name, part in average.items():
@@ -133,30 +139,51 @@ def save_average(average: Mapping[str, Tensor], folder: Path, write: bool) -> No
         if write:
             whole[name] = tensor.cpu().contiguous()
     if whole:
-        save_file(whole, folder / FILE)
+        save_file(whole, folder / FILE, dict(about or {}))
+    elif write:
+        (folder / FILE).unlink(missing_ok=True)  # of an earlier run with another method or schedule
 
 
-def load_average(folder: Path, weights: Mapping[str, Tensor], wanted: int = 0) -> dict[str, Tensor]:
+def load_average(
+    folder: Path, weights: Mapping[str, Tensor], wanted: int | None = None, about: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
     """
     Reads it back, each tensor to the device of the weight that it belongs to, and sharded like it.
 
     Args:
         folder (`Path`): the checkpoint.
         weights (`Mapping[str, torch.Tensor]`): by name, also those that are frozen for now.
-        wanted (`int`, *optional*, defaults to 0): how many tensors must be there.
+        wanted (`int`, *optional*): how many tensors must be there; not compared by default.
+        about (`Mapping[str, str]`, *optional*): what the file must say of itself, if it says anything; older ones do not.
 
     Raises:
-        `ValueError`: tensors are missing, the file is damaged, or a tensor belongs to no weight or to one of another shape or kind.
+        `ValueError`: tensors are missing or too many, the file is damaged or of another update or perturbation, or a tensor belongs to
+            no weight or to one of another shape or kind.
     """
     average: dict[str, Tensor] = {}
+    whole: dict[str, Tensor] = {}
+    says: dict[str, str] = {}
     try:
-        whole = load_file(folder / FILE) if (folder / FILE).is_file() else {}
+        if (folder / FILE).is_file():
+            whole = load_file(folder / FILE)
+            with safe_open(folder / FILE, "pt") as file:
+                says = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{folder / FILE} is damaged ({error}): resume from another checkpoint.") from error
-    if len(whole) < wanted:
+    if wanted is not None and len(whole) < wanted:
         raise ValueError(
             f"{folder / FILE} is missing or lacks {wanted - len(whole)} of {wanted} averages: resume from another checkpoint."
         )
+    if wanted is not None and len(whole) > wanted:
+        raise ValueError(
+            f"{folder / FILE} has {len(whole)} averages, of which {TRAINER_STATE_NAME} beside it counts {wanted}: it is another run's. "
+            "Delete the file if that run is not this one, or resume from another checkpoint."
+        )
+    for name, value in (about or {}).items():
+        if whole and says.get(name, value) != value:
+            raise ValueError(
+                f"{folder / FILE} says `{name}` {says[name]}, and {TRAINER_STATE_NAME} beside it {value}: resume from another checkpoint."
+            )
     for name, tensor in whole.items():
         weight = weights.get(name)
         if weight is None or weight.shape != tensor.shape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import fields
 from typing import Any, cast
 
@@ -46,7 +47,7 @@ def check_supported(trainer: Trainer, arguments: XSAMArguments) -> None:
     """
     if arguments.rho == 0:
         return
-    _check_fields(trainer.args)
+    _check_plain_fields(trainer.args)
     _check_distribution(trainer, arguments)
     _check_compilation(trainer.args)
     _check_optimizer(trainer)
@@ -62,7 +63,29 @@ def check_supported(trainer: Trainer, arguments: XSAMArguments) -> None:
     _check_model(trainer.model, arguments)
 
 
-def _check_fields(args: TrainingArguments) -> None:
+def check_fields(trainer: Any) -> None:
+    """
+    Looks at where the method's fields are read from, whether XSAM is on or not.
+
+    Raises:
+        `TypeError`: `xsam_arguments` of the trainer's class is something else.
+        `ValueError`: `args` has the method's fields too, with other values, which nothing would read.
+    """
+    read, args = trainer.xsam_arguments, trainer.args
+    if not isinstance(read, XSAMArguments):
+        raise TypeError(
+            f"`xsam_arguments` of {type(trainer).__name__} is {reprlib.repr(read)}: give `xsam_arguments = XSAMArguments(rho=0.05)`."
+        )
+    for field in fields(XSAMArguments) if isinstance(args, XSAMArguments) else ():
+        ours, theirs = getattr(read, field.name), getattr(args, field.name)
+        if ours != theirs:
+            raise ValueError(
+                f"`args.{field.name}` is {theirs!r}, and `xsam_arguments` of {type(trainer).__name__}, which is read instead, has "
+                f"{ours!r}: leave it out of the class, or give `args` of a class without the method's fields."
+            )
+
+
+def _check_plain_fields(args: TrainingArguments) -> None:
     own = {field.name for field in fields(args)}  # such as a distillation's `alpha`
     for field in fields(XSAMArguments):
         if field.name in vars(args) and field.name not in own:
@@ -187,6 +210,12 @@ def _check_optimizer(trainer: Trainer) -> None:
                 f"The optimizer {name} steps inside the backward pass, and XSAM needs several passes before the step: "
                 "choose one that steps afterwards, such as `adamw_torch`, or set `rho` to 0."
             )
+    groups = [*getattr(trainer.optimizer, "param_groups", ()), *(trainer.optimizer_cls_and_kwargs or ({},))[1:]]
+    if any(isinstance(group, dict) and group.get("maximize") for group in groups):
+        raise NotImplementedError(
+            "The optimizer climbs (`maximize=True`), and XSAM looks for the highest loss nearby, as if it were to fall: leave it out and "
+            "change the loss's sign in `compute_loss`, or set `rho` to 0."
+        )
 
 
 def _check_model(model: Any, arguments: XSAMArguments) -> None:

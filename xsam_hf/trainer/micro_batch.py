@@ -29,7 +29,7 @@ class MicroBatch:
         before ([`PassState`]): what the first pass started from.
         broadcasts (`bool`, *optional*): whether DDP sent process 0's buffers to the others at its beginning.
         subset (`torch.Tensor`, *optional*): the examples that the ascent's gradients are made from; all of them by default.
-        share (`float`): how many of all examples these are.
+        size (`int`): how many there are, where a subset is made.
         loss (`torch.Tensor`): what the first pass returned.
     """
 
@@ -39,8 +39,13 @@ class MicroBatch:
     before: PassState
     broadcasts: bool | None = None
     subset: Tensor | None = None
-    share: float = 1.0
+    size: int = 1
     loss: Tensor = torch.empty(0)
+
+    @property
+    def share(self) -> float:
+        """How many of all examples the ascent's gradients are made from."""
+        return 1.0 if self.subset is None else len(self.subset) / self.size
 
     def inputs(self, whole: bool) -> tuple[Any, Tensor | int | None]:
         """
@@ -51,7 +56,7 @@ class MicroBatch:
         inputs, n = copy_of((self.kept, self.num_items_in_batch))
         if whole or self.subset is None:
             return inputs, n
-        return _cut(inputs, self.subset), n if n is None else n * self.share
+        return _cut(inputs, self.subset, self.size), n if n is None else n * self.share
 
 
 def copy_of(data: Any) -> Any:
@@ -94,36 +99,58 @@ def _copies(tensors: Sequence[Tensor]) -> dict[int, Any]:
     return copies
 
 
-def random_subset(inputs: Any, fraction: float, key: Sequence[int]) -> tuple[Tensor | None, float]:
+def random_subset(
+    inputs: Any, fraction: float, key: Sequence[int], label_names: Sequence[str] = ("labels",)
+) -> tuple[Tensor | None, int]:
     """
-    A random part of a batch's examples, rounded up to whole ones, and how large it is.
+    A random part of a batch's examples, rounded up to whole ones.
 
     Args:
-        inputs (`Any`): the batch; its size is the first dimension of the first tensor in it.
+        inputs (`Any`): the batch.
         fraction (`float`): above 0, up to 1.
         key (`Sequence[int]`): the choice is a function of it, and of no random stream.
+        label_names (`Sequence[str]`, *optional*): which inputs are the labels, whose first dimension is the batch's.
 
     Returns:
-        `tuple[torch.Tensor, float]`: the chosen examples in ascending order, `None` for all of them, and their share.
+        `tuple[torch.Tensor, int]`: the chosen examples in ascending order, `None` for all of them, and how many there are.
+
+    Raises:
+        `ValueError`: the tensors do not tell how many examples there are.
 
     Source of the idea: the ascent needs fewer examples than the descent (Foret et al. 2021, m-sharpness; Du et al. 2022,
     ESAM, arXiv:2110.03141; Ni et al. 2022, K-SAM, arXiv:2210.12864, choose those of the highest loss instead).
     """
-    batch = next((tensor for tensor in _tensors(inputs) if tensor.ndim > 0), None)
-    size = 1 if batch is None else len(batch)
+    size = _examples(inputs, label_names)
     count = max(1, math.ceil(fraction * size - 1e-9))  # 0.14 · 50 is 7.000000000000001
-    if batch is None or count == size:
-        return None, 1.0
+    if count == size:
+        return None, size
+    batch = next(tensor for tensor in _tensors(inputs) if tensor.ndim > 0 and len(tensor) == size)
     chosen = np.sort(np.random.default_rng(list(key)).choice(size, count, replace=False))
     subset = torch.from_numpy(chosen)
     if batch.is_cuda:
         subset = subset.pin_memory()  # or the copy would wait for the device
-    return subset.to(batch.device, non_blocking=True), count / size
+    return subset.to(batch.device, non_blocking=True), size
 
 
-def _cut(inputs: Any, subset: Tensor) -> Any:
+def _examples(inputs: Any, label_names: Sequence[str]) -> int:
+    """The labels' first dimension; without labels that of all tensors, but for those of one number for the whole batch."""
+    named = (
+        {name: value for name, value in inputs.items() if name in label_names} if isinstance(inputs, Mapping) else {}
+    )
+    others = {name: value for name, value in inputs.items() if name not in named} if named else inputs
+    of_labels, of_others = ({len(tensor) for tensor in _tensors(data) if tensor.ndim > 0} for data in (named, others))
+    sizes = of_labels or of_others - {1} or {1}
+    if len(sizes) > 1 or (of_labels and of_others and of_labels.isdisjoint(of_others)):
+        raise ValueError(
+            f"`ascent_fraction` takes a part of the batch's examples, and how many there are is not clear: the first dimensions of its "
+            f"labels are {sorted(of_labels) or 'unknown'}, those of its other tensors {sorted(of_others)}. Name the labels "
+            "(`label_names`), one for each example, or set `ascent_fraction` to 1."
+        )
+    return sizes.pop()
+
+
+def _cut(inputs: Any, subset: Tensor, size: int) -> Any:
     """The examples of the subset, of every tensor whose first dimension is the batch's; whatever else there is stays."""
-    size = next(len(tensor) for tensor in _tensors(inputs) if tensor.ndim > 0)
 
     def of(tensor: Tensor) -> Tensor:
         return tensor[subset.to(tensor.device)] if tensor.ndim > 0 and len(tensor) == size else tensor

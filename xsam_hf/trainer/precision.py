@@ -11,6 +11,7 @@ from transformers import Trainer
 
 
 HALF = (torch.float16, torch.bfloat16)
+SHORT = 1e-4  # of which even float32 may lose a part: it takes 6e-8 of a weight's size for none
 LEAST_SHARE = 0.5
 LEAST_COSINE = 0.5  # at .6 nothing of the gain was lost, and at .3 a part of it (RESULTS.md)
 _AUTOCAST = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}
@@ -39,9 +40,25 @@ def taken_in_half(trainer: Trainer) -> dict[Tensor, torch.dtype]:
     return {weight: dtype for weight, dtype in trained.items() if dtype in HALF}
 
 
-def warning_of(measure: Mapping[str, float]) -> str | None:
-    """A sentence about an ascent that half precision loses or buries, with the ways out; `None` if it does neither."""
+def taken_rounded(trainer: Trainer, rho: float) -> dict[Tensor, torch.dtype]:
+    """Where a forward pass may lose an ascent: in half precision; where there is none, and `rho` is short, in float32."""
+    if (half := taken_in_half(trainer)) or rho >= SHORT:
+        return half
+    weights = cast(nn.Module, trainer.model).parameters()
+    return {weight: weight.dtype for weight in weights if weight.requires_grad and weight.dtype == torch.float32}
+
+
+def warning_of(measure: Mapping[str, float], in_half: bool = True) -> str | None:
+    """A sentence about an ascent that rounding loses or buries, with the ways out; `None` if it does neither."""
     share, cosine = measure["share"], measure["cosine"]
+    if not in_half:
+        lost = share < LEAST_SHARE or cosine < LEAST_COSINE
+        return (
+            f"The forward pass sees {share:.0%} of the first ascent (xsam/seen_share), at a cosine of {cosine:.2f}: the rest is lost in "
+            "rounding to float32. Use a longer `rho`."
+            if lost
+            else None
+        )
     if share < LEAST_SHARE:
         return (
             f"The forward pass sees {share:.0%} of the first ascent (xsam/seen_share): the rest is lost in rounding to half precision. "

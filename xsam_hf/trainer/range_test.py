@@ -11,7 +11,7 @@ with the Hessian H it is ρ ĝᵀHĝ / (2‖g‖). docs/choosing_rho.md has the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -45,7 +45,9 @@ class RangeTest:
         rhos (`list[float]`): the grid, in the 2-norm of all perturbed weights.
         rises (`list[float]`): Δ(ρ), in units of the loss; not finite where the loss was not.
         loss (`float`): L(θ), the mean over the update batches.
-        grad_norm (`float`): ‖g‖, 2-norm over all perturbed weights, the mean over the update batches.
+        grad_norm (`float`):
+            ‖g‖, 2-norm over all perturbed weights, the mean over the update batches; with `ascent_scope="micro"` the micro-batches'
+            norms are added up.
         forward, backward (`int`): how many passes over a micro-batch it took.
     """
 
@@ -95,9 +97,11 @@ def find_rho(trainer: Trainer, *, batches: int = 4, rhos: Sequence[float] = RHOS
 
     Raises:
         `ValueError`: an argument is out of range, the trainer has no XSAM, is training, or measures `rho` in other units (`asam`); the
-            loss or its gradient is not finite.
+            loss is not above 0, or it or its gradient is not finite; the data give no batch.
         `NotImplementedError`: several processes, DeepSpeed, a GradScaler, or what [`XSAMMixin`] refuses in training.
     """
+    if not isinstance(rhos, Iterable):
+        raise ValueError(f"`rhos` is {rhos!r}: give two lengths or more, such as [0.01, 0.1, 1.0].")
     rhos = list(rhos)
     if not isinstance(trainer, XSAMMixin):
         raise ValueError(
@@ -109,14 +113,27 @@ def find_rho(trainer: Trainer, *, batches: int = 4, rhos: Sequence[float] = RHOS
     check_supported(trainer, arguments)
     seen, passed = [], 0
     with _as_it_was(trainer):
+        if trainer.optimizer is None:  # before a training
+            trainer.create_optimizer()
         for samples, n in _updates(trainer, batches):
-            seen.append(_climb(trainer, samples, n, arguments, rhos))
+            alone = arguments.ascent_scope == "micro"  # each micro-batch climbs on its own, and the rises add up
+            climbs = [[sample] for sample in samples] if alone else [samples]
+            seen.append(torch.stack([_climb(trainer, climb, n, arguments, rhos) for climb in climbs]).sum(0))
             passed += len(samples)
+    if not seen:
+        raise ValueError(
+            "The training data give no update batch: give more examples than one batch takes, or set `dataloader_drop_last` to False."
+        )
     loss, size, *rises = torch.stack(seen).mean(0).tolist()
     if not (math.isfinite(loss) and math.isfinite(size)):
         raise ValueError(
             f"The loss at the weights as they stand is {loss} and its gradient's norm {size}: there is no rise to measure. Train anew with a "
             "lower learning rate, or look at the data."
+        )
+    if loss <= 0:
+        raise ValueError(
+            f"The loss at the weights as they stand is {loss:g}, and the suggestion is where it rises by {RISE:g} of itself, which needs a "
+            "loss above 0: choose `rho` by training with some, as docs/choosing_rho.md does."
         )
     return RangeTest(rhos, rises, loss, size, forward=passed * (1 + len(rhos)), backward=passed)
 
@@ -125,9 +142,13 @@ def _climb(
     trainer: XSAMMixin, samples: list, n: Tensor | int | None, arguments: XSAMArguments, rhos: list[float]
 ) -> Tensor:
     """Of one update batch: L_b(θ), ‖g_b‖, and L_b(θ + ρ ĝ_b) − L_b(θ) for every ρ."""
-    model = cast(nn.Module, trainer.model)
-    theta = MovableWeights(model, arguments, seed=0)
-    with theta.gradients_aside():
+    model, (weights, _) = (
+        cast(nn.Module, trainer.model),
+        trainer._xsam_weights(),
+    )  # those that the optimizer steps, as in training
+    theta = MovableWeights(weights, arguments, seed=0)
+    every = MovableWeights([*model.parameters(), *weights.values()], XSAMArguments(), seed=0)
+    with every.gradients_aside():
         made = [trainer._xsam_first_pass(model, sample, n, arguments, True) for sample in samples]
         passes = Passes(
             lambda: torch.stack([micro_batch.loss for micro_batch in made]).sum(),
@@ -184,10 +205,17 @@ def _updates(trainer: XSAMMixin, batches: int) -> Iterator[tuple[list, Tensor | 
 @contextmanager
 def _as_it_was(trainer: XSAMMixin) -> Iterator[None]:
     """Puts back random numbers, modules with their buffers, and what the Trainer and accelerate keep of a pass."""
-    names = ("_xsam_follower", "_xsam_generator", "_xsam_micro_batches_seen", "current_gradient_accumulation_steps")
+    names = (
+        "_xsam_follower",
+        "_xsam_generator",
+        "_xsam_micro_batches_seen",
+        "_xsam_named",
+        "_xsam_optimizer",
+        "current_gradient_accumulation_steps",
+        "optimizer",
+    )
     kept = {name: vars(trainer)[name] for name in names if name in vars(trainer)}
     model = cast(nn.Module, trainer.model)
-    modes = {module: module.training for module in model.modules()}
     accelerator = trainer.accelerator
     loaders, drawn_from = list(accelerator._dataloaders), accelerator.gradient_state.dataloader_references
     random = RandomState.capture()
@@ -203,7 +231,5 @@ def _as_it_was(trainer: XSAMMixin) -> Iterator[None]:
                 setattr(trainer, name, kept[name])
             else:
                 vars(trainer).pop(name, None)
-        for module, mode in modes.items():
-            module.training = mode
         accelerator._dataloaders[:], accelerator.gradient_state.dataloader_references = loaders, drawn_from
         random.restore()

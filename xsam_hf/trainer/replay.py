@@ -92,7 +92,8 @@ class ReplayMixin(_Trainer):
             # Processes that share a model see the same batch, and cut it alike.
             which = self.args.process_index // tensor_parallel_size(self)
             key = [self.args.seed, self.state.global_step, self._xsam_micro_batches_seen, which]
-            micro_batch.subset, micro_batch.share = random_subset(inputs, arguments.ascent_fraction, key)
+            labels = [*self.label_names, "labels"]
+            micro_batch.subset, micro_batch.size = random_subset(inputs, arguments.ascent_fraction, key, labels)
         if micro_batch.subset is not None:
             inputs, num_items_in_batch = micro_batch.inputs(whole=False)
         zero = self._xsam_zero

@@ -26,15 +26,16 @@ from ..schedule import ascends_at
 from ..seen import SeenAscent
 from ..stale import climbed
 from ..trainable import weights_of
+from ..unread import warn_of_unread
 from ..weights import MovableWeights, drop_gradients
 from ..xsam import xsam_gradient
 from .callback import XSAMCallback
 from .checkpoint import CheckpointMixin
-from .compatibility import check_supported
+from .compatibility import check_fields, check_supported
 from .logs import UpdateSums
 from .micro_batch import MicroBatch
 from .model_card import add_section, with_tags
-from .precision import taken_in_half, warning_of
+from .precision import taken_rounded, warning_of
 from .replay import ReplayMixin
 
 
@@ -51,6 +52,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
     other pass, it is L(θ_0 + ε).
 
     Raises:
+        `TypeError`: a class has it behind the Trainer, whose `training_step` asks no other.
         `ValueError`: the model has no trainable weights, or `args` is an [`XSAMArguments`] without the Trainer's fields.
         `NotImplementedError`: the training set-up steps inside the backward pass, shards the batch's sequences or hides its
             gradients (FSDP1, layer-wise optimizers, most settings of DeepSpeed, ...); the message names the way out. As soon as
@@ -60,6 +62,15 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
     """
 
     _xsam_optimizer: Optimizer | None = None  # that the names below were collected for
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if Trainer in order and order.index(Trainer) < order.index(XSAMMixin):  # whose `training_step` calls no other
+            raise TypeError(
+                f"{cls.__name__} has the Trainer in front of XSAMMixin, which would never be asked: put XSAMMixin in front, "
+                f"`class {cls.__name__}(XSAMMixin, ...)`."
+            )
 
     def __init__(self, *args, **kwargs):
         for given in (*args, *kwargs.values()):
@@ -77,8 +88,16 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
         """The method's fields of `args`, read anew each time: a hyperparameter search changes them between trials."""
         return XSAMArguments.of(self.args)
 
+    @xsam_arguments.setter
+    def xsam_arguments(self, value: XSAMArguments) -> None:
+        raise AttributeError(
+            "`xsam_arguments` is read from `args`: set the fields there, `trainer.args.rho = 0.1`, or give your trainer's class an "
+            "attribute, `xsam_arguments = XSAMArguments(rho=0.1)`."
+        )
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         self._xsam_begin_anew()
+        warn_of_unread(self.xsam_arguments)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _xsam_begin_anew(self) -> None:
@@ -90,6 +109,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
         self._xsam_named: dict[str, Tensor] = {}
         self._xsam_ran = self._xsam_warned = False
         self._xsam_micro_batches_seen = self._xsam_updates = 0
+        check_fields(self)
         if self.xsam_arguments.rho == 0:  # the plain Trainer, list of callbacks included
             self.remove_callback(XSAMCallback)
         else:
@@ -102,6 +122,11 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
         if arguments.rho == 0:
             return super().training_step(model, inputs, num_items_in_batch)
         self._xsam_callback.schedule_search(arguments, self.state)
+        if (
+            self._xsam_checkpoint is not None
+        ):  # also where XSAM is off for now: the next checkpoint is to have its averages again
+            weights, _ = self._xsam_weights()
+            self._xsam_read_average({**self._xsam_named, **weights})
         if not ascends_at(arguments, self.state.global_step, self.state.max_steps):
             if self.accelerator.sync_gradients:
                 self._xsam_sums.add(passes=1)
@@ -112,7 +137,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
             train()
         if self._xsam_seen is None:  # the first update with an ascent
             zero = self._xsam_zero
-            self._xsam_seen = SeenAscent(taken_in_half(self) if zero is None else zero.taken_in_half())
+            self._xsam_seen = SeenAscent(taken_rounded(self, arguments.rho) if zero is None else zero.taken_in_half())
         try:
             if arguments.ascent_scope == "micro":
                 return self._xsam_micro_step(model, inputs, num_items_in_batch, arguments)
@@ -136,7 +161,6 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
     def _xsam_climb_first(self, first_pass: Callable[[], MicroBatch], arguments: XSAMArguments) -> MicroBatch:
         """The only pass of a stale update, at moved weights, which are back when it ends: no callback ever sees them away."""
         weights, _ = self._xsam_weights()
-        self._xsam_read_average({**self._xsam_named, **weights})
         state = self._xsam_callback.xsam
         theta = MovableWeights(weights, arguments, state.updates, state.memory, self._xsam_seen)
         with climbed(theta, arguments, state) as stoppable:
@@ -162,7 +186,6 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
     def _xsam_update(self, model: nn.Module, micro_batches: Sequence[MicroBatch], arguments: XSAMArguments) -> None:
         """One XSAM update from micro-batches whose gradients at θ_0 are in `p.grad` already."""
         callback, (weights, unstepped) = self._xsam_callback, self._xsam_weights()
-        self._xsam_read_average({**self._xsam_named, **weights})
         share = sum(micro_batch.share for micro_batch in micro_batches) / len(micro_batches)
         first = [torch.stack([micro_batch.loss for micro_batch in micro_batches]).sum()]
         to_come, end = arguments.ascent_steps + 1, None
@@ -291,7 +314,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
             )
             if self._xsam_seen is not None and (measure := self._xsam_seen.read()):
                 seen |= {f"xsam/seen_{name}": value for name, value in measure.items()}
-                if warning := warning_of(measure):
+                if warning := warning_of(measure, self._xsam_seen.in_half):
                     logger.warning(warning)
             logs |= seen
             if "xsam/fallbacks" in seen:
