@@ -30,7 +30,7 @@ from typing import Any
 from scripts.cost import parsed, plan
 from scripts.group import FinishedRun, check_one_method
 from scripts.paper import SETTINGS, TABLES, Number, Setting, Table, deviations, numbers, slug
-from scripts.run_flags import OURS, refuse_overridden
+from scripts.run_flags import OURS, fields, refuse_overridden
 from scripts.run_seeds import ROOT, Run, is_finished, run_or_exit
 from scripts.table import to_markdown
 from tasks import recipes
@@ -328,10 +328,9 @@ def _check_flags(parser: Parser, options: argparse.Namespace) -> None:
         parts = shlex.split(options.flags)
     except ValueError as error:
         parser.error(f"--flags cannot be taken apart: {error}")
-    for part in parts:
-        flag = part.partition("=")[0].replace("-", "_").replace("__", "--", 1)
-        if flag in OURS:
-            parser.error(f"{flag} stands in --flags, and this script gives it to each run")
+    for name in fields(parts):
+        if name in OURS:
+            parser.error(f"--{name} stands in --flags, and this script gives it to each run")
 
 
 if __name__ == "__main__":

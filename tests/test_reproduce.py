@@ -280,6 +280,7 @@ def test_runs_are_named_by_what_they_are_and_made_once():
         (["2", "--flags", "--seed 7"], "--seed stands in --flags, and this script gives it to each run"),
         (["2", "--flags", "--rho 0.3"], "--rho stands in --flags, and some runs have a value of their own for it"),
         (["2", "--epochs", "3", "--flags", "--num_train_epochs 5"], "--num_train_epochs stands in --flags"),
+        (["2", "--epochs", "3", "--flags=--num-train-epochs=5"], "--num_train_epochs stands in --flags"),
         (["2", "--flags", "--no_such 7"], "there is no flag --no_such"),
         (["2", "--flags", "'"], "--flags cannot be taken apart"),
     ],

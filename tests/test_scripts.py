@@ -1,5 +1,6 @@
 """The scripts, with a task that takes milliseconds and a Python that only notes what it was asked for."""
 
+import argparse
 import fcntl
 import html
 import json
@@ -404,6 +405,20 @@ def test_wrong_arguments_are_refused(root, arguments, sentence):
 )
 def test_wrong_arguments_of_studies_are_refused(script, arguments, sentence):
     assert sentence in refusal(script.main, *arguments)
+
+
+@pytest.mark.parametrize("spelt", ["--rho_max 3", "--rho-max 3", "--rho_max=3", "--rho-max=3", "--rho 1 --rho-max=3"])
+def test_a_flag_is_the_same_however_it_is_spelt(spelt):
+    with pytest.raises(ValueError, match="--rho_max stands in --flags, and some runs have a value of their own"):
+        run_flags.refuse_overridden("--method xsam --rho_max 0.4", spelt)
+    run_flags.refuse_overridden("--method xsam --alpha_samples 4", spelt)
+    assert run_flags.fields(spelt.split())["rho_max"] == "3"
+    with pytest.raises(argparse.ArgumentTypeError, match="--output_dir stands among the flags"):
+        run_flags.parse_flags(spelt.replace("rho-max", "output-dir").replace("rho_max", "output_dir"))
+
+
+def test_a_benchmark_warms_up_for_no_rounds_or_more():
+    assert "--warm_up starts at 0" in refusal(benchmark.main, "--configuration", "gpt2-1m", "--warm_up", "-1")
 
 
 def test_a_name_alone_is_the_tasks_method():
