@@ -156,8 +156,9 @@ def finish(root, run, accuracy, last=None, best=None, seconds=3600.0, corrupted=
     metrics |= {
         split: {"accuracy": value} for split, value in (("last_five_epochs", last), ("best_epoch", best)) if value
     }
+    method = run.name.partition("-")[0]
     result = {
-        "task": "image_classification", "dataset": "cifar100", "model": "resnet-18", "method": "x", "metrics": metrics,
+        "task": "image_classification", "dataset": "cifar100", "model": "resnet-18", "method": method, "metrics": metrics,
         "passes": {"forward": 4, "backward": 4}, "seconds": seconds, "seed": run.seed, "device": "cpu", "threads": 1,
         "versions": {}, "diverged": False,
     }  # fmt: skip

@@ -211,6 +211,17 @@ def test_table_from_results():
     assert len({len(line) for line in markdown.splitlines()}) == 1
 
 
+def test_passes_are_counted_over_what_all_runs_count_them():
+    def result(passes):
+        return {"seed": 0, "metrics": {"test": {"accuracy": 0.9}}, "passes": passes, "seconds": 1}
+
+    over_batches = result({"forward": 20, "backward": 10})
+    over_both = result({"forward": 30, "backward": 20, "forward_examples": 900, "backward_examples": 600})
+    for results, backward in (((over_batches, over_both), [10, 20]), ((over_both, over_both), [600, 600])):
+        rows = table.make_rows(dict(zip("AB", ([of] for of in results), strict=True)), "accuracy")
+        assert [row.backward for row in rows] == backward and all(row.forward > row.backward for row in rows)
+
+
 def test_table_shows_the_wrong_labels_learnt_and_plain_trainings_best_epoch():
     def result(seed, accuracy, rho, learnt, examples):
         metrics = {
@@ -497,6 +508,12 @@ def change(folder, name="result.json", **changes):
     (folder / name).write_text(json.dumps({**found, **changes}))
 
 
+def ask(folder, *flags):
+    """Lets the request of a run ask for more."""
+    command = json.loads((folder / "request.json").read_text())["command"]
+    change(folder, "request.json", command=[*command, *flags])
+
+
 BAD_RUNS = {
     "another data set": (
         lambda f: change(f, dataset="fashion_mnist"),
@@ -535,6 +552,65 @@ BAD_RUNS = {
         "xsam_search.jsonl is damaged",
     ),
     "scores without groups": (lambda f: (f / "corruptions.json").write_text("{}"), "corruptions.json is damaged"),
+    "groups in percent": (
+        lambda f: (f / "corruptions.json").write_text('{"groups": {"noise": 50}}'),
+        "corruptions.json is damaged .its share of corrupted images, noise, is 50, and a number from 0 to 1",
+    ),
+    "groups as text": (
+        lambda f: (f / "corruptions.json").write_text('{"groups": {"noise": "x"}}'),
+        "corruptions.json is damaged .its share of corrupted images, noise, is 'x'",
+    ),
+    "other corrupted images": (
+        lambda f: [
+            (folder / "corruptions.json").write_text(json.dumps({"test_examples": n, "groups": {"noise": 0.5}}))
+            for folder, n in ((f, 7), (f.parent / "seed-0", 500))
+        ],
+        r"scored on other corrupted images \(test_examples 500 and 7\): score one of them again",
+    ),
+    "no wrong labels": (
+        lambda f: change(f, metrics={"test": {"accuracy": 0.9}, "wrong_labels": None}),
+        "its wrong_labels scores are null, and a mapping is expected",
+    ),
+    "no share of the wrong labels": (
+        lambda f: change(f, metrics={"test": {"accuracy": 0.9}, "wrong_labels": {"accuracy": None}}),
+        r"SAM, seed 1 has diverged \(wrong_labels accuracy None\)",
+    ),
+    "a best epoch without a score": (
+        lambda f: change(f, metrics={"test": {"accuracy": 0.9}, "best_epoch": {"loss": 1}}),
+        r"SAM, seed 1 has diverged \(best_epoch accuracy None\)",
+    ),
+    "a command that is none": (
+        lambda f: change(f, "request.json", command="x"),
+        "request.json is damaged .its command is",
+    ),
+    "a recipe that is none": (
+        lambda f: change(f, "request.json", recipe="a: ["),
+        "request.json is damaged .its recipe is no",
+    ),
+    "another method's run": (
+        lambda f: (shutil.rmtree(f), shutil.copytree(f.parent.parent / "XSAM" / "seed-1", f)),
+        "request.json was made as XSAM/seed-1 and stands for SAM/seed-1: delete the folder and run this seed again",
+    ),
+    "another method's result": (
+        lambda f: (ask(f, "--method", "sam"), change(f, method="sgd")),
+        "result.json is a result with method sgd, and its request.json asks for method sam: delete the folder",
+    ),
+    "another rho": (
+        lambda f: (ask(f, "--rho", "0.4"), change(f, arguments={"rho": 0.8})),
+        "result.json is a result with rho 0.8, and its request.json asks for rho 0.4",
+    ),
+    "a rho instead of none": (
+        lambda f: (ask(f, "--method=sgd"), change(f, arguments={"rho": 0.8})),
+        "a result with rho 0.8, and its request.json asks for rho 0.0",
+    ),
+    "an alpha that was not asked for": (
+        lambda f: (ask(f, "--method", "sam"), change(f, arguments={"alpha": None})),
+        "a result with alpha None, and its request.json asks for alpha 1:",
+    ),
+    "another data set than the recipe's": (
+        lambda f: change(f, "request.json", recipe="dataset: cifar100\n"),
+        "a result with dataset digits, and its request.json asks for dataset cifar100",
+    ),
 }
 
 
@@ -550,6 +626,103 @@ def test_what_does_not_belong_into_one_table_is_refused_and_nothing_is_written(r
         main([str(folder)])
     assert (root / "results" / "group.json").read_text() == "the earlier table"
     assert not (folder / "report.html").exists() and not list(root.rglob("*.part"))
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--method", "sgd"], {"method": "adamw", "arguments": {"rho": 0}}),
+        (
+            ["--method", "xsam", "--ascent-fraction=0.10"],
+            {"method": "xsam-tenth", "arguments": {"ascent_fraction": 0.1}},
+        ),
+        (["--method", "wsam", "--alpha", "0.5"], {"method": "wsam", "arguments": {"alpha": 0.5}}),
+        (["--bf16", "--no_aug", "False"], {"arguments": {"bf16": True, "no_aug": False}}),
+        (["--optim_args", "a=1, b=2"], {"arguments": {"optim_args": "a=1, b=2"}}),
+        (
+            ["--rho", "0.4", "--threads", "1", "--hub_token", "x"],
+            {"arguments": {"threads": 2, "hub_token": "<hub_token>"}},
+        ),
+        (["--lr_scheduler_kwargs", '{"min_lr": 1}'], {"arguments": {"lr_scheduler_kwargs": "{'min_lr': 1}"}}),
+        (["--rho", "0.4"], {}),
+    ],
+)
+def test_a_result_of_what_was_asked_for_is_taken_whatever_its_name(root, flags, told):
+    folder = finished(root, "anything")
+    for run in (folder / "anything").iterdir():
+        if run.is_dir():
+            ask(run, *flags)
+            change(run, **told)
+    moved = folder.rename(folder.parent / "another")
+    assert list(group.load_group(moved)[0]) == ["anything"]
+
+
+def test_kept_runs_are_what_their_commands_ask_for(root):
+    folder, file = finished(root, "SAM", "XSAM"), root / "results" / "group.json"
+    for run in (folder / "SAM").glob("seed-?"):
+        change(run, method="sam")
+        ask(run, "--method", "sam")
+    summarize.main([str(folder)])
+    kept = json.loads(file.read_text())
+    assert [run["name"] for run in kept["runs"]] == ["SAM", "SAM", "XSAM", "XSAM"]
+
+    def refused(change):
+        changed = json.loads(json.dumps(kept))
+        for run in changed["runs"]:
+            change(run)
+        file.write_text(json.dumps(changed))
+        return refusal(summarize.main, file)
+
+    assert (
+        "group.json: XSAM, seed 0 was made as SAM/seed-0 and stands for XSAM/seed-0: its name was changed"
+        in refused(lambda run: run.update(name={"SAM": "XSAM", "XSAM": "SAM"}[run["name"]]))
+    )
+    assert "group.json: SAM, seed 0 is a result with method xsam, and its command asks for method sam" in refused(
+        lambda run: run.update(method="xsam")
+    )
+    assert "noise, is 50, and a number from 0 to 1" in refused(
+        lambda run: run.update(corruptions={"groups": {"noise": 50}})
+    )
+    assert "SAM, seed 0 and " in (
+        told := refused(lambda run: run.update(corruptions={"test_examples": run["seed"], "groups": {"noise": 0.5}}))
+    )
+    assert "scored on other corrupted images (test_examples 0 and 1)" in told
+
+
+def test_a_table_does_not_delete_runs_that_its_folder_lacks(root):
+    folder, file = finished(root, "SAM", "XSAM"), root / "results" / "group.json"
+    summarize.main([str(folder)])
+    kept = json.loads(file.read_text())
+    kept["runs"][0]["corruptions"] = {"groups": {"noise": 0.5}}
+    file.write_text(json.dumps(kept))
+    finished(root, "SAM", seeds=(2,))
+    summarize.main([str(folder)])  # more runs than before
+    found = summarize.read(file)
+    assert {name: [run["seed"] for run in runs] for name, runs in found.items()} == {"SAM": [0, 1, 2], "XSAM": [0, 1]}
+    assert ["corruptions" in run for run in found["SAM"]] == [True, False, False]
+    earlier = file.read_text()
+    shutil.rmtree(folder / "SAM" / "seed-0")
+    shutil.rmtree(folder / "XSAM")
+    assert "holds SAM, seed 0, and" in (told := refusal(summarize.main, folder)) and "(3 such runs in all)" in told
+    assert "rename the folder, after which the file is named, or move the file away" in told
+    assert file.read_text() == earlier
+    file.unlink()
+    summarize.main([str(folder)])
+    assert [run["seed"] for run in summarize.read(file)["SAM"]] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "other", [{"device": "cuda:0"}, {"threads": 9}, {"versions": {"torch": "3"}}, {"git_commit": "f"}]
+)
+def test_seconds_of_several_machines_are_left_out(root, other, capsys):
+    folder = finished(root, "SAM")
+    change(folder / "SAM" / "seed-1", **other)
+    summarize.main([str(folder)])
+    said = capsys.readouterr().out
+    one = "git_commit" in other  # several commits are by design
+    assert ("| s " in said) is one and (
+        "Seconds are left out: these runs were not timed on one device" in said
+    ) is not one
 
 
 def test_a_result_that_run_seeds_did_not_make_is_told(root, capsys):
@@ -1209,7 +1382,8 @@ def test_the_study_tunes_inside_the_grid_and_compares_on_other_seeds(root, monke
     assert [run["seed"] for run in more.pop("sam")] == [0, 1, 2]
     assert more == {name: runs for name, runs in kept.items() if name != "sam"}
     # Another training under the same name is not added to it.
-    changed = (root / "results" / "digits-noise.json").read_text().replace('"rho": 0.57', '"rho": 0.4')
+    changed = (root / "results" / "digits-noise.json").read_text()
+    changed = changed.replace('"rho": 0.57', '"rho": 0.4').replace('"0.57"', '"0.4"')  # as its command said
     (root / "results" / "digits-noise.json").write_text(changed)
     done = script(root, "study", "digits-noise", "--methods", "sam", "--seeds", "3")
     assert done.returncode == 2 and "stand for one method and differ in their rho (0.4 and 0.57)" in done.stderr
@@ -1246,7 +1420,7 @@ def write_results(folder, setting, methods, tuned):
         }
 
     runs = [
-        run(name, seed, "test", accuracy, rho=0.0 if name.startswith("base") else 0.5, passes=passes)
+        run(name, seed, "test", accuracy, rho=0.0 if name.startswith(("base", "sgd")) else 0.5, passes=passes)
         for name, (passes, accuracies) in methods.items()
         for seed, accuracy in enumerate(accuracies)
     ]
@@ -1351,6 +1525,8 @@ def test_a_summary_that_is_not_what_the_results_say_is_told(summarized):
 
 def test_an_earlier_study_counts_where_the_new_one_has_no_result(root, monkeypatch):
     monkeypatch.setattr(study, "ROOT", root)
+    recipe = "tasks/image_classification/recipes/fashion-mnist-noise-vit-small.yaml"
+    shutil.copy(ROOT / recipe, root / recipe)
     old = {"sgd": (10, [0.6, 0.7]), "sgd-2x": (20, [0.6, 0.7]), "sam": (20, [0.7, 0.7]), "wsam": (20, [0.1, 0.2])}
     write_results(root / "results", "noise", old, {"sam": {0.1: 0.5}})
     write_results(root / "results", "fashion-noise-vit", {"xsam": (20, [0.8, 0.8])}, {"xsam": {0.2: 0.5, 0.3: 0.6}})
