@@ -133,7 +133,7 @@ def scores(cell: Cell, metric: str, results: Sequence[dict]) -> dict[str, list[f
     name, scale = ("accuracy", 100) if SETTINGS[cell.setting].task == "image_classification" else ("bleu_tokenised", 1)
     found = {kind: split for kind, split in KINDS.items() if all(split in result["metrics"] for result in results)}
     for split in found.values():
-        check_metric({str(cell.runs[0].folder.parent): results}, name, split)
+        check_metric({cell.row: results}, name, split, cell.runs[0].folder.parent)
     return {kind: [scale * result["metrics"][split][name] for result in results] for kind, split in found.items()}
 
 

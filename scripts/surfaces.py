@@ -46,6 +46,7 @@ def collect(setting: str, folders: Mapping[str, Path]) -> Found:
     """
     found: Found = {}
     weights: dict[str, tuple[str, str, Path]] = {}
+    known_of: dict[tuple[str, str], tuple[str | None, Path]] = {}
     for seed, folder in folders.items():
         found[seed] = {}
         for method in METHODS:
@@ -59,6 +60,11 @@ def collect(setting: str, folders: Mapping[str, Path]) -> Found:
                     raise ValueError(
                         f"{known[2]} and {file} were taken of the same weights, and stand for {known[1]} of seed {known[0]} and {method} of "
                         f"seed {seed}: give each run its own folder."
+                    )
+                first = known_of.setdefault((seed, method), (of, file))
+                if first[0] != of:
+                    raise ValueError(
+                        f"{file} was taken of other weights or batches than {first[1]}: take both of the same checkpoint."
                     )
                 asked = found[next(iter(folders))][METHODS[0]][measure]["settings"]
                 if kept["settings"] != asked:

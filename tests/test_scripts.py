@@ -1523,6 +1523,156 @@ def test_a_summary_that_is_not_what_the_results_say_is_told(summarized):
     assert "should have the lines" in refusal(summary.main)
 
 
+def test_a_summary_without_what_others_are_compared_with_says_what_to_train(summarized):
+    file = summarized / "results" / "digits-noise.json"
+    kept = json.loads(file.read_text())
+    kept["runs"] = [run for run in kept["runs"] if run["name"] != "base-2x"]
+    file.write_text(json.dumps(kept))
+    told = refusal(summary.main)
+    assert "results/digits-noise.json has no run of base-2x, which others are compared with" in told
+    assert "scripts/run study digits-noise --methods base-2x makes them" in told
+
+
+def of_another(file, change):
+    """The file with a change of each run."""
+    kept = json.loads(file.read_text())
+    for run in kept["runs"]:
+        change(run)
+    file.write_text(json.dumps(kept))
+
+
+# A file of results/, what is done to its runs, what is said.
+OTHER_SETTINGS = {
+    "data set": (
+        "digits-noise",
+        lambda run: run.update(dataset="fashion_mnist"),
+        "base, seed 0 is a result with dataset fashion_mnist, and base in digits-noise asks for dataset digits",
+    ),
+    "model": (
+        "digits-noise",
+        lambda run: run["arguments"].update(model="vit-small"),
+        "a result with model vit-small, and base in digits-noise asks for model resnet-small",
+    ),
+    "recipe": (
+        "digits-noise",
+        lambda run: run.update(command=["-m", "train", "recipes/digits-vit-small.yaml"]),
+        "base, seed 0 is of the recipe digits-vit-small, and digits-noise is of digits-noise-resnet-small: put the file",
+    ),
+    "names": (
+        "digits-noise",
+        lambda run: run.update(method={"sam": "xsam", "xsam": "sam"}.get(run["name"], "sgd")),
+        "sam, seed 0 is a result with method xsam, and sam in digits-noise asks for method sam",
+    ),
+    "base": (
+        "digits-noise",
+        lambda run: run["arguments"].update(rho=0.5),
+        "base, seed 0 is a result with rho 0.5, and base in digits-noise asks for rho 0.0",
+    ),
+    "base-2x": (
+        "digits-noise",
+        lambda run: run["arguments"].update(num_train_epochs=2),
+        "base-2x, seed 0 is a result with num_train_epochs 2, and base-2x in digits-noise asks for num_train_epochs 4",
+    ),
+    "tuning's data set": (
+        "digits-noise-tuning",
+        lambda run: run.update(dataset="cifar10"),
+        "sam-rho-0.2, seed 100 is a result with dataset cifar10",
+    ),
+    "tuning's rho": (
+        "digits-noise-tuning",
+        lambda run: run["arguments"].update(rho=0.9),
+        "sam-rho-0.2, seed 100 is a result with rho 0.9, and sam-rho-0.2 in digits-noise asks for rho 0.2",
+    ),
+    "tuning's method": (
+        "digits-noise-tuning",
+        lambda run: run.update(method="xsam"),
+        "sam-rho-0.2, seed 100 is a result with method xsam",
+    ),
+    "diverged": (
+        "digits-noise",
+        lambda run: run.update(diverged=run["name"] == "sam"),
+        "digits-noise.json: sam, seed 0 has diverged",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_SETTINGS)
+def test_results_of_another_setting_or_method_are_not_shown_under_a_name(summarized, kind):
+    recipe = summarized / "tasks/image_classification/recipes/digits-noise-resnet-small.yaml"
+    recipe.write_text(recipe.read_text() + "dataset: digits\nmodel: resnet-small\n")
+    name, change, words = OTHER_SETTINGS[kind]
+    file = summarized / "results" / f"{name}.json"
+    arguments = {"dataset": "digits", "model": "resnet-small"}
+    of_another(file, lambda run: run.update(dataset="digits", arguments={**run["arguments"], **arguments}))
+    of_another(file, lambda run: run.update(command=["-m", "train", "recipes/digits-noise-resnet-small.yaml"]))
+    summary.main([])
+    of_another(file, lambda run: run["arguments"].pop("dataset"))
+    summary.main([])
+    of_another(file, change)
+    told = refusal(summary.main)
+    assert words in told and f"results/{name}.json" in told
+
+
+def test_files_of_other_settings_do_not_stand_for_one(root, monkeypatch):
+    """The committed ones, copied: each is of its own setting."""
+    monkeypatch.setattr(study, "ROOT", root)
+    monkeypatch.setattr(sweep, "ROOT", root)
+    monkeypatch.setattr(surfaces, "ROOT", root)
+    (root / "results").mkdir()
+    shutil.rmtree(root / "tasks")
+    (root / "tasks").symlink_to(ROOT / "tasks")
+
+    def put(name, file):
+        shutil.copy(ROOT / "results" / f"{name}.json", root / "results" / f"{file}.json")
+
+    for reader, own, other in (
+        (study.results, "fashion-noise", "digits-noise"),
+        (study.results, "digits-noise", "digits-noise-vit"),
+        (study.results, "cifar10", "cifar100"),
+        (study.results, "multi30k", "digits-noise"),
+        (study.tuning, "fashion-noise-tuning", "digits-noise-tuning"),
+        (study.tuning, "fashion-noise-aug-tuning", "fashion-noise-tuning"),
+        (surfaces.section, "digits-noise-vit-surfaces", "digits-noise-surfaces"),
+    ):
+        setting = own.removesuffix("-tuning").removesuffix("-surfaces")
+        put(own, own)
+        assert reader(setting)
+        put(other, own)
+        with pytest.raises(ValueError, match=f"results/{own}.json"):
+            reader(setting)
+        (root / "results" / f"{own}.json").unlink()
+    put("digits-noise", "digits-noise")
+    put("cifar10", "cifar10")
+    put("digits-noise-steps", "digits-noise-steps")
+    assert sweep.results("digits-noise-steps")
+    put("digits-noise-steps", "cifar10-steps")
+    assert "cifar10 is of cifar10-resnet-small" in refusal(lambda _: sweep.results("cifar10-steps"))
+    put("digits-noise-rho-max", "digits-noise-rho-max")
+    assert sweep.results("digits-noise-rho-max")
+    of_another(
+        root / "results" / "digits-noise-rho-max.json",
+        lambda run: (
+            run.update(name={"rho-max-2": "rho-max-4", "rho-max-4": "rho-max-2"}.get(run["name"], run["name"]))
+            or run.pop("command")
+        ),
+    )
+    assert "a result with rho_max" in refusal(lambda _: sweep.results("digits-noise-rho-max"))
+    put("digits-noise-rho-max", "digits-noise-rho-max")
+    of_another(
+        root / "results" / "digits-noise.json",
+        lambda run: run.update(name=run["name"].replace("xsam", "mine")) or run.pop("command"),
+    )
+    assert "digits-noise.json has no run of xsam, which" in refusal(lambda _: sweep.results("digits-noise-rho-max"))
+
+
+def test_flags_for_all_runs_leave_the_settings_model_and_data_alone(monkeypatch):
+    monkeypatch.setattr(study, "run_or_exit", lambda *_: pytest.fail("it trains"))
+    for flags in ("--model vit-small", "--dataset=cifar10", "--no-aug true", "--method sgd", "--rho=3"):
+        name = flags.replace("-a", "_a").split("=")[0].split()[0]
+        assert f"{name} stands in --flags" in refusal(study.main, "fashion-noise", f"--flags={flags}")
+    assert "dataset" not in study.fixed("multi30k")  # a folder
+
+
 def test_an_earlier_study_counts_where_the_new_one_has_no_result(root, monkeypatch):
     monkeypatch.setattr(study, "ROOT", root)
     recipe = "tasks/image_classification/recipes/fashion-mnist-noise-vit-small.yaml"
@@ -1627,6 +1777,124 @@ def test_surfaces_of_several_seeds_are_kept_and_compared_in_pairs(root, monkeypa
     assert lines["g₁ above g₀, batches"][:4] == ["3 of 6"] * 4 and lines["v(α\\*) above g₁, batches"][0] == "0 of 6"
     (root / "seen-2" / "sam" / "gain.json").unlink()
     assert "seen-2/sam/gain.json: python -m xsam_hf.analysis gain sam=CHECKPOINT" in refusal(surfaces.main, *command)
+
+
+def seen(root, seeds=(0, 1)):
+    """What the analysis leaves of a study's runs, and the command that keeps it."""
+    for seed in seeds:
+        for method in surfaces.METHODS:
+            found = {
+                "hessian": {"eigenvalues": [4.0, 3, 2, 1.5, 1.0], "trace": 2.0},
+                "gain": dict.fromkeys(("first", "last", "best"), [[], [[0, 0, 5, 0]]]),
+                "sharpness": {"average": {"loss": 0.5, "radii": [0.1], "samples": [[0, 1]]}},
+            }
+            folder = root / f"seen-{seed}" / method
+            folder.mkdir(parents=True)
+            for measure, result in found.items():
+                kept = {"measure": measure, "of": f"{method}{seed}", "settings": {"rho": 0.25}, "result": result}
+                kept["checkpoint"] = f"runs/digits-noise/{method}/seed-{seed}/checkpoint-7"
+                (folder / f"{measure}.json").write_text(json.dumps(kept))
+    (root / "results").mkdir()
+    return ["digits-noise", *(f"{seed}={root}/seen-{seed}" for seed in seeds)]
+
+
+BAD_SURFACES = {
+    "cut off": (
+        lambda f: (f / "gain.json").write_text('{"a'),
+        "sam/gain.json is not what python -m xsam_hf.analysis gain",
+    ),
+    "no settings": (lambda f: (f / "gain.json").write_text("{}"), "sam/gain.json is not what .*KeyError: 'settings'"),
+    "a list": (lambda f: (f / "gain.json").write_text("[]"), "sam/gain.json is not what"),
+    "another measure": (
+        lambda f: shutil.copy(f / "hessian.json", f / "gain.json"),
+        "gain.json is not .*its measure is hessian",
+    ),
+    "another rho": (
+        lambda f: change(f, "gain.json", settings={"rho": 9}),
+        r"sam/gain.json was taken with \{'rho': 9\}, and the first of its measure with \{'rho': 0.25\}",
+    ),
+    "another method": (
+        lambda f: [
+            change(f, f"{measure}.json", checkpoint="runs/digits-noise/xsam/seed-1") for measure in surfaces.MEASURES
+        ],
+        "was taken of runs/digits-noise/xsam/seed-1, and stands for sam of seed 1 in digits-noise",
+    ),
+    "another seed": (
+        lambda f: change(f, "gain.json", checkpoint="runs/mine/sam/seed-2/checkpoint-1"),
+        "was taken of runs/mine/sam/seed-2/checkpoint-1, and stands for sam of seed 1",
+    ),
+    "another setting": (
+        lambda f: change(f, "gain.json", checkpoint="runs/cifar100/sam/seed-1"),
+        "was taken of runs/cifar100/sam/seed-1, and stands for",
+    ),
+    "the same weights": (
+        lambda f: [change(f, f"{measure}.json", of="base0") for measure in surfaces.MEASURES],
+        "base/hessian.json and .*sam/hessian.json were taken of the same weights, and stand for base of seed 0 and sam of seed 1",
+    ),
+    "other weights in one measure": (
+        lambda f: change(f, "gain.json", of="another"),
+        "sam/gain.json was taken of other weights or batches than .*sam/hessian.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_SURFACES)
+def test_surfaces_of_another_run_measure_or_setting_are_refused(root, monkeypatch, kind):
+    monkeypatch.setattr(surfaces, "ROOT", root)
+    command = seen(root)
+    surfaces.main(command)
+    earlier = surfaces.path_of("digits-noise").read_text()
+    damage, words = BAD_SURFACES[kind]
+    damage(root / "seen-1" / "sam")
+    with pytest.raises(ValueError, match=words):
+        surfaces.main(command)
+    assert surfaces.path_of("digits-noise").read_text() == earlier
+
+
+def test_surfaces_want_a_folder_for_each_seed(root, monkeypatch):
+    monkeypatch.setattr(surfaces, "ROOT", root)
+    setting, zero, one = seen(root)
+    for arguments, words in (
+        ([zero, zero.replace("0=", "1=")], "stands for base of seed 1 in digits-noise"),
+        ([zero, zero], "a seed is given twice"),
+        ([zero.partition("=")[2]], "should read SEED=FOLDER, the seed a whole number"),
+        ([zero.replace("0=", "x=")], "should read SEED=FOLDER"),
+        ([zero.replace("0=", "01=")], "should read SEED=FOLDER"),
+        (["0="], "should read SEED=FOLDER"),
+    ):
+        assert words in refusal(surfaces.main, setting, *arguments)
+    for method in surfaces.METHODS:  # of runs that are called otherwise
+        for measure in surfaces.MEASURES:
+            change(root / "seen-0" / method, f"{measure}.json", checkpoint=f"elsewhere/{method}")
+    surfaces.main([setting, zero])
+    told = refusal(surfaces.main, setting, zero, zero.replace("0=", "1="))
+    assert "were taken of the same weights, and stand for base of seed 0 and base of seed 1: give each run" in told
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"setting": "digits-noise", "seeds": {}}',
+        '{"setting": "digits-noise", "seeds": {"0": null}}',
+        "cut",
+        "x",
+        "null",
+    ],
+)
+def test_a_file_of_surfaces_that_is_none_is_told(root, monkeypatch, content):
+    monkeypatch.setattr(surfaces, "ROOT", root)
+    surfaces.main(seen(root))
+    path = surfaces.path_of("digits-noise")
+    whole = path.read_text()
+    made = {"cut": whole[:200], "x": whole.replace('"1": {', '"x": {'), "null": whole.replace("4.0", "null")}
+    path.write_text(made.get(content, content))
+    told = refusal(lambda _: surfaces.section("digits-noise"))
+    assert f"{path} is not what scripts/run surfaces digits-noise writes" in told and told.endswith("make it again.")
+    path.write_text(whole)
+    assert "seeds 0, 1" in surfaces.section("digits-noise")
 
 
 def test_results_md_says_what_results_do():
