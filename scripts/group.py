@@ -86,9 +86,6 @@ def _check_request(request: dict) -> tuple[list[str], str, dict[str, Any]]:
 def _check_result(result: dict) -> dict:
     for name in ("task", "dataset", "model", "versions", "device", "threads"):
         result[name]  # noqa: B018  (a KeyError otherwise)
-    for name in ("identity", "arguments"):  # which older ones may lack
-        if not isinstance(result.get(name, {}), dict):
-            raise ValueError(f"its {name} is {json.dumps(result[name])[:50]}, and a mapping is expected")
     return check_numbers(result)
 
 
@@ -99,6 +96,9 @@ def check_numbers(result: dict) -> dict:
     Raises:
         `ValueError`, `KeyError` or `TypeError`: a number is none, or out of its range, or something is missing.
     """
+    for name in ("identity", "arguments", "versions"):  # which older ones may lack
+        if not isinstance(result.get(name, {}), dict):
+            raise ValueError(f"its {name} is {json.dumps(result[name])[:50]}, and a mapping is expected")
     if type(result["seed"]) is not int:
         raise ValueError(f"its seed is {result['seed']!r}, and a whole number is expected")
     for split, scores in result["metrics"].items():

@@ -160,6 +160,8 @@ def read(path: Path) -> dict[str, list[dict]]:
         kept = json.loads(path.read_bytes())
         for row in kept["runs"]:
             run = check_numbers(merged(kept["common"], row))
+            if not isinstance(run.get("command", []), list):  # which some older ones lack
+                raise ValueError(f"its command is {run['command']!r}, and a list is expected")
             if "corruptions" in run:
                 check_corruptions(run["corruptions"])
             results.setdefault(run["name"], []).append(run)
@@ -173,7 +175,7 @@ def read(path: Path) -> dict[str, list[dict]]:
         check_one_method(places, runs)
         scored += [(place, run.get("corruptions", {})) for place, run in zip(places, runs, strict=True)]
         for place, run in zip(places, runs, strict=True):
-            command = run.get("command", [])  # which some older ones lack
+            command = run.get("command", [])
             check_folder(place, Path(name, f"seed-{run['seed']}"), command, "its name was changed, put it back")
             check_asked(place, "its command", asked(command), run, "it was changed, put it back")
     check_corrupted(scored)

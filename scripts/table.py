@@ -98,7 +98,8 @@ def counted_over(results: Iterable[Mapping]) -> str:
 
 def machine(run: Mapping) -> tuple:
     """What seconds of two runs must have in common to be compared."""
-    return run.get("device"), run.get("threads"), run.get("processes", 1), run.get("versions", {}).get("torch")
+    told = (run.get("device"), run.get("threads"), run.get("processes", 1), run.get("versions", {}).get("torch"))
+    return tuple(map(str, told))
 
 
 def paired_difference(row: Row, baseline: Row) -> Difference | None:

@@ -540,6 +540,10 @@ BAD_RUNS = {
     "no passes": (lambda f: change(f, passes={}), "result.json is damaged .KeyError: 'forward'.: delete its folder"),
     "an identity that is none": (lambda f: change(f, identity=None), "result.json is damaged .its identity is null"),
     "arguments that are none": (lambda f: change(f, arguments=[]), "result.json is damaged .its arguments is"),
+    "versions that are none": (
+        lambda f: change(f, versions="x"),
+        "result.json is damaged .its versions is .x., and a",
+    ),
     "no time": (lambda f: change(f, seconds=None), "result.json is damaged"),
     "cut off": (lambda f: (f / "result.json").write_text('{"seed": 1, '), "result.json is damaged"),
     "empty": (lambda f: (f / "result.json").write_text(""), "result.json is damaged"),
@@ -680,6 +684,8 @@ def test_kept_runs_are_what_their_commands_ask_for(root):
     assert "group.json: SAM, seed 0 is a result with method xsam, and its command asks for method sam" in refused(
         lambda run: run.update(method="xsam")
     )
+    assert "its command is None, and a list is expected" in refused(lambda run: run.update(command=None))
+    assert "its arguments is null, and a mapping" in refused(lambda run: run.update(arguments=None))
     assert "noise, is 50, and a number from 0 to 1" in refused(
         lambda run: run.update(corruptions={"groups": {"noise": 50}})
     )
