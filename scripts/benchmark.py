@@ -202,6 +202,8 @@ def main(argv: Sequence[str]) -> None:
     for name in ("steps", "threads", "accumulation"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} starts at 1")
+    if args.warm_up < 0:
+        parser.error("--warm_up starts at 0")
     torch.set_num_threads(args.threads)
     processes = int(os.environ.get("WORLD_SIZE", 1))
 

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from scripts.group import check_metric
 from scripts.run_flags import parse_count, parse_seed
 from scripts.run_seeds import ROOT, Run, run_or_exit
+from scripts.study import check_methods
 from scripts.study_settings import SETTINGS
 from scripts.summarize import keep, read
 from scripts.table import Row, format_difference, make_rows, paired_difference, to_markdown
@@ -71,6 +73,7 @@ def section(results: Mapping[str, Sequence[dict]], whole: Mapping[str, Sequence[
         results, whole (`Mapping[str, Sequence[dict]]`): of these runs, and of those in float32, by name.
     """
     rows: dict[str, Row] = {row.name: row for row in make_rows(results, "accuracy")}
+    check_methods(FLOAT32, whole, METHODS)
     exact = {row.name: row for row in make_rows(whole, "accuracy") if row.name in METHODS}
     cells = [["weights", "cosine", "length", "share", *METHODS, "sam minus base", "xsam minus base", "sam minus float32's", "xsam minus float32's", "seeds"]]  # fmt: skip
     for offset in (0, *OFFSETS):
@@ -101,7 +104,9 @@ def section(results: Mapping[str, Sequence[dict]], whole: Mapping[str, Sequence[
 def results_in(folder: Path) -> dict[str, list[dict]]:
     """The results that a folder keeps; empty if there are none."""
     path = folder / f"{GROUP}.json"
-    return read(path) if path.is_file() else {}
+    found = read(path) if path.is_file() else {}
+    check_metric(found, "accuracy", "test", path)
+    return found
 
 
 def main(argv: Sequence[str]) -> None:

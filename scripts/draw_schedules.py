@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
                 row.name,
                 f"{costs[row.name]:.2f}",
                 f"{row.mean:.2f} ± {spread}",
-                f"{row.seconds:.0f}",
+                "" if row.seconds is None else f"{row.seconds:.0f}",
                 str(len(row.values)),
             ]
         )

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from scripts.group import FinishedRun
+from scripts.table import counted_over
 from xsam_hf.analysis.svg import COLORS, TEXT_COLOR
 
 
@@ -25,11 +26,12 @@ def plot_curves(runs: Mapping[str, Sequence[FinishedRun]], metric: str) -> Figur
         panels = {f"eval_test_{metric}": f"test {metric}", learnt: "wrong labels learnt"}
     else:
         panels = {"loss": "training loss", f"eval_{metric}": f"validation {metric}"}
-    unit = min(run.passes for seeds in runs.values() for run in seeds)
+    kind = f"backward{counted_over(run.result for seeds in runs.values() for run in seeds)}"
+    unit = min(run.result["passes"][kind] for seeds in runs.values() for run in seeds)
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     for axes, (key, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         for number, (name, seeds) in enumerate(runs.items()):
-            curves = [run.curve(key) for run in seeds if run.history]
+            curves = [run.curve(key, run.result["passes"][kind]) for run in seeds if run.history]
             for place, (passes, values) in enumerate(curves):
                 axes.plot(
                     [passed / unit for passed in passes],

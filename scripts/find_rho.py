@@ -20,6 +20,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from transformers import TrainerCallback
 
+from scripts.run_flags import fields
 from scripts.run_seeds import ROOT
 from tasks import recipes
 from tasks.command import Parser, run
@@ -64,6 +65,9 @@ def main(argv: Sequence[str]) -> None:
     args, flags = parser.parse_known_args(argv)
     if args.epochs < 0:
         parser.error("--epochs starts at 0")
+    for name in ("rho", "method"):
+        if name in fields(flags):
+            parser.error(f"--{name} stands there, and a range test trains with the base optimizer alone: leave it out")
     task = args.recipe.absolute().parent.parent
     if task.parent != ROOT / "tasks":
         raise ValueError(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ruamel.yaml import YAML, YAMLError
+
+from scripts.asked import asked, check_asked, check_folder
 from tasks.command import sentence
 from tasks.identity import difference
 from tasks.secret import without_secret_flags
@@ -30,37 +33,30 @@ class FinishedRun:
         One run's files.
 
         Raises:
-            `ValueError`: one of them is damaged, or the result is of another seed than its folder.
+            `ValueError`: one of them is damaged, or the result is not of what the request asks for, or not of its folder.
         """
         state, searches = folder / "trainer_state.json", folder / "xsam_search.jsonl"
         corruptions = folder / "corruptions.json"
-        request = _read(
-            folder / "request.json", lambda found: (without_secret_flags(found["command"]), str(found["recipe"]))
-        )
+        *request, wanted = _read(folder / "request.json", _check_request)
         result = _read(folder / "result.json", _check_result)
         if f"seed-{result['seed']}" != folder.name:
             raise ValueError(f"{folder} holds a result of seed {result['seed']}: run this seed again.")
+        again = "delete the folder and run this seed again"
+        check_folder(folder / "request.json", folder.absolute(), request[0], again)
+        check_asked(folder / "result.json", "its request.json", wanted, result, again)
         return cls(
             folder,
             *request,
             result=result,
             history=_read(state, lambda found: list(found["log_history"])) if state.exists() else [],
             searches=_read(searches, list, lines=True) if searches.exists() else [],
-            corruptions=_read(corruptions, lambda found: {**found, "groups": dict(found["groups"])})
-            if corruptions.exists()
-            else {},
+            corruptions=_read(corruptions, check_corruptions) if corruptions.exists() else {},
         )
 
-    @property
-    def passes(self) -> float:
-        """Backward passes of the training; over examples where they were counted, so that a part of a batch is a part of a pass."""
-        passes = self.result["passes"]
-        return passes.get("backward_examples", passes["backward"])
-
-    def curve(self, key: str) -> tuple[list[float], list[float]]:
-        """A logged value against the backward passes made so far, the axis on which all methods are worth the same."""
+    def curve(self, key: str, passes: float) -> tuple[list[float], list[float]]:
+        """A logged value against the passes made so far of all, the axis on which all methods are worth the same."""
         points = [(entry["step"], entry[key]) for entry in self.history if entry.get(key) is not None]
-        passes_a_step = self.passes / max(entry["step"] for entry in self.history)
+        passes_a_step = passes / max(entry["step"] for entry in self.history)
         return [passes_a_step * step for step, _ in points], [value for _, value in points]
 
 
@@ -74,12 +70,22 @@ def _read(file: Path, take: Callable[[Any], Any], lines: bool = False) -> Any:
         ) from error
 
 
+def _check_request(request: dict) -> tuple[list[str], str, dict[str, Any]]:
+    """Its command, its recipe's text, and the fields that both ask for."""
+    command = request["command"]
+    if not (isinstance(command, list) and all(isinstance(part, str) for part in command)):
+        raise ValueError(f"its command is {json.dumps(command)[:50]}, and a list of words is expected")
+    command, recipe = without_secret_flags(command), str(request["recipe"])
+    try:
+        values = YAML(typ="safe", pure=True).load(recipe)
+    except YAMLError as error:
+        raise ValueError(f"its recipe is no YAML: {sentence(error)}") from error
+    return command, recipe, asked(command, values if isinstance(values, dict) else None)
+
+
 def _check_result(result: dict) -> dict:
     for name in ("task", "dataset", "model", "versions", "device", "threads"):
         result[name]  # noqa: B018  (a KeyError otherwise)
-    for name in ("identity", "arguments"):  # which older ones may lack
-        if not isinstance(result.get(name, {}), dict):
-            raise ValueError(f"its {name} is {json.dumps(result[name])[:50]}, and a mapping is expected")
     return check_numbers(result)
 
 
@@ -90,9 +96,14 @@ def check_numbers(result: dict) -> dict:
     Raises:
         `ValueError`, `KeyError` or `TypeError`: a number is none, or out of its range, or something is missing.
     """
+    for name in ("identity", "arguments", "versions"):  # which older ones may lack
+        if not isinstance(result.get(name, {}), dict):
+            raise ValueError(f"its {name} is {json.dumps(result[name])[:50]}, and a mapping is expected")
     if type(result["seed"]) is not int:
         raise ValueError(f"its seed is {result['seed']!r}, and a whole number is expected")
     for split, scores in result["metrics"].items():
+        if not isinstance(scores, dict):
+            raise ValueError(f"its {split} scores are {json.dumps(scores)[:50]}, and a mapping is expected")
         for name, value in scores.items():
             highest = 1 if name.endswith("accuracy") else 100 if name.startswith(("bleu", "chrf")) else math.inf
             if value is not None and not (_is_number(value) and (math.isnan(value) or 0 <= value <= highest)):
@@ -107,6 +118,21 @@ def check_numbers(result: dict) -> dict:
     if not (_is_number(result["seconds"]) and 0 <= result["seconds"] < math.inf):
         raise ValueError(f"it took {result['seconds']!r} seconds, and a number from 0 up is expected")
     return result
+
+
+def check_corruptions(found: dict) -> dict:
+    """
+    How a model scored on corrupted images, if every number in it can be one.
+
+    Raises:
+        `ValueError`, `KeyError` or `TypeError`: a number is none, or out of its range, or something is missing.
+    """
+    for group, share in found["groups"].items():
+        if not (_is_number(share) and 0 <= share <= 1):
+            raise ValueError(
+                f"its share of corrupted images, {group}, is {share!r}, and a number from 0 to 1 is expected"
+            )
+    return found
 
 
 def _is_number(value: Any) -> bool:
@@ -168,6 +194,7 @@ def load_group(group: Path) -> tuple[dict[str, list[FinishedRun]], list[str]]:
                 )
     for seeds in runs.values():
         check_one_method([run.folder for run in seeds], [run.result for run in seeds])
+    check_corrupted((run.folder, run.corruptions) for run in every)
     return runs, unfinished
 
 
@@ -181,33 +208,58 @@ def _what_must_agree(one: FinishedRun, other: FinishedRun) -> dict[str, tuple[An
     return agree
 
 
-def check_metric(results: Mapping[str, Sequence[dict]], metric: str, split: str) -> None:
+def check_corrupted(scores: Iterable[tuple[Any, Mapping]]) -> None:
+    """
+    Refuses scores on corrupted images that are not of the same images.
+
+    Args:
+        scores (`Iterable`): where they are, for the message, and themselves, empty if there are none.
+
+    Raises:
+        `ValueError`: two were made by another program, or are of another number of images.
+    """
+    (first, ours), *others = [of for of in scores if of[1]] or [(None, {})]
+    for place, theirs in others:
+        for name in ("made_by", "test_examples"):
+            if theirs.get(name) != ours.get(name):
+                raise ValueError(
+                    f"{first} and {place} were scored on other corrupted images ({name} {ours.get(name)} and {theirs.get(name)}): "
+                    "score one of them again."
+                )
+
+
+def check_metric(results: Mapping[str, Sequence[dict]], metric: str, split: str, where: Any = None) -> None:
     """
     Refuses a metric that not every run has as a number.
 
     Args:
         results (`Mapping[str, Sequence[dict]]`): the results of each method.
         metric, split (`str`): its name, and of which images or sentences.
+        where (*optional*): the file or folder that holds them, for the message.
 
     Raises:
         `ValueError`: a run has no such metric, or has diverged, or a method has two runs of one seed.
     """
+    place = "" if where is None else f"{where}: "
     for name, runs in results.items():
         seeds = [run["seed"] for run in runs]
         if len(set(seeds)) < len(seeds):
             twice = next(seed for seed in seeds if seeds.count(seed) > 1)
-            raise ValueError(f"{name} has two results of seed {twice}: take one of them out.")
+            raise ValueError(f"{place}{name} has two results of seed {twice}: take one of them out.")
         for run in runs:
-            scores = run["metrics"].get(split)
+            who, scores = f"{place}{name}, seed {run['seed']}", run["metrics"].get(split)
             if scores is None:
                 raise ValueError(
-                    f"{name}, seed {run['seed']} has no scores of {split}: it has {', '.join(run['metrics']) or 'none at all'}."
+                    f"{who} has no scores of {split}: it has {', '.join(run['metrics']) or 'none at all'}."
                 )
             if metric not in scores:
-                raise ValueError(f"There is no metric {metric}: choose one of {', '.join(scores)}.")
-            value = scores[metric]
-            if run.get("diverged") or not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(
-                    f"{name}, seed {run['seed']} has diverged ({split} {metric} {value}), and a mean with it means nothing: take the "
-                    "method out of the group, or change it."
-                )
+                raise ValueError(f"{place}There is no metric {metric}: choose one of {', '.join(scores)}.")
+            # A table of test scores shows these beside it.
+            beside = {"wrong_labels": "accuracy", "best_epoch": metric} if split == "test" else {}
+            for part, kind in {split: metric, **beside}.items():
+                value = run["metrics"].get(part, {kind: 0}).get(kind)
+                if run.get("diverged") or not _is_number(value) or not math.isfinite(value):
+                    raise ValueError(
+                        f"{who} has diverged ({part} {kind} {value}), and a mean with it means nothing: take the method out of the "
+                        "group, or change it."
+                    )

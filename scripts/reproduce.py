@@ -13,7 +13,6 @@ runs are in runs/paper-SETTING; a run that several tables show is made once.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import re
@@ -28,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from scripts.cost import parsed, plan
-from scripts.group import FinishedRun, check_one_method
+from scripts.group import FinishedRun, check_metric, check_one_method
 from scripts.paper import SETTINGS, TABLES, Number, Setting, Table, deviations, numbers, slug
-from scripts.run_flags import OURS, refuse_overridden
+from scripts.run_flags import OURS, fields, refuse_overridden
 from scripts.run_seeds import ROOT, Run, is_finished, run_or_exit
-from scripts.table import to_markdown
+from scripts.table import machine, to_markdown
 from tasks import recipes
 from tasks.command import Parser, run
 
@@ -129,31 +128,44 @@ def check_data(cells: Sequence[Cell], table: Table, options: argparse.Namespace)
 def scores(cell: Cell, metric: str, results: Sequence[dict]) -> dict[str, list[float]]:
     """Of each kind, those of the runs; a kind that one of them has not is left out."""
     if metric == "hours":
-        return {"hours": [result["seconds"] / 3600 for result in results]}
+        one = len({machine(result) for result in results}) == 1  # a mean over several would be of none
+        return {"hours": [result["seconds"] / 3600 for result in results]} if one else {}
     name, scale = ("accuracy", 100) if SETTINGS[cell.setting].task == "image_classification" else ("bleu_tokenised", 1)
-    return {
-        kind: [scale * result["metrics"][split][name] for result in results]
-        for kind, split in KINDS.items()
-        if all(split in result["metrics"] for result in results)
-    }
+    found = {kind: split for kind, split in KINDS.items() if all(split in result["metrics"] for result in results)}
+    for split in found.values():
+        check_metric({cell.row: results}, name, split, cell.runs[0].folder.parent)
+    return {kind: [scale * result["metrics"][split][name] for result in results] for kind, split in found.items()}
 
 
-def corruption_scores(runs: Sequence[Run]) -> dict[str, list[float]]:
-    found = [json.loads((ROOT / run.folder / "corruptions.json").read_bytes())["groups"] for run in runs]
-    return {group: [100 * of[group] for of in found] for group in GROUPS}
-
-
-def results_of(cell: Cell) -> list[dict]:
+def corruption_scores(cell: Cell, runs: Sequence[FinishedRun]) -> dict[str, list[float]]:
     """
-    The results of the runs that are finished.
+    Of each group, those of the runs that were scored on the published images.
+
+    Raises:
+        `ValueError`: a run was scored on others, or lacks a group.
+    """
+    scored, of = [one for one in runs if one.corruptions], CORRUPTED[SETTINGS[cell.setting].data]
+    for one in scored:
+        missing = [group for group in GROUPS if group not in one.corruptions["groups"]]
+        if missing or one.corruptions.get("made_by", of) != of:
+            what = f"no group {missing[0]}" if missing else f"scores on images of {one.corruptions['made_by']}"
+            raise ValueError(
+                f"{one.folder / 'corruptions.json'} has {what}, and the paper's table is of {of}: delete it, and the same command scores "
+                "the run again."
+            )
+    return {group: [100 * one.corruptions["groups"][group] for one in scored] for group in GROUPS} if scored else {}
+
+
+def runs_of(cell: Cell) -> list[FinishedRun]:
+    """
+    The runs that are finished.
 
     Raises:
         `ValueError`: one is damaged, or they differ in more than their seeds.
     """
-    runs = cell.finished
-    results = [FinishedRun.load(ROOT / run.folder).result for run in runs]
-    check_one_method([run.folder for run in runs], results)
-    return results
+    runs = [FinishedRun.load(ROOT / run.folder) for run in cell.finished]
+    check_one_method([run.folder for run in runs], [run.result for run in runs])
+    return runs
 
 
 def show(name: str, table: Table, found: Sequence[Cell]) -> str:
@@ -163,23 +175,23 @@ def show(name: str, table: Table, found: Sequence[Cell]) -> str:
     )
     nested = table.metric in ("corruptions", "eigenvalues")
     lines = [["setting", "row", *([] if nested else ["paper"]), *kinds, "seeds"]]
-    hours: dict[tuple[str, str], float] = {}
+    hours: dict[tuple[str, str], tuple[float, tuple]] = {}
     for cell in found:
         paper: Any = numbers(name, cell.setting).get(cell.row)
-        results = results_of(cell)
+        runs = runs_of(cell)
+        results = [run.result for run in runs]
         values: Mapping[str, list[float]] = {}
-        if any(result["diverged"] for result in results):
+        if any(result.get("diverged") for result in results):
             texts = ["diverged"] * len(kinds)
         else:
             if results and table.metric == "corruptions":
-                runs = [run for run in cell.finished if (ROOT / run.folder / "corruptions.json").is_file()]
-                values = corruption_scores(runs) if runs else {}
+                values = corruption_scores(cell, runs)
             elif results and table.metric != "eigenvalues":
                 values = scores(cell, table.metric, results)
             of = {kind: paper.get(kind) if isinstance(paper, Mapping) else paper for kind in kinds}
             texts = [_text(values.get(kind), of[kind], isinstance(paper, Mapping)) for kind in kinds]
             if "hours" in values:
-                hours[cell.setting, cell.row] = statistics.mean(values["hours"])
+                hours[cell.setting, cell.row] = statistics.mean(values["hours"]), machine(results[0])
         printed = [] if nested else ["" if paper is None else str(paper)]
         lines.append([cell.setting, cell.row, *printed, *texts, f"{len(results)} of {len(cell.runs)}"])
     if table.metric == "hours":
@@ -201,14 +213,17 @@ def _text(values: list[float] | None, paper: Number | None, with_paper: bool) ->
     return text if far is None else f"{text} ({far:+.1f} s)"
 
 
-def _with_ratios(name: str, lines: list[list[str]], hours: Mapping[tuple[str, str], float]) -> list[list[str]]:
-    """Hours are of a machine; what XSAM costs as a multiple of SAM is not."""
+def _with_ratios(
+    name: str, lines: list[list[str]], hours: Mapping[tuple[str, str], tuple[float, tuple]]
+) -> list[list[str]]:
+    """Hours are of a machine; what XSAM costs there as a multiple of SAM is not."""
     lines[0].append("× SAM (paper)")
     for line in lines[1:]:
         setting, row = line[:2]
         said: Any = numbers(name, setting)
         paper = f"{said[row].mean / said['SAM'].mean:.3f}"
-        ours = hours.get((setting, row), math.nan) / hours.get((setting, "SAM"), math.nan)
+        (ours, here), (sam, there) = (hours.get((setting, of), (math.nan, ())) for of in (row, "SAM"))
+        ours = ours / sam if here == there else math.nan
         line.append(f"({paper})" if math.isnan(ours) else f"{ours:.3f} ({paper})")
     return lines
 
@@ -328,10 +343,9 @@ def _check_flags(parser: Parser, options: argparse.Namespace) -> None:
         parts = shlex.split(options.flags)
     except ValueError as error:
         parser.error(f"--flags cannot be taken apart: {error}")
-    for part in parts:
-        flag = part.partition("=")[0].replace("-", "_").replace("__", "--", 1)
-        if flag in OURS:
-            parser.error(f"{flag} stands in --flags, and this script gives it to each run")
+    for name in fields(parts):
+        if name in OURS:
+            parser.error(f"--{name} stands in --flags, and this script gives it to each run")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,21 @@ from tasks.methods import METHODS
 
 
 NAME = r"\w[\w.+-]*"  # fit for a folder
-OURS = ("--seed", "--output_dir", "--resume_from_checkpoint")  # flags that run_seeds gives itself
+OURS = ("seed", "output_dir", "resume_from_checkpoint")  # fields that run_seeds gives itself
+
+
+def fields(parts: Sequence[str]) -> dict[str, str]:
+    """The flags of a command line by their fields, however they are spelt: `--rho-max 3`, `--rho_max=3`. The last one counts."""
+    found: dict[str, str] = {}
+    name = None
+    for part in parts:
+        if part.startswith("--"):
+            flag, _, value = part.partition("=")
+            name = flag[2:].replace("-", "_")
+            found[name] = value
+        elif name is not None:
+            found[name] = f"{found[name]} {part}".strip()
+    return found
 
 
 def parse_flags(text: str, where: str = "the flags") -> str:
@@ -26,10 +40,9 @@ def parse_flags(text: str, where: str = "the flags") -> str:
         parts = shlex.split(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{where} cannot be taken apart: {error}") from error
-    for part in parts:
-        flag = part.partition("=")[0].replace("-", "_").replace("__", "--", 1)
-        if flag in OURS:
-            raise argparse.ArgumentTypeError(f"{flag} stands among {where}, and run_seeds gives it to each run")
+    for name in fields(parts):
+        if name in OURS:
+            raise argparse.ArgumentTypeError(f"--{name} stands among {where}, and run_seeds gives it to each run")
     return text
 
 
@@ -40,12 +53,10 @@ def refuse_overridden(own: str, given: str) -> None:
     Raises:
         `ValueError`: a flag stands in both texts.
     """
-    names, again = (
-        {part.partition("=")[0] for part in shlex.split(flags) if part[:2] == "--"} for flags in (own, given)
-    )
+    names, again = (fields(shlex.split(flags)).keys() for flags in (own, given))
     if names & again:
         raise ValueError(
-            f"{min(names & again)} stands in --flags, and some runs have a value of their own for it: leave it out."
+            f"--{min(names & again)} stands in --flags, and some runs have a value of their own for it: leave it out."
         )
 
 

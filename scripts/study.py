@@ -12,12 +12,15 @@ seed, and the table is printed.
 
 from __future__ import annotations
 
+import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from scripts.asked import asked, check_asked
 from scripts.group import FinishedRun, check_metric
-from scripts.run_flags import check_once, parse_count, parse_flags, parse_seed, refuse_overridden
+from scripts.run_flags import check_once, fields, parse_count, parse_flags, parse_seed, refuse_overridden
 from scripts.run_seeds import ROOT, Run, run_or_exit
 from scripts.study_settings import METHODS, SETTINGS
 from scripts.summarize import keep, read
@@ -69,17 +72,75 @@ def extend(first: int, last: int, scores: Sequence[float], chance: float) -> tup
     return first, last
 
 
+def read_kept(setting: str, path: Path, split: str, told: Callable[[str, dict], str | None]) -> dict[str, list[dict]]:
+    """
+    The runs in a file of results/, if they are of the setting.
+
+    Args:
+        split (`str`): of which images or sentences they have scores.
+        told (`Callable`): the flags of a name's runs, by the name and a run; `None` if the study does not know them.
+
+    Raises:
+        `ValueError`: a run is of another recipe, data set, model or method than the setting and its name say, or has no score.
+    """
+    of = SETTINGS[setting]
+    found = read(path)
+    put_back = f"put the file of {setting} back, or make it anew"
+    for name, runs in found.items():
+        for one in runs:
+            place = f"{path}: {name}, seed {one['seed']}"
+            recipes_of = [Path(part).stem for part in one.get("command", ()) if part.endswith(".yaml")]
+            if recipes_of and recipes_of[0] != of.recipe:
+                raise ValueError(
+                    f"{place} is of the recipe {recipes_of[0]}, and {setting} is of {of.recipe}: {put_back}."
+                )
+            flags_of = shlex.split(told(name, one) or "")
+            check_asked(place, f"{name} in {setting}", asked(flags_of, fixed(setting)), one, put_back)
+    check_metric(found, of.metrics[0], split, path)
+    return found
+
+
+def fixed(setting: str) -> dict[str, Any]:
+    """What no flag for all runs may change: the recipe's model and data, and what settings of one recipe differ in."""
+    vary = [name for of in SETTINGS.values() for name in fields(shlex.split(of.flags))]
+    # A text's data set is a folder, wherever it lies.
+    names = ["model", *vary, *(["dataset"] if SETTINGS[setting].task == "image_classification" else [])]
+    return {name: value for name, value in recipe(setting).items() if name in names}
+
+
+def own(setting: str, told: str) -> str:
+    """What a run of the setting is told and what is the setting's, which `--flags` must leave alone."""
+    return " ".join([told, *(f"--{name}" for name in fixed(setting))])
+
+
 def results(setting: str) -> dict[str, list[dict]]:
     """The results of each method of the study, from results/; empty if there are none."""
+
+    def told(name: str, run: dict) -> str | None:
+        return flags(setting, name, None) if name in METHODS else None
+
     of, found = SETTINGS[setting], {}
     if of.earlier is not None:
-        for name, runs in read(ROOT / "results" / f"{of.earlier}.json").items():
-            found[name.replace("sgd", "base")] = runs
+        path = ROOT / "results" / f"{of.earlier}.json"
+        earlier = read_kept(setting, path, "test", lambda name, run: told(name.replace("sgd", "base"), run))
+        found.update({name.replace("sgd", "base"): runs for name, runs in earlier.items()})
     path = ROOT / "results" / f"{setting}.json"
     if path.is_file():
-        found.update(read(path))
-    check_metric(found, of.metrics[0], "test")
+        found.update(read_kept(setting, path, "test", told))
     return {method: found[method] for method in METHODS if method in found}
+
+
+def check_methods(setting: str, found: Mapping[str, Any], methods: Iterable[str]) -> None:
+    """
+    Raises:
+        `ValueError`: a setting lacks the results of a method that others are compared with.
+    """
+    for method in methods:
+        if method not in found:
+            raise ValueError(
+                f"{ROOT / 'results' / setting}.json has no run of {method}, which others are compared with: scripts/run study {setting} "
+                f"--methods {method} makes them."
+            )
 
 
 def tuning_files(setting: str) -> list[Path]:
@@ -97,14 +158,17 @@ def tuning(setting: str) -> dict[str, dict[float, list[float]]]:
     Raises:
         `ValueError`: the setting has not been tuned.
     """
+
+    def told(name: str, run: dict) -> str | None:
+        method, _, rho = name.rpartition("-rho-")
+        return f"{flags(setting, method, None)} --rho {rho}" if method in METHODS else None
+
     score, files = SETTINGS[setting].metrics[0], tuning_files(setting)
     if not is_tuned(setting):
         raise ValueError(f"There is no {files[-1].relative_to(ROOT)}: scripts/run study {setting} makes it.")
     found: dict[str, dict[float, list[float]]] = {}
     for file in filter(Path.is_file, files):
-        results = read(file)
-        check_metric(results, score, "validation")
-        for name, runs in results.items():
+        for name, runs in read_kept(setting, file, "validation", told).items():
             # The older studies' names are the task's, with numbers after them.
             method = name.rpartition("-rho-")[0] or runs[0]["method"]
             if method in METHODS:
@@ -174,7 +238,7 @@ def main(argv: Sequence[str]) -> None:
     check_once(parser, methods=args.methods, seeds=args.seeds)
     of = SETTINGS[args.setting]
     for method in args.methods:
-        refuse_overridden(flags(args.setting, method, 1), args.flags)
+        refuse_overridden(own(args.setting, flags(args.setting, method, 1)), args.flags)
     known = chosen(args.setting) if is_tuned(args.setting) and not args.tune_only else {}
     for method in args.methods:
         if METHODS[method].stretch is not None and method not in known:

@@ -13,7 +13,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from scripts.group import check_metric, check_numbers, check_one_method, load_group
+from scripts.asked import asked, check_asked, check_folder
+from scripts.group import check_corrupted, check_corruptions, check_metric, check_numbers, check_one_method, load_group
 from scripts.table import make_cells, make_rows, to_markdown
 from tasks.command import Parser, run, sentence
 from tasks.files import write_whole
@@ -90,8 +91,12 @@ def keep(group: Path) -> None:
         `ValueError`: see `collect`; or the file's runs of a method are another training ([`~scripts.group.check_one_method`]).
     """
     path = file_of(group)
-    results = read(path) if path.exists() else {}
-    for name, runs in collect(group).items():
+    write(_added(collect(group), read(path) if path.exists() else {}), path)
+
+
+def _added(found: Mapping[str, Sequence[dict]], kept: Mapping[str, Sequence[dict]]) -> dict[str, list[dict]]:
+    results = {name: [*runs] for name, runs in kept.items()}
+    for name, runs in found.items():
         by_seed = {result["seed"]: result for result in results.get(name, [])}
         for result in runs:
             old = by_seed.get(result["seed"], {})
@@ -100,7 +105,34 @@ def keep(group: Path) -> None:
             by_seed[result["seed"]] = result
         results[name] = [by_seed[seed] for seed in sorted(by_seed)]
         check_one_method([f"{name}, seed {run['seed']}," for run in results[name]], results[name])
-    write(results, path)
+    check_corrupted(
+        (f"{name}, seed {run['seed']},", run.get("corruptions", {})) for name, runs in results.items() for run in runs
+    )
+    return results
+
+
+def _kept(group: Path, found: Mapping[str, Sequence[dict]]) -> dict[str, list[dict]]:
+    """
+    What the group's file in results/ holds, if all of it is in the group too.
+
+    Raises:
+        `ValueError`: it holds a run that the group lacks, and a table of the group alone would be written over it.
+    """
+    path = file_of(group)
+    kept = read(path) if path.exists() else {}
+    there = {(name, run["seed"]) for name, runs in found.items() for run in runs}
+    lacking = [
+        f"{name}, seed {run['seed']}"
+        for name, runs in kept.items()
+        for run in runs
+        if (name, run["seed"]) not in there
+    ]
+    if lacking:
+        raise ValueError(
+            f"{path} holds {lacking[0]}, and {group} does not ({len(lacking)} such runs in all), which the new table would delete: "
+            "rename the folder, after which the file is named, or move the file away."
+        )
+    return kept
 
 
 def file_of(group: Path) -> Path:
@@ -120,20 +152,33 @@ def read(path: Path) -> dict[str, list[dict]]:
     The whole results of each method in a file that `write` made.
 
     Raises:
-        `ValueError`: it is no such file, or see [`~scripts.group.check_one_method`].
+        `ValueError`: it is no such file; a run is not of what its command asks for, or stands under another name; or see
+            [`~scripts.group.check_one_method`].
     """
     results: dict[str, list[dict]] = {}
     try:
         kept = json.loads(path.read_bytes())
         for row in kept["runs"]:
             run = check_numbers(merged(kept["common"], row))
+            if not isinstance(run.get("command", []), list):  # which some older ones lack
+                raise ValueError(f"its command is {run['command']!r}, and a list is expected")
+            if "corruptions" in run:
+                check_corruptions(run["corruptions"])
             results.setdefault(run["name"], []).append(run)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a file that summarize wrote: {sentence(error)}.") from error
     if not results:
         raise ValueError(f"{path} holds no runs.")
+    scored: list[tuple[str, dict]] = []
     for name, runs in results.items():
-        check_one_method([f"{path}: {name}, seed {run['seed']}" for run in runs], runs)
+        places = [f"{path}: {name}, seed {run['seed']}" for run in runs]
+        check_one_method(places, runs)
+        scored += [(place, run.get("corruptions", {})) for place, run in zip(places, runs, strict=True)]
+        for place, run in zip(places, runs, strict=True):
+            command = run.get("command", [])
+            check_folder(place, Path(name, f"seed-{run['seed']}"), command, "its name was changed, put it back")
+            check_asked(place, "its command", asked(command), run, "it was changed, put it back")
+    check_corrupted(scored)
     return results
 
 
@@ -150,15 +195,17 @@ def main(argv: Sequence[str]) -> None:
             f"There is no {args.source}, here or in {ROOT}: give a folder of runs/, or a file of results/."
         )
     results = collect(source) if source.is_dir() else read(source)
-    check_metric(results, args.metric, args.split)
+    check_metric(results, args.metric, args.split, source)
     rows = make_rows(results, args.metric, args.split)
     names = [row.name for row in rows]
     if missing := [name for name in args.baselines if name not in names]:
         raise ValueError(f"There is no run of the baseline {', '.join(missing)}: choose among {', '.join(names)}.")
     table = to_markdown(make_cells(rows, args.metric, args.baselines, args.split))
     if source.is_dir():
-        write(results, file_of(source))
+        write(_added(results, _kept(source, results)), file_of(source))
     print(table)
+    if rows[0].seconds is None:
+        print("\nSeconds are left out: these runs were not timed on one device with one torch and as many threads.")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 
 from scripts import buried, epoch_cost, study, surfaces, sweep
+from scripts.group import check_metric
 from scripts.run_seeds import ROOT
 from scripts.study_settings import ORDER
 from scripts.summarize import read
@@ -178,7 +179,9 @@ def corruption_section(setting: str, results: Mapping[str, Sequence[dict]]) -> s
 
 def gpu_section(name: str, title: str, base: str) -> str:
     """What was trained on a GPU with the paper's recipes, for a few epochs."""
-    results = read(ROOT / "results" / f"{name}.json")
+    path = ROOT / "results" / f"{name}.json"
+    results = read(path)
+    check_metric(results, "accuracy", "test", path)
     table = to_markdown(make_cells(make_rows(results, "accuracy"), "accuracy", [base, "sam"]))
     return (
         f"### On an H100: {title}\n\n[results/{name}.json](results/{name}.json). Passes are multiples of the fewest in the table, and differences "
@@ -202,9 +205,16 @@ def named(rows: Sequence[Row]) -> dict[str, Row]:
 
 
 def results() -> dict[str, dict[str, list[dict]]]:
-    """Those of each setting that has any."""
-    found = {setting: study.results(setting) for setting in study.SETTINGS}
-    return {setting: of for setting, of in found.items() if of}
+    """
+    Those of each setting that has any.
+
+    Raises:
+        `ValueError`: one lacks the base optimizer's, which all others are compared with.
+    """
+    found = {setting: of for setting in study.SETTINGS if (of := study.results(setting))}
+    for setting, of in found.items():
+        study.check_methods(setting, of, ("base", "base-2x"))
+    return found
 
 
 def images(found: Mapping[str, Mapping[str, Sequence[dict]]]) -> dict[str, dict[str, Row]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 from scripts import study
 from scripts.run_seeds import ROOT
 from scripts.table import Row, paired_difference, to_markdown
-from tasks.command import Parser, run
+from tasks.command import Parser, run, sentence
 from tasks.files import write_whole
 
 
@@ -35,29 +36,75 @@ def path_of(setting: str) -> Path:
     return ROOT / "results" / f"{setting}-surfaces.json"
 
 
-def collect(folders: Mapping[str, Path]) -> Found:
+def collect(setting: str, folders: Mapping[str, Path]) -> Found:
     """
     The results of all measures and methods, by seed.
 
     Raises:
-        `ValueError`: a folder lacks one.
+        `ValueError`: a folder lacks one; it is another measure's, another run's, or the same as one of another place; or not all are
+            taken with the same settings.
     """
     found: Found = {}
+    weights: dict[str, tuple[str, str, Path]] = {}
+    known_of: dict[tuple[str, str], tuple[str | None, Path]] = {}
     for seed, folder in folders.items():
         found[seed] = {}
         for method in METHODS:
-            files = {measure: folder / method / f"{measure}.json" for measure in MEASURES}
-            for measure, file in files.items():
-                if not file.is_file():
+            found[seed][method] = {}
+            for measure in MEASURES:
+                file = folder / method / f"{measure}.json"
+                kept, of = _read(file, setting, seed, method, measure)
+                found[seed][method][measure] = kept
+                known = weights.setdefault(of or str(file), (seed, method, file))
+                if known[:2] != (seed, method):
                     raise ValueError(
-                        f"There is no {file}: python -m xsam_hf.analysis {measure} {method}=CHECKPOINT makes it."
+                        f"{known[2]} and {file} were taken of the same weights, and stand for {known[1]} of seed {known[0]} and {method} of "
+                        f"seed {seed}: give each run its own folder."
                     )
-            found[seed][method] = {measure: _kept(json.loads(file.read_bytes())) for measure, file in files.items()}
+                first = known_of.setdefault((seed, method), (of, file))
+                if first[0] != of:
+                    raise ValueError(
+                        f"{file} was taken of other weights or batches than {first[1]}: take both of the same checkpoint."
+                    )
+                asked = found[next(iter(folders))][METHODS[0]][measure]["settings"]
+                if kept["settings"] != asked:
+                    raise ValueError(
+                        f"{file} was taken with {kept['settings']}, and the first of its measure with {asked}: take one of them again."
+                    )
     return found
 
 
-def _kept(of: Mapping[str, Any]) -> dict[str, Any]:
-    return {"settings": of["settings"], **of["result"]}
+def _read(file: Path, setting: str, seed: str, method: str, measure: str) -> tuple[dict[str, Any], str | None]:
+    """What the analysis wrote: the result with its settings, and the fingerprint of the weights and batches."""
+    if not file.is_file():
+        raise ValueError(f"There is no {file}: python -m xsam_hf.analysis {measure} {method}=CHECKPOINT makes it.")
+    try:
+        kept = json.loads(file.read_bytes())
+        found, of, checkpoint = (
+            {"settings": kept["settings"], **kept["result"]},
+            kept.get("of"),
+            kept.get("checkpoint"),
+        )
+        if kept["measure"] != measure:
+            raise ValueError(f"its measure is {kept['measure']}")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is not what python -m xsam_hf.analysis {measure} writes ({sentence(error)}): take it again."
+        ) from error
+    # As run_seeds and the study call the folders of runs; others may be called anything.
+    place = re.search(r"(?:^|/)([^/]+)/([^/]+)/seed-(\d+)(?:/|$)", str(checkpoint))
+    if place:
+        group, name, number = place.groups()
+        for ours, theirs, known in (
+            (setting, group, study.SETTINGS),
+            (method, name, study.METHODS),
+            (seed, number, ()),
+        ):
+            if theirs != ours and (theirs in known or not known):
+                raise ValueError(
+                    f"{file} was taken of {checkpoint}, and stands for {method} of seed {seed} in {setting}."
+                )
+    return found, of
 
 
 def measures(found: Mapping[str, Mapping]) -> dict[str, float]:
@@ -87,7 +134,21 @@ def section(setting: str) -> str:
     path = path_of(setting)
     if not path.is_file():
         return ""
-    found: Found = json.loads(path.read_bytes())
+    try:
+        return _section(setting, path)
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(
+            f"{path} is not what scripts/run surfaces {setting} writes ({sentence(error)}): make it again."
+        ) from error
+
+
+def _section(setting: str, path: Path) -> str:
+    kept = json.loads(path.read_bytes())
+    if kept["setting"] != setting:
+        raise ValueError(f"its setting is {kept['setting']}")
+    found: Found = kept["seeds"]
+    if not found:
+        raise ValueError("it has no seed")
     lines = [["", *METHODS, *(f"{a} / {b}" for a, b in RATIOS)]]
     for name in measures(next(iter(found.values()))["base"]):
         of = {m: {int(seed): measures(methods[m])[name] for seed, methods in found.items()} for m in METHODS}
@@ -123,8 +184,16 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("setting", choices=study.SETTINGS)
     parser.add_argument("folders", nargs="+", metavar="SEED=FOLDER")
     args = parser.parse_args(argv)
-    folders = {seed: Path(folder) for seed, _, folder in (text.partition("=") for text in args.folders)}
-    write_whole(path_of(args.setting), json.dumps(collect(folders)) + "\n")
+    pairs = []
+    for text in args.folders:
+        seed, equals, folder = text.partition("=")
+        if not (equals and folder and seed.isdecimal() and str(int(seed)) == seed):
+            parser.error(f"{text!r} should read SEED=FOLDER, the seed a whole number")
+        pairs.append((seed, Path(folder)))
+    if len(dict(pairs)) < len(pairs):
+        parser.error("a seed is given twice")
+    found = {"setting": args.setting, "seeds": collect(args.setting, dict(pairs))}
+    write_whole(path_of(args.setting), json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

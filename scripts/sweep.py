@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from scripts import study
 from scripts.run_flags import check_once, parse_count, parse_flags, parse_seed, refuse_overridden
 from scripts.run_seeds import ROOT, Run, run_or_exit
-from scripts.summarize import keep, read
+from scripts.summarize import keep
 from tasks.command import Parser, run
 
 
@@ -95,9 +95,15 @@ def results(name: str) -> dict[str, list[dict]]:
     path, sweep = ROOT / "results" / f"{name}.json", SWEEPS[name]
     if not path.is_file():
         return {}
-    found = read(path)
+
+    def told(variant: str, run: dict) -> str | None:
+        rho = run.get("arguments", {}).get("rho")
+        return flags(sweep, sweep.variants[variant], rho) if variant in sweep.variants and rho else None
+
+    found = study.read_kept(sweep.setting, path, "test", told)
     seeds = {run["seed"] for runs in found.values() for run in runs}
     of = study.results(sweep.setting)
+    study.check_methods(sweep.setting, of, sweep.baselines)
     known = {method: [run for run in of[method] if run["seed"] in seeds] for method in sweep.baselines}
     return {**known, **{variant: found[variant] for variant in sweep.variants if variant in found}}
 
@@ -123,7 +129,7 @@ def main(argv: Sequence[str]) -> None:
     check_once(parser, variants=args.variants, seeds=args.seeds)
     variants = {name: of for name, of in sweep.variants.items() if args.variants is None or name in args.variants}
     for variant in variants.values():
-        refuse_overridden(flags(sweep, variant, 1), args.flags)
+        refuse_overridden(study.own(sweep.setting, flags(sweep, variant, 1)), args.flags)
     rhos, of = study.chosen(sweep.setting), study.SETTINGS[sweep.setting]
     for method in sweep.baselines:
         if method not in rhos:

@@ -1,7 +1,7 @@
 """From results of several methods and seeds to one table: mean ± std, and paired differences with their interval."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -19,9 +19,9 @@ class Row:
     Args:
         name (`str`): the method's.
         values (`Mapping[int, float]`): the metric of each seed.
-        forward, backward (`float`): how many passes a run made. Over the examples of a batch where the result tells them (a pass
-            over a part of it is a part of a pass), over batches otherwise.
-        seconds (`float`): that a run took.
+        forward, backward (`float`): how many passes a run made. Over the examples of a batch where all results of the table tell them
+            (a pass over a part of it is a part of a pass), over batches otherwise.
+        seconds (`float`, *optional*): that a run took; none where not all runs of the table were timed on the same machine.
         learnt (`float`, *optional*): the share of the wrong labels that the trained model gives back.
     """
 
@@ -29,7 +29,7 @@ class Row:
     values: Mapping[int, float]
     forward: float
     backward: float
-    seconds: float
+    seconds: float | None
     learnt: float | None = None
 
     @property
@@ -66,15 +66,17 @@ def make_rows(results: Mapping[str, Sequence[dict]], metric: str, split: str = "
         metric, split (`str`): which score.
     """
     scale = 100 if metric.endswith("accuracy") else 1
+    every = [run for runs in results.values() for run in runs]
+    over, timed = counted_over(every), len({machine(run) for run in every}) == 1
 
     def make_row(name: str, runs: Sequence[dict], split: str) -> Row:
         learnt = [run["metrics"]["wrong_labels"]["accuracy"] for run in runs if "wrong_labels" in run["metrics"]]
         return Row(
             name=name,
             values={run["seed"]: scale * run["metrics"][split][metric] for run in runs},
-            forward=statistics.mean(_passes(run, "forward") for run in runs),
-            backward=statistics.mean(_passes(run, "backward") for run in runs),
-            seconds=statistics.mean(run["seconds"] for run in runs),
+            forward=statistics.mean(run["passes"][f"forward{over}"] for run in runs),
+            backward=statistics.mean(run["passes"][f"backward{over}"] for run in runs),
+            seconds=statistics.mean(run["seconds"] for run in runs) if timed else None,
             learnt=statistics.mean(learnt) if len(learnt) == len(runs) and split != "best_epoch" else None,
         )
 
@@ -88,8 +90,16 @@ def make_rows(results: Mapping[str, Sequence[dict]], metric: str, split: str = "
     return sorted(rows, key=lambda row: (row.backward, row.forward, row.name))
 
 
-def _passes(run: dict, kind: str) -> float:
-    return run["passes"].get(f"{kind}_examples", run["passes"][kind])
+def counted_over(results: Iterable[Mapping]) -> str:
+    """How the names of passes end that all results count alike: those over examples if all have them."""
+    kinds = ("forward_examples", "backward_examples")
+    return "_examples" if all(kind in run["passes"] for run in results for kind in kinds) else ""
+
+
+def machine(run: Mapping) -> tuple:
+    """What seconds of two runs must have in common to be compared."""
+    told = (run.get("device"), run.get("threads"), run.get("processes", 1), run.get("versions", {}).get("torch"))
+    return tuple(map(str, told))
 
 
 def paired_difference(row: Row, baseline: Row) -> Difference | None:
@@ -119,8 +129,9 @@ def make_cells(
     Args:
         rows, baselines: the methods, and the names of those to take differences to.
         metric, split (`str`): which score.
-        seconds (`bool`, *optional*, defaults to `True`): `False` where other processes shared the machine.
+        seconds (`bool`, *optional*, defaults to `True`): `False` where other processes shared the machine. Rows without any have none.
     """
+    seconds = seconds and all(row.seconds is not None for row in rows)
     named = {row.name: row for row in rows}
     forward, backward = (min(passes) for passes in zip(*((row.forward, row.backward) for row in rows), strict=True))
     noisy = any(row.learnt is not None for row in rows)
@@ -145,7 +156,7 @@ def make_cells(
                 *["" if row.learnt is None else f"{row.learnt:.0%}"] * noisy,
                 f"{row.backward / backward:.2f}",
                 f"{row.forward / forward:.2f}",
-                *[f"{row.seconds:.0f}"] * seconds,
+                *([f"{row.seconds:.0f}"] if seconds else []),
                 str(len(row.values)),
             ]
         )

@@ -208,6 +208,9 @@ def test_refusals(tmp_path):
         find_rho_command.main(
             [recipe, "--resume_from_checkpoint", "true", "--output_dir", str(tmp_path), "--use_cpu", "true"]
         )
+    for flags in (["--rho", "3"], ["--rho=3"], ["--method", "asam"]):  # which would make its epochs no plain ones
+        with pytest.raises(ValueError, match=f"{flags[0][:5]}.* stands there, and a range test trains with the base"):
+            find_rho_command.main([recipe, *flags, "--output_dir", str(tmp_path)])
     trainer.is_in_train = True
     with pytest.raises(ValueError, match="inside of a training"):
         find_rho(trainer)

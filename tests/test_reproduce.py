@@ -156,8 +156,9 @@ def finish(root, run, accuracy, last=None, best=None, seconds=3600.0, corrupted=
     metrics |= {
         split: {"accuracy": value} for split, value in (("last_five_epochs", last), ("best_epoch", best)) if value
     }
+    method = run.name.partition("-")[0]
     result = {
-        "task": "image_classification", "dataset": "cifar100", "model": "resnet-18", "method": "x", "metrics": metrics,
+        "task": "image_classification", "dataset": "cifar100", "model": "resnet-18", "method": method, "metrics": metrics,
         "passes": {"forward": 4, "backward": 4}, "seconds": seconds, "seed": run.seed, "device": "cpu", "threads": 1,
         "versions": {}, "diverged": False,
     }  # fmt: skip
@@ -197,6 +198,89 @@ def test_a_run_that_diverged_has_no_mean(root):
     result = root / found[0].runs[0].folder / "result.json"
     result.write_text(result.read_text().replace('"diverged": false', '"diverged": true'))
     assert lines_of("table-2", found)["SGD"]["last epoch"] == "diverged"
+
+
+def edit(root, run, name="result.json", **changes):
+    file = root / run.folder / name
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (
+            {"dataset": "digits"},
+            "result.json is a result with dataset digits, and its request.json asks for dataset cifar100",
+        ),
+        ({"method": "xsam"}, "result.json is a result with method xsam, and its request.json asks for method sam"),
+        ({"arguments": {"rho": 0.4}}, "a result with rho 0.4, and its request.json asks for rho 0.15"),
+        (
+            {"metrics": {"test": {"loss": 1.0}}},
+            "runs/paper-cifar100-resnet-18/sam-rho-0.15: There is no metric accuracy: choose",
+        ),
+        ({"metrics": {"test": {"accuracy": None}}}, "sam-rho-0.15: SAM, seed 0 has diverged (test accuracy None)"),
+        ({"metrics": {"test": {"accuracy": 80}}}, "its test accuracy is 80, and a number from 0 to 1 is expected"),
+        ({"metrics": None}, "result.json is damaged"),
+    ],
+)
+def test_a_run_of_something_else_is_no_row_of_the_table(root, changes, words):
+    (root / "tasks/image_classification/recipes/cifar-cnn.yaml").write_text("dataset: cifar100\n")
+    found = reproduce.cells(TABLES["table-2"], options(settings=["cifar100-resnet-18"], seeds=1))
+    finish(root, found[1].runs[0], 0.8)
+    edit(root, found[1].runs[0], arguments={"rho": 0.15, "alpha": 1.0})
+    result = json.loads((root / found[1].runs[0].folder / "result.json").read_text())
+    result.pop("diverged")  # which an older one lacks
+    (root / found[1].runs[0].folder / "result.json").write_text(json.dumps(result))
+    assert lines_of("table-2", found)["SAM"]["last epoch"].startswith("80.00")
+    edit(root, found[1].runs[0], **changes)
+    with pytest.raises(ValueError) as refused:
+        reproduce.show("table-2", TABLES["table-2"], found)
+    assert words in sentence(refused.value)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (
+            {"groups": {"noise": 0.5}},
+            "corruptions.json has no group blur, and the paper's table is of CIFAR-100-C: delete it",
+        ),
+        (
+            {"made_by": "a library"},
+            "corruptions.json has scores on images of a library, and the paper's table is of CIFAR-100-C",
+        ),
+        (
+            {"groups": dict.fromkeys(reproduce.GROUPS, 50)},
+            "corruptions.json is damaged (its share of corrupted images, noise, is 50",
+        ),
+        ({"groups": dict.fromkeys(reproduce.GROUPS, "x")}, "corruptions.json is damaged"),
+        ({"groups": None}, "corruptions.json is damaged"),
+    ],
+)
+def test_scores_on_other_corrupted_images_are_not_the_papers(root, changes, words):
+    found = reproduce.cells(TABLES["table-15"], options(settings=["cifar100-resnet-18"], seeds=1))
+    run = next(cell for cell in found if cell.row == "SAM").runs[0]
+    finish(root, run, 0.8, corrupted=0.5)
+    edit(root, run, "corruptions.json", made_by="CIFAR-100-C")
+    assert lines_of("table-15", found)["SAM"]["noise"] == "50.00 (paper 25.58)"
+    edit(root, run, "corruptions.json", **changes)
+    with pytest.raises(ValueError) as refused:
+        reproduce.show("table-15", TABLES["table-15"], found)
+    assert words in sentence(refused.value)
+
+
+def test_hours_of_several_machines_are_not_compared(root):
+    found = reproduce.cells(TABLES["table-1"], options(settings=["cifar100-resnet-18"], seeds=2))
+    runs = [run for cell in found for run in cell.runs]
+    for run in runs:
+        finish(root, run, 0.8, seconds=3600.0)
+    told = [lines_of("table-1", found)["XSAM"]]
+    edit(root, runs[-1], device="cuda:0")  # one of XSAM's
+    told.append(lines_of("table-1", found)["XSAM"])
+    edit(root, runs[-2], device="cuda:0")  # both
+    told.append(lines_of("table-1", found)["XSAM"])
+    assert [line["hours"].split()[0] if line["hours"] else "" for line in told] == ["1.00", "", "1.00"]
+    assert [line["× SAM (paper)"] for line in told] == ["1.000 (1.013)", "(1.013)", "(1.013)"]
 
 
 def test_hours_and_corruptions_are_the_same_trainings_in_other_units(root):
@@ -280,6 +364,7 @@ def test_runs_are_named_by_what_they_are_and_made_once():
         (["2", "--flags", "--seed 7"], "--seed stands in --flags, and this script gives it to each run"),
         (["2", "--flags", "--rho 0.3"], "--rho stands in --flags, and some runs have a value of their own for it"),
         (["2", "--epochs", "3", "--flags", "--num_train_epochs 5"], "--num_train_epochs stands in --flags"),
+        (["2", "--epochs", "3", "--flags=--num-train-epochs=5"], "--num_train_epochs stands in --flags"),
         (["2", "--flags", "--no_such 7"], "there is no flag --no_such"),
         (["2", "--flags", "'"], "--flags cannot be taken apart"),
     ],

@@ -1,5 +1,6 @@
 """The scripts, with a task that takes milliseconds and a Python that only notes what it was asked for."""
 
+import argparse
 import fcntl
 import html
 import json
@@ -210,6 +211,17 @@ def test_table_from_results():
     assert len({len(line) for line in markdown.splitlines()}) == 1
 
 
+def test_passes_are_counted_over_what_all_runs_count_them():
+    def result(passes):
+        return {"seed": 0, "metrics": {"test": {"accuracy": 0.9}}, "passes": passes, "seconds": 1}
+
+    over_batches = result({"forward": 20, "backward": 10})
+    over_both = result({"forward": 30, "backward": 20, "forward_examples": 900, "backward_examples": 600})
+    for results, backward in (((over_batches, over_both), [10, 20]), ((over_both, over_both), [600, 600])):
+        rows = table.make_rows(dict(zip("AB", ([of] for of in results), strict=True)), "accuracy")
+        assert [row.backward for row in rows] == backward and all(row.forward > row.backward for row in rows)
+
+
 def test_table_shows_the_wrong_labels_learnt_and_plain_trainings_best_epoch():
     def result(seed, accuracy, rho, learnt, examples):
         metrics = {
@@ -406,6 +418,20 @@ def test_wrong_arguments_of_studies_are_refused(script, arguments, sentence):
     assert sentence in refusal(script.main, *arguments)
 
 
+@pytest.mark.parametrize("spelt", ["--rho_max 3", "--rho-max 3", "--rho_max=3", "--rho-max=3", "--rho 1 --rho-max=3"])
+def test_a_flag_is_the_same_however_it_is_spelt(spelt):
+    with pytest.raises(ValueError, match="--rho_max stands in --flags, and some runs have a value of their own"):
+        run_flags.refuse_overridden("--method xsam --rho_max 0.4", spelt)
+    run_flags.refuse_overridden("--method xsam --alpha_samples 4", spelt)
+    assert run_flags.fields(spelt.split())["rho_max"] == "3"
+    with pytest.raises(argparse.ArgumentTypeError, match="--output_dir stands among the flags"):
+        run_flags.parse_flags(spelt.replace("rho-max", "output-dir").replace("rho_max", "output_dir"))
+
+
+def test_a_benchmark_warms_up_for_no_rounds_or_more():
+    assert "--warm_up starts at 0" in refusal(benchmark.main, "--configuration", "gpt2-1m", "--warm_up", "-1")
+
+
 def test_a_name_alone_is_the_tasks_method():
     assert run_flags.parse_method("xsam+asam") == ("xsam+asam", "--method xsam+asam")
     assert run_flags.parse_method("mine=") == ("mine", "") and run_flags.parse_method("a=--rho 1") == ("a", "--rho 1")
@@ -482,6 +508,12 @@ def change(folder, name="result.json", **changes):
     (folder / name).write_text(json.dumps({**found, **changes}))
 
 
+def ask(folder, *flags):
+    """Lets the request of a run ask for more."""
+    command = json.loads((folder / "request.json").read_text())["command"]
+    change(folder, "request.json", command=[*command, *flags])
+
+
 BAD_RUNS = {
     "another data set": (
         lambda f: change(f, dataset="fashion_mnist"),
@@ -508,6 +540,10 @@ BAD_RUNS = {
     "no passes": (lambda f: change(f, passes={}), "result.json is damaged .KeyError: 'forward'.: delete its folder"),
     "an identity that is none": (lambda f: change(f, identity=None), "result.json is damaged .its identity is null"),
     "arguments that are none": (lambda f: change(f, arguments=[]), "result.json is damaged .its arguments is"),
+    "versions that are none": (
+        lambda f: change(f, versions="x"),
+        "result.json is damaged .its versions is .x., and a",
+    ),
     "no time": (lambda f: change(f, seconds=None), "result.json is damaged"),
     "cut off": (lambda f: (f / "result.json").write_text('{"seed": 1, '), "result.json is damaged"),
     "empty": (lambda f: (f / "result.json").write_text(""), "result.json is damaged"),
@@ -520,6 +556,65 @@ BAD_RUNS = {
         "xsam_search.jsonl is damaged",
     ),
     "scores without groups": (lambda f: (f / "corruptions.json").write_text("{}"), "corruptions.json is damaged"),
+    "groups in percent": (
+        lambda f: (f / "corruptions.json").write_text('{"groups": {"noise": 50}}'),
+        "corruptions.json is damaged .its share of corrupted images, noise, is 50, and a number from 0 to 1",
+    ),
+    "groups as text": (
+        lambda f: (f / "corruptions.json").write_text('{"groups": {"noise": "x"}}'),
+        "corruptions.json is damaged .its share of corrupted images, noise, is 'x'",
+    ),
+    "other corrupted images": (
+        lambda f: [
+            (folder / "corruptions.json").write_text(json.dumps({"test_examples": n, "groups": {"noise": 0.5}}))
+            for folder, n in ((f, 7), (f.parent / "seed-0", 500))
+        ],
+        r"scored on other corrupted images \(test_examples 500 and 7\): score one of them again",
+    ),
+    "no wrong labels": (
+        lambda f: change(f, metrics={"test": {"accuracy": 0.9}, "wrong_labels": None}),
+        "its wrong_labels scores are null, and a mapping is expected",
+    ),
+    "no share of the wrong labels": (
+        lambda f: change(f, metrics={"test": {"accuracy": 0.9}, "wrong_labels": {"accuracy": None}}),
+        r"SAM, seed 1 has diverged \(wrong_labels accuracy None\)",
+    ),
+    "a best epoch without a score": (
+        lambda f: change(f, metrics={"test": {"accuracy": 0.9}, "best_epoch": {"loss": 1}}),
+        r"SAM, seed 1 has diverged \(best_epoch accuracy None\)",
+    ),
+    "a command that is none": (
+        lambda f: change(f, "request.json", command="x"),
+        "request.json is damaged .its command is",
+    ),
+    "a recipe that is none": (
+        lambda f: change(f, "request.json", recipe="a: ["),
+        "request.json is damaged .its recipe is no",
+    ),
+    "another method's run": (
+        lambda f: (shutil.rmtree(f), shutil.copytree(f.parent.parent / "XSAM" / "seed-1", f)),
+        "request.json was made as XSAM/seed-1 and stands for SAM/seed-1: delete the folder and run this seed again",
+    ),
+    "another method's result": (
+        lambda f: (ask(f, "--method", "sam"), change(f, method="sgd")),
+        "result.json is a result with method sgd, and its request.json asks for method sam: delete the folder",
+    ),
+    "another rho": (
+        lambda f: (ask(f, "--rho", "0.4"), change(f, arguments={"rho": 0.8})),
+        "result.json is a result with rho 0.8, and its request.json asks for rho 0.4",
+    ),
+    "a rho instead of none": (
+        lambda f: (ask(f, "--method=sgd"), change(f, arguments={"rho": 0.8})),
+        "a result with rho 0.8, and its request.json asks for rho 0.0",
+    ),
+    "an alpha that was not asked for": (
+        lambda f: (ask(f, "--method", "sam"), change(f, arguments={"alpha": None})),
+        "a result with alpha None, and its request.json asks for alpha 1:",
+    ),
+    "another data set than the recipe's": (
+        lambda f: change(f, "request.json", recipe="dataset: cifar100\n"),
+        "a result with dataset digits, and its request.json asks for dataset cifar100",
+    ),
 }
 
 
@@ -535,6 +630,105 @@ def test_what_does_not_belong_into_one_table_is_refused_and_nothing_is_written(r
         main([str(folder)])
     assert (root / "results" / "group.json").read_text() == "the earlier table"
     assert not (folder / "report.html").exists() and not list(root.rglob("*.part"))
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--method", "sgd"], {"method": "adamw", "arguments": {"rho": 0}}),
+        (
+            ["--method", "xsam", "--ascent-fraction=0.10"],
+            {"method": "xsam-tenth", "arguments": {"ascent_fraction": 0.1}},
+        ),
+        (["--method", "wsam", "--alpha", "0.5"], {"method": "wsam", "arguments": {"alpha": 0.5}}),
+        (["--bf16", "--no_aug", "False"], {"arguments": {"bf16": True, "no_aug": False}}),
+        (["--optim_args", "a=1, b=2"], {"arguments": {"optim_args": "a=1, b=2"}}),
+        (
+            ["--rho", "0.4", "--threads", "1", "--hub_token", "x"],
+            {"arguments": {"threads": 2, "hub_token": "<hub_token>"}},
+        ),
+        (["--lr_scheduler_kwargs", '{"min_lr": 1}'], {"arguments": {"lr_scheduler_kwargs": "{'min_lr': 1}"}}),
+        (["--rho", "0.4"], {}),
+    ],
+)
+def test_a_result_of_what_was_asked_for_is_taken_whatever_its_name(root, flags, told):
+    folder = finished(root, "anything")
+    for run in (folder / "anything").iterdir():
+        if run.is_dir():
+            ask(run, *flags)
+            change(run, **told)
+    moved = folder.rename(folder.parent / "another")
+    assert list(group.load_group(moved)[0]) == ["anything"]
+
+
+def test_kept_runs_are_what_their_commands_ask_for(root):
+    folder, file = finished(root, "SAM", "XSAM"), root / "results" / "group.json"
+    for run in (folder / "SAM").glob("seed-?"):
+        change(run, method="sam")
+        ask(run, "--method", "sam")
+    summarize.main([str(folder)])
+    kept = json.loads(file.read_text())
+    assert [run["name"] for run in kept["runs"]] == ["SAM", "SAM", "XSAM", "XSAM"]
+
+    def refused(change):
+        changed = json.loads(json.dumps(kept))
+        for run in changed["runs"]:
+            change(run)
+        file.write_text(json.dumps(changed))
+        return refusal(summarize.main, file)
+
+    assert (
+        "group.json: XSAM, seed 0 was made as SAM/seed-0 and stands for XSAM/seed-0: its name was changed"
+        in refused(lambda run: run.update(name={"SAM": "XSAM", "XSAM": "SAM"}[run["name"]]))
+    )
+    assert "group.json: SAM, seed 0 is a result with method xsam, and its command asks for method sam" in refused(
+        lambda run: run.update(method="xsam")
+    )
+    assert "its command is None, and a list is expected" in refused(lambda run: run.update(command=None))
+    assert "its arguments is null, and a mapping" in refused(lambda run: run.update(arguments=None))
+    assert "noise, is 50, and a number from 0 to 1" in refused(
+        lambda run: run.update(corruptions={"groups": {"noise": 50}})
+    )
+    assert "SAM, seed 0 and " in (
+        told := refused(lambda run: run.update(corruptions={"test_examples": run["seed"], "groups": {"noise": 0.5}}))
+    )
+    assert "scored on other corrupted images (test_examples 0 and 1)" in told
+
+
+def test_a_table_does_not_delete_runs_that_its_folder_lacks(root):
+    folder, file = finished(root, "SAM", "XSAM"), root / "results" / "group.json"
+    summarize.main([str(folder)])
+    kept = json.loads(file.read_text())
+    kept["runs"][0]["corruptions"] = {"groups": {"noise": 0.5}}
+    file.write_text(json.dumps(kept))
+    finished(root, "SAM", seeds=(2,))
+    summarize.main([str(folder)])  # more runs than before
+    found = summarize.read(file)
+    assert {name: [run["seed"] for run in runs] for name, runs in found.items()} == {"SAM": [0, 1, 2], "XSAM": [0, 1]}
+    assert ["corruptions" in run for run in found["SAM"]] == [True, False, False]
+    earlier = file.read_text()
+    shutil.rmtree(folder / "SAM" / "seed-0")
+    shutil.rmtree(folder / "XSAM")
+    assert "holds SAM, seed 0, and" in (told := refusal(summarize.main, folder)) and "(3 such runs in all)" in told
+    assert "rename the folder, after which the file is named, or move the file away" in told
+    assert file.read_text() == earlier
+    file.unlink()
+    summarize.main([str(folder)])
+    assert [run["seed"] for run in summarize.read(file)["SAM"]] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "other", [{"device": "cuda:0"}, {"threads": 9}, {"versions": {"torch": "3"}}, {"git_commit": "f"}]
+)
+def test_seconds_of_several_machines_are_left_out(root, other, capsys):
+    folder = finished(root, "SAM")
+    change(folder / "SAM" / "seed-1", **other)
+    summarize.main([str(folder)])
+    said = capsys.readouterr().out
+    one = "git_commit" in other  # several commits are by design
+    assert ("| s " in said) is one and (
+        "Seconds are left out: these runs were not timed on one device" in said
+    ) is not one
 
 
 def test_a_result_that_run_seeds_did_not_make_is_told(root, capsys):
@@ -1194,7 +1388,8 @@ def test_the_study_tunes_inside_the_grid_and_compares_on_other_seeds(root, monke
     assert [run["seed"] for run in more.pop("sam")] == [0, 1, 2]
     assert more == {name: runs for name, runs in kept.items() if name != "sam"}
     # Another training under the same name is not added to it.
-    changed = (root / "results" / "digits-noise.json").read_text().replace('"rho": 0.57', '"rho": 0.4')
+    changed = (root / "results" / "digits-noise.json").read_text()
+    changed = changed.replace('"rho": 0.57', '"rho": 0.4').replace('"0.57"', '"0.4"')  # as its command said
     (root / "results" / "digits-noise.json").write_text(changed)
     done = script(root, "study", "digits-noise", "--methods", "sam", "--seeds", "3")
     assert done.returncode == 2 and "stand for one method and differ in their rho (0.4 and 0.57)" in done.stderr
@@ -1231,7 +1426,7 @@ def write_results(folder, setting, methods, tuned):
         }
 
     runs = [
-        run(name, seed, "test", accuracy, rho=0.0 if name.startswith("base") else 0.5, passes=passes)
+        run(name, seed, "test", accuracy, rho=0.0 if name.startswith(("base", "sgd")) else 0.5, passes=passes)
         for name, (passes, accuracies) in methods.items()
         for seed, accuracy in enumerate(accuracies)
     ]
@@ -1334,8 +1529,160 @@ def test_a_summary_that_is_not_what_the_results_say_is_told(summarized):
     assert "should have the lines" in refusal(summary.main)
 
 
+def test_a_summary_without_what_others_are_compared_with_says_what_to_train(summarized):
+    file = summarized / "results" / "digits-noise.json"
+    kept = json.loads(file.read_text())
+    kept["runs"] = [run for run in kept["runs"] if run["name"] != "base-2x"]
+    file.write_text(json.dumps(kept))
+    told = refusal(summary.main)
+    assert "results/digits-noise.json has no run of base-2x, which others are compared with" in told
+    assert "scripts/run study digits-noise --methods base-2x makes them" in told
+
+
+def of_another(file, change):
+    """The file with a change of each run."""
+    kept = json.loads(file.read_text())
+    for run in kept["runs"]:
+        change(run)
+    file.write_text(json.dumps(kept))
+
+
+# A file of results/, what is done to its runs, what is said.
+OTHER_SETTINGS = {
+    "data set": (
+        "digits-noise",
+        lambda run: run.update(dataset="fashion_mnist"),
+        "base, seed 0 is a result with dataset fashion_mnist, and base in digits-noise asks for dataset digits",
+    ),
+    "model": (
+        "digits-noise",
+        lambda run: run["arguments"].update(model="vit-small"),
+        "a result with model vit-small, and base in digits-noise asks for model resnet-small",
+    ),
+    "recipe": (
+        "digits-noise",
+        lambda run: run.update(command=["-m", "train", "recipes/digits-vit-small.yaml"]),
+        "base, seed 0 is of the recipe digits-vit-small, and digits-noise is of digits-noise-resnet-small: put the file",
+    ),
+    "names": (
+        "digits-noise",
+        lambda run: run.update(method={"sam": "xsam", "xsam": "sam"}.get(run["name"], "sgd")),
+        "sam, seed 0 is a result with method xsam, and sam in digits-noise asks for method sam",
+    ),
+    "base": (
+        "digits-noise",
+        lambda run: run["arguments"].update(rho=0.5),
+        "base, seed 0 is a result with rho 0.5, and base in digits-noise asks for rho 0.0",
+    ),
+    "base-2x": (
+        "digits-noise",
+        lambda run: run["arguments"].update(num_train_epochs=2),
+        "base-2x, seed 0 is a result with num_train_epochs 2, and base-2x in digits-noise asks for num_train_epochs 4",
+    ),
+    "tuning's data set": (
+        "digits-noise-tuning",
+        lambda run: run.update(dataset="cifar10"),
+        "sam-rho-0.2, seed 100 is a result with dataset cifar10",
+    ),
+    "tuning's rho": (
+        "digits-noise-tuning",
+        lambda run: run["arguments"].update(rho=0.9),
+        "sam-rho-0.2, seed 100 is a result with rho 0.9, and sam-rho-0.2 in digits-noise asks for rho 0.2",
+    ),
+    "tuning's method": (
+        "digits-noise-tuning",
+        lambda run: run.update(method="xsam"),
+        "sam-rho-0.2, seed 100 is a result with method xsam",
+    ),
+    "diverged": (
+        "digits-noise",
+        lambda run: run.update(diverged=run["name"] == "sam"),
+        "digits-noise.json: sam, seed 0 has diverged",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_SETTINGS)
+def test_results_of_another_setting_or_method_are_not_shown_under_a_name(summarized, kind):
+    recipe = summarized / "tasks/image_classification/recipes/digits-noise-resnet-small.yaml"
+    recipe.write_text(recipe.read_text() + "dataset: digits\nmodel: resnet-small\n")
+    name, change, words = OTHER_SETTINGS[kind]
+    file = summarized / "results" / f"{name}.json"
+    arguments = {"dataset": "digits", "model": "resnet-small"}
+    of_another(file, lambda run: run.update(dataset="digits", arguments={**run["arguments"], **arguments}))
+    of_another(file, lambda run: run.update(command=["-m", "train", "recipes/digits-noise-resnet-small.yaml"]))
+    summary.main([])
+    of_another(file, lambda run: run["arguments"].pop("dataset"))
+    summary.main([])
+    of_another(file, change)
+    told = refusal(summary.main)
+    assert words in told and f"results/{name}.json" in told
+
+
+def test_files_of_other_settings_do_not_stand_for_one(root, monkeypatch):
+    """The committed ones, copied: each is of its own setting."""
+    monkeypatch.setattr(study, "ROOT", root)
+    monkeypatch.setattr(sweep, "ROOT", root)
+    monkeypatch.setattr(surfaces, "ROOT", root)
+    (root / "results").mkdir()
+    shutil.rmtree(root / "tasks")
+    (root / "tasks").symlink_to(ROOT / "tasks")
+
+    def put(name, file):
+        shutil.copy(ROOT / "results" / f"{name}.json", root / "results" / f"{file}.json")
+
+    for reader, own, other in (
+        (study.results, "fashion-noise", "digits-noise"),
+        (study.results, "digits-noise", "digits-noise-vit"),
+        (study.results, "cifar10", "cifar100"),
+        (study.results, "multi30k", "digits-noise"),
+        (study.tuning, "fashion-noise-tuning", "digits-noise-tuning"),
+        (study.tuning, "fashion-noise-aug-tuning", "fashion-noise-tuning"),
+        (surfaces.section, "digits-noise-vit-surfaces", "digits-noise-surfaces"),
+    ):
+        setting = own.removesuffix("-tuning").removesuffix("-surfaces")
+        put(own, own)
+        assert reader(setting)
+        put(other, own)
+        with pytest.raises(ValueError, match=f"results/{own}.json"):
+            reader(setting)
+        (root / "results" / f"{own}.json").unlink()
+    put("digits-noise", "digits-noise")
+    put("cifar10", "cifar10")
+    put("digits-noise-steps", "digits-noise-steps")
+    assert sweep.results("digits-noise-steps")
+    put("digits-noise-steps", "cifar10-steps")
+    assert "cifar10 is of cifar10-resnet-small" in refusal(lambda _: sweep.results("cifar10-steps"))
+    put("digits-noise-rho-max", "digits-noise-rho-max")
+    assert sweep.results("digits-noise-rho-max")
+    of_another(
+        root / "results" / "digits-noise-rho-max.json",
+        lambda run: (
+            run.update(name={"rho-max-2": "rho-max-4", "rho-max-4": "rho-max-2"}.get(run["name"], run["name"]))
+            or run.pop("command")
+        ),
+    )
+    assert "a result with rho_max" in refusal(lambda _: sweep.results("digits-noise-rho-max"))
+    put("digits-noise-rho-max", "digits-noise-rho-max")
+    of_another(
+        root / "results" / "digits-noise.json",
+        lambda run: run.update(name=run["name"].replace("xsam", "mine")) or run.pop("command"),
+    )
+    assert "digits-noise.json has no run of xsam, which" in refusal(lambda _: sweep.results("digits-noise-rho-max"))
+
+
+def test_flags_for_all_runs_leave_the_settings_model_and_data_alone(monkeypatch):
+    monkeypatch.setattr(study, "run_or_exit", lambda *_: pytest.fail("it trains"))
+    for flags in ("--model vit-small", "--dataset=cifar10", "--no-aug true", "--method sgd", "--rho=3"):
+        name = flags.replace("-a", "_a").split("=")[0].split()[0]
+        assert f"{name} stands in --flags" in refusal(study.main, "fashion-noise", f"--flags={flags}")
+    assert "dataset" not in study.fixed("multi30k")  # a folder
+
+
 def test_an_earlier_study_counts_where_the_new_one_has_no_result(root, monkeypatch):
     monkeypatch.setattr(study, "ROOT", root)
+    recipe = "tasks/image_classification/recipes/fashion-mnist-noise-vit-small.yaml"
+    shutil.copy(ROOT / recipe, root / recipe)
     old = {"sgd": (10, [0.6, 0.7]), "sgd-2x": (20, [0.6, 0.7]), "sam": (20, [0.7, 0.7]), "wsam": (20, [0.1, 0.2])}
     write_results(root / "results", "noise", old, {"sam": {0.1: 0.5}})
     write_results(root / "results", "fashion-noise-vit", {"xsam": (20, [0.8, 0.8])}, {"xsam": {0.2: 0.5, 0.3: 0.6}})
@@ -1436,6 +1783,124 @@ def test_surfaces_of_several_seeds_are_kept_and_compared_in_pairs(root, monkeypa
     assert lines["g₁ above g₀, batches"][:4] == ["3 of 6"] * 4 and lines["v(α\\*) above g₁, batches"][0] == "0 of 6"
     (root / "seen-2" / "sam" / "gain.json").unlink()
     assert "seen-2/sam/gain.json: python -m xsam_hf.analysis gain sam=CHECKPOINT" in refusal(surfaces.main, *command)
+
+
+def seen(root, seeds=(0, 1)):
+    """What the analysis leaves of a study's runs, and the command that keeps it."""
+    for seed in seeds:
+        for method in surfaces.METHODS:
+            found = {
+                "hessian": {"eigenvalues": [4.0, 3, 2, 1.5, 1.0], "trace": 2.0},
+                "gain": dict.fromkeys(("first", "last", "best"), [[], [[0, 0, 5, 0]]]),
+                "sharpness": {"average": {"loss": 0.5, "radii": [0.1], "samples": [[0, 1]]}},
+            }
+            folder = root / f"seen-{seed}" / method
+            folder.mkdir(parents=True)
+            for measure, result in found.items():
+                kept = {"measure": measure, "of": f"{method}{seed}", "settings": {"rho": 0.25}, "result": result}
+                kept["checkpoint"] = f"runs/digits-noise/{method}/seed-{seed}/checkpoint-7"
+                (folder / f"{measure}.json").write_text(json.dumps(kept))
+    (root / "results").mkdir()
+    return ["digits-noise", *(f"{seed}={root}/seen-{seed}" for seed in seeds)]
+
+
+BAD_SURFACES = {
+    "cut off": (
+        lambda f: (f / "gain.json").write_text('{"a'),
+        "sam/gain.json is not what python -m xsam_hf.analysis gain",
+    ),
+    "no settings": (lambda f: (f / "gain.json").write_text("{}"), "sam/gain.json is not what .*KeyError: 'settings'"),
+    "a list": (lambda f: (f / "gain.json").write_text("[]"), "sam/gain.json is not what"),
+    "another measure": (
+        lambda f: shutil.copy(f / "hessian.json", f / "gain.json"),
+        "gain.json is not .*its measure is hessian",
+    ),
+    "another rho": (
+        lambda f: change(f, "gain.json", settings={"rho": 9}),
+        r"sam/gain.json was taken with \{'rho': 9\}, and the first of its measure with \{'rho': 0.25\}",
+    ),
+    "another method": (
+        lambda f: [
+            change(f, f"{measure}.json", checkpoint="runs/digits-noise/xsam/seed-1") for measure in surfaces.MEASURES
+        ],
+        "was taken of runs/digits-noise/xsam/seed-1, and stands for sam of seed 1 in digits-noise",
+    ),
+    "another seed": (
+        lambda f: change(f, "gain.json", checkpoint="runs/mine/sam/seed-2/checkpoint-1"),
+        "was taken of runs/mine/sam/seed-2/checkpoint-1, and stands for sam of seed 1",
+    ),
+    "another setting": (
+        lambda f: change(f, "gain.json", checkpoint="runs/cifar100/sam/seed-1"),
+        "was taken of runs/cifar100/sam/seed-1, and stands for",
+    ),
+    "the same weights": (
+        lambda f: [change(f, f"{measure}.json", of="base0") for measure in surfaces.MEASURES],
+        "base/hessian.json and .*sam/hessian.json were taken of the same weights, and stand for base of seed 0 and sam of seed 1",
+    ),
+    "other weights in one measure": (
+        lambda f: change(f, "gain.json", of="another"),
+        "sam/gain.json was taken of other weights or batches than .*sam/hessian.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_SURFACES)
+def test_surfaces_of_another_run_measure_or_setting_are_refused(root, monkeypatch, kind):
+    monkeypatch.setattr(surfaces, "ROOT", root)
+    command = seen(root)
+    surfaces.main(command)
+    earlier = surfaces.path_of("digits-noise").read_text()
+    damage, words = BAD_SURFACES[kind]
+    damage(root / "seen-1" / "sam")
+    with pytest.raises(ValueError, match=words):
+        surfaces.main(command)
+    assert surfaces.path_of("digits-noise").read_text() == earlier
+
+
+def test_surfaces_want_a_folder_for_each_seed(root, monkeypatch):
+    monkeypatch.setattr(surfaces, "ROOT", root)
+    setting, zero, one = seen(root)
+    for arguments, words in (
+        ([zero, zero.replace("0=", "1=")], "stands for base of seed 1 in digits-noise"),
+        ([zero, zero], "a seed is given twice"),
+        ([zero.partition("=")[2]], "should read SEED=FOLDER, the seed a whole number"),
+        ([zero.replace("0=", "x=")], "should read SEED=FOLDER"),
+        ([zero.replace("0=", "01=")], "should read SEED=FOLDER"),
+        (["0="], "should read SEED=FOLDER"),
+    ):
+        assert words in refusal(surfaces.main, setting, *arguments)
+    for method in surfaces.METHODS:  # of runs that are called otherwise
+        for measure in surfaces.MEASURES:
+            change(root / "seen-0" / method, f"{measure}.json", checkpoint=f"elsewhere/{method}")
+    surfaces.main([setting, zero])
+    told = refusal(surfaces.main, setting, zero, zero.replace("0=", "1="))
+    assert "were taken of the same weights, and stand for base of seed 0 and base of seed 1: give each run" in told
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"setting": "digits-noise", "seeds": {}}',
+        '{"setting": "digits-noise", "seeds": {"0": null}}',
+        "cut",
+        "x",
+        "null",
+    ],
+)
+def test_a_file_of_surfaces_that_is_none_is_told(root, monkeypatch, content):
+    monkeypatch.setattr(surfaces, "ROOT", root)
+    surfaces.main(seen(root))
+    path = surfaces.path_of("digits-noise")
+    whole = path.read_text()
+    made = {"cut": whole[:200], "x": whole.replace('"1": {', '"x": {'), "null": whole.replace("4.0", "null")}
+    path.write_text(made.get(content, content))
+    told = refusal(lambda _: surfaces.section("digits-noise"))
+    assert f"{path} is not what scripts/run surfaces digits-noise writes" in told and told.endswith("make it again.")
+    path.write_text(whole)
+    assert "seeds 0, 1" in surfaces.section("digits-noise")
 
 
 def test_results_md_says_what_results_do():
