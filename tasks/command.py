@@ -139,7 +139,9 @@ def refusals() -> Iterator[None]:
 
 def sentence(error: BaseException) -> str:
     """What an error says, on one line."""
-    if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to load it all the same
+    if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(
+        error
+    ):  # torch's text advises to load it all the same
         return "a file with weights or states holds more than tensors, or is damaged, and was not loaded: do not use this folder."
     text = " ".join(str(error).split())
     if (
