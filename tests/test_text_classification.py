@@ -491,7 +491,7 @@ def test_trls_script_goes_on_from_its_own_run_alone(fine_tune, tmp_path):
         ([{"text": ""}] * 4, [], "No token of the training texts is to be predicted"),
         ([{"text": "w1 w2"}, {"text": None}], [], "data, train, row 1 has None as text"),
         ([{"say": "w1 w2"}], [], "data, train has the columns say: trl expects text"),
-        ('{"text": "w1', [], "`dataset_name` is .*, which `datasets` could not load: JSON parse error"),
+        ('{"text": "w1', [], "`dataset_name` is .*, which `datasets` could not load: (JSON parse error|Unmatched)"),
         ([{"text": "w1 w2"}], ["--dataset_train_split", "all"], "`dataset_train_split` is all, and .* has train"),
         ([{"text": "w1 w2"}], ["--eval_strategy", "epoch"], "`dataset_test_split` is test, and .* has train"),
         ([{"text": "w1 w2"}], ["--dataset_streaming", "true"], "`dataset_streaming` is True, and this script has no use"),
