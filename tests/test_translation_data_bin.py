@@ -298,7 +298,7 @@ def test_text_that_its_dictionary_does_not_know_is_refused_with_the_share(tmp_pa
     (tmp_path / "train.en").write_text("a b a a x\n")  # a fifth
     load(DataArguments(dataset=str(tmp_path)))
     (told,) = caplog.records
-    assert "20% of the en tokens of train are not in dict.en.txt, and one that is made of them" in told.getMessage()
+    assert "20% of the en tokens of train are not in dict.en.txt; one that is made of them" in told.getMessage()
     (tmp_path / "train.en").write_text("a b x x b\n")
     with pytest.raises(
         ValueError, match="40% of the en tokens of train are not in dict.en.txt, and at most 20% may be"

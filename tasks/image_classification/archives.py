@@ -120,20 +120,7 @@ def _idx_pair(folder: Path, split: str, images: Images) -> Arrays:
 def _cifar(name: str, folder: Path) -> tuple[Arrays, Arrays] | None:
     train, test, prefix, labels = CIFAR[name]
     archives = [folder] if folder.is_file() else sorted(folder.glob(f"{prefix}-python.tar.gz"))
-    unpacked: dict[str, Path] = {}
-    known = {*train, test}
-    for file in sorted(folder.rglob("*")):
-        batch = file.name
-        further = name == "cifar10" and re.fullmatch(r"data_batch_\d+", batch)  # CIFAR-100 may lie beside CIFAR-10
-        if not (batch in known or further) or not file.is_file():
-            continue
-        if batch in unpacked:
-            raise ValueError(
-                f"{folder} holds {unpacked[batch]} and {file}, of which one would be read: move the other out of it."
-            )
-        if batch not in known:
-            raise ValueError(f"{file} is no part of {name}, and would be passed over: move it out of `data_dir`.")
-        unpacked[batch] = file
+    unpacked = _unpacked(name, folder)
     if archives:
         members = read_members(archives[0], [*train, test])
         for batch, file in unpacked.items():
@@ -162,6 +149,30 @@ def _cifar(name: str, folder: Path) -> tuple[Arrays, Arrays] | None:
         if len(y) != usual:
             raise ValueError(f"{where} has {len(y)} images, and the other batches {usual}: fetch it again.")
     return joined(parts), test_part
+
+
+def _unpacked(name: str, folder: Path) -> dict[str, Path]:
+    """
+    The batches that lie in a folder, by their names.
+
+    Raises:
+        `ValueError`: one is there twice, or one more than the data set has.
+    """
+    train, test, _, _ = CIFAR[name]
+    found: dict[str, Path] = {}
+    for file in sorted(folder.rglob("*")):
+        known = file.name in (*train, test)
+        further = name == "cifar10" and re.fullmatch(r"data_batch_\d+", file.name)  # CIFAR-100 may lie beside CIFAR-10
+        if not (known or further) or not file.is_file():
+            continue
+        if not known:
+            raise ValueError(f"{file} is no part of {name}, and would be passed over: move it out of `data_dir`.")
+        if file.name in found:
+            raise ValueError(
+                f"{folder} holds {found[file.name]} and {file}, of which one would be read: move the other out of it."
+            )
+        found[file.name] = file
+    return found
 
 
 def _batch(data: bytes, labels: str, images: Images, where: str) -> Arrays:

@@ -160,7 +160,7 @@ def refuse_unknown(ids: list, folder: Path, split: str, languages: tuple[str, st
         )
         if split == "train" and UNKNOWN_TOLD * total < found <= UNKNOWN_LIMIT * total:
             logger.warning(
-                f"{told}, and one that is made of them has all of them: is it whole, and all text cut alike?"
+                f"{told}; one that is made of them without a threshold has all: is it whole, and all text cut alike?"
             )
         if found > UNKNOWN_LIMIT * total:
             if split != "train":
