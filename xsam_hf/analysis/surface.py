@@ -66,21 +66,23 @@ class Surface:
         """The block in which passes run. At its end all is as it was; yields what each pass starts from."""
         modes = [(module, module.training) for module in self.model.modules()]
         gradients = [(weight, weight.grad) for weight in self.model.parameters()]
-        self._before = before = PassState.capture(self._follower, by_content=True)
         unheard = getattr(self.trainer, "_xsam_unheard", None)  # what `compute_loss` logs and counts stays out
+        self.model.train(self.training)  # which each pass starts from
         try:
-            for weight, _ in gradients:
-                weight.grad = None
-            self.model.train(self.training)
-            with nullcontext() if unheard is None else unheard(self.model):
-                yield before
+            self._before = before = PassState.capture(self._follower, by_content=True)
+            try:
+                for weight, _ in gradients:
+                    weight.grad = None
+                with nullcontext() if unheard is None else unheard(self.model):
+                    yield before
+            finally:
+                before.learn()
+                before.restore()
+                for weight, gradient in gradients:
+                    weight.grad = gradient
         finally:
-            before.learn()
-            before.restore()
             for module, mode in modes:
                 module.training = mode
-            for weight, gradient in gradients:
-                weight.grad = gradient
 
     @contextmanager
     def moving(self) -> Iterator[Moving]:
