@@ -83,7 +83,7 @@ def read_kept(setting: str, path: Path, split: str, told: Callable[[str, dict], 
     Raises:
         `ValueError`: a run is of another recipe, data set, model or method than the setting and its name say, or has no score.
     """
-    of = SETTINGS[setting]
+    of, recipes_own = SETTINGS[setting], fixed(setting)
     found = read(path)
     put_back = f"put the file of {setting} back, or make it anew"
     for name, runs in found.items():
@@ -95,7 +95,7 @@ def read_kept(setting: str, path: Path, split: str, told: Callable[[str, dict], 
                     f"{place} is of the recipe {recipes_of[0]}, and {setting} is of {of.recipe}: {put_back}."
                 )
             flags_of = shlex.split(told(name, one) or "")
-            check_asked(place, f"{name} in {setting}", asked(flags_of, fixed(setting)), one, put_back)
+            check_asked(place, f"{name} in {setting}", asked(flags_of, recipes_own), one, put_back)
     check_metric(found, of.metrics[0], split, path)
     return found
 

@@ -160,8 +160,9 @@ def read(path: Path) -> dict[str, list[dict]]:
         kept = json.loads(path.read_bytes())
         for row in kept["runs"]:
             run = check_numbers(merged(kept["common"], row))
-            if not isinstance(run.get("command", []), list):  # which some older ones lack
-                raise ValueError(f"its command is {run['command']!r}, and a list is expected")
+            command = run.get("command", [])  # which some older ones lack
+            if not (isinstance(command, list) and all(isinstance(part, str) for part in command)):
+                raise ValueError(f"its command is {command!r}, and a list of words is expected")
             if "corruptions" in run:
                 check_corruptions(run["corruptions"])
             results.setdefault(run["name"], []).append(run)

@@ -195,9 +195,13 @@ def run(words):
 
 
 def filled(word):
-    """`sam=…` is the last checkpoint of seed 0 of the run of that name."""
+    """`sam=…` is the last checkpoint of seed 0 of the run of that name, the page's own where others' have one too."""
     name, equals, value = word.partition("=")
-    return f"{name}={next(Path('runs').glob(f'*/{name}/seed-0/checkpoint-*'))}" if value == "…" else word
+    if value != "…":
+        return word
+    return (
+        f"{name}={max(Path('runs').glob(f'*/{name}/seed-0/checkpoint-*'), key=lambda folder: folder.stat().st_mtime)}"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -684,7 +684,7 @@ def test_kept_runs_are_what_their_commands_ask_for(root):
     assert "group.json: SAM, seed 0 is a result with method xsam, and its command asks for method sam" in refused(
         lambda run: run.update(method="xsam")
     )
-    assert "its command is None, and a list is expected" in refused(lambda run: run.update(command=None))
+    assert "its command is None, and a list of words is expected" in refused(lambda run: run.update(command=None))
     assert "its arguments is null, and a mapping" in refused(lambda run: run.update(arguments=None))
     assert "noise, is 50, and a number from 0 to 1" in refused(
         lambda run: run.update(corruptions={"groups": {"noise": 50}})
