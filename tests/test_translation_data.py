@@ -191,6 +191,9 @@ def test_text_that_is_cut_already_is_refused_where_running_text_is_expected(tmp_
                 ValueError, match=f"3 of the 100 lines in {told} split of `dataset` have marks such as"
             ):
                 read(name, marked(3))
+    write(tmp_path, "test", [("das ist &apos;s", "it &apos;s"), *rows[:9]])  # one line of ten
+    write(tmp_path, "train", rows)
+    load(arguments)
     # What a text about such things may hold.
     for mark in ("a@@b @@ c", "mail@@example", "Tom&apos;s &quot;house&quot;", "x@ y"):
         read("train", [(mark, english) for _, english in rows])

@@ -61,12 +61,12 @@ def refuse_cut(splits: Mapping[str, Sequence[tuple[str, str]]], languages: tuple
     Refuses text that has been tokenised or cut into subwords, where running text is expected: it would be so again.
 
     Raises:
-        `ValueError`: of one side of a split more lines than `MARKED_LIMIT` have such marks.
+        `ValueError`: of one side of a split more lines than `MARKED_LIMIT`, and than two, have such marks.
     """
     for name, pairs in splits.items():
         for number, language in enumerate(languages):
             found = [mark[0] for pair in pairs if (mark := MARKS.search(pair[number]))]
-            if len(found) > MARKED_LIMIT * len(pairs):
+            if len(found) > max(2, MARKED_LIMIT * len(pairs)):
                 raise ValueError(
                     f"{len(found)} of the {len(pairs)} lines in {language} of the {name} split of `dataset` have marks such as {found[0][-6:]!r}, of "
                     "subwords or Moses' tokenizer, and running text is expected: give the text as it was before (or, of BPE text, its "
