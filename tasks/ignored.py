@@ -31,9 +31,8 @@ def check(trainer: Trainer) -> None:
     args = trainer.args
     _refuse_optim_args(trainer)
     _refuse_scheduler_kwargs(args)
-    warn(
-        args, (*_of_optimizer(trainer), *_of_schedule(args))
-    )  # those of the method are the library's: xsam_hf/unread.py
+    # Those of the method are the library's: xsam_hf/unread.py.
+    warn(args, (*_of_optimizer(trainer), *_of_schedule(args)))
     if args.rho and args.ascent_steps == 1 and args.direction in ("lsam", "msam"):
         logger.warning(f"With one ascent step `direction` {args.direction} is SAM: give `ascent_steps` 2 or more.")
 

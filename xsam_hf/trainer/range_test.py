@@ -142,10 +142,8 @@ def _climb(
     trainer: XSAMMixin, samples: list, n: Tensor | int | None, arguments: XSAMArguments, rhos: list[float]
 ) -> Tensor:
     """Of one update batch: L_b(θ), ‖g_b‖, and L_b(θ + ρ ĝ_b) − L_b(θ) for every ρ."""
-    model, (weights, _) = (
-        cast(nn.Module, trainer.model),
-        trainer._xsam_weights(),
-    )  # those that the optimizer steps, as in training
+    model = cast(nn.Module, trainer.model)
+    weights, _ = trainer._xsam_weights()  # those that the optimizer steps, as in training
     theta = MovableWeights(weights, arguments, seed=0)
     every = MovableWeights([*model.parameters(), *weights.values()], XSAMArguments(), seed=0)
     with every.gradients_aside():

@@ -122,9 +122,8 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
         if arguments.rho == 0:
             return super().training_step(model, inputs, num_items_in_batch)
         self._xsam_callback.schedule_search(arguments, self.state)
-        if (
-            self._xsam_checkpoint is not None
-        ):  # also where XSAM is off for now: the next checkpoint is to have its averages again
+        # Also where XSAM is off for now: the next checkpoint is to have its averages again.
+        if self._xsam_checkpoint is not None:
             weights, _ = self._xsam_weights()
             self._xsam_read_average({**self._xsam_named, **weights})
         if not ascends_at(arguments, self.state.global_step, self.state.max_steps):
