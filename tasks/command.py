@@ -139,14 +139,11 @@ def refusals() -> Iterator[None]:
 
 def sentence(error: BaseException) -> str:
     """What an error says, on one line."""
-    if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(
-        error
-    ):  # torch's text advises to load it all the same
-        return "a file with weights or states holds more than tensors, or is damaged, and was not loaded: do not use this folder."
     text = " ".join(str(error).split())
-    if (
-        isinstance(error, KeyError | AttributeError | TypeError | IndexError) or not text
-    ):  # which say little by themselves
+    if isinstance(error, pickle.UnpicklingError) and "weights_only" in text:  # which advises to load it all the same
+        return "a file with weights or states holds more than tensors, or is damaged, and was not loaded: do not use this folder."
+    says_little = isinstance(error, KeyError | AttributeError | TypeError | IndexError) or not text
+    if says_little:
         return f"{type(error).__name__}: {text}" if text else type(error).__name__
     return text
 
