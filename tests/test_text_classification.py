@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_trl import SIZE, sentence, tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel, RobertaConfig
 
-from tasks import recipes
+from tasks import recipes, tables
 from tasks.language_modeling import sft
 from tasks.text_classification import data, models, train, train_no_trainer
 from xsam_hf import XSAMArguments
@@ -334,6 +334,31 @@ def test_a_quotation_mark_that_swallows_rows_is_told(tmp_path):
         load(tmp_path, "a.csv", "text,label\n" + "".join(rows))
     poem = '"a line\nof a poem\nwith no comma\nand one, with one\nand an end",1\n'
     assert len(load(tmp_path, "a.csv", "text,label\nb,0\n" + poem).splits["train"]) == 2
+
+
+@pytest.mark.parametrize("header", ["\ufefftext,label", "Text,Label"])
+def test_a_second_header_is_no_row(tmp_path, header):
+    with pytest.raises(ValueError, match="a.csv, row 2 is its header again"):
+        load(tmp_path, "a.csv", f"text,label\na,1\n{header}\nb,0\n")
+
+
+def test_labels_that_come_once_each_are_no_labels(tmp_path):
+    rows = [f"text {i},{i}\n" for i in range(60)]
+    with pytest.raises(ValueError, match=r"has 60 labels for 60 texts: is `label_column_name` \(label\) right"):
+        load(tmp_path, "a.csv", "text,label\n" + "".join(rows))
+    load(tmp_path, "a.csv", "text,label\n" + "".join(rows * 2))
+
+
+def test_lost_characters_are_told(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(tables.logger, "warning", said.append)
+    rows = [f"text {i},{i % 2}\n" for i in range(199)]
+    load(tmp_path, "a.csv", "text,label\n" + "".join(rows) + "sch\ufffdn,1\n")
+    assert not said
+    load(tmp_path, "a.csv", "text,label\n" + "".join(rows[:50]) + "sch\ufffdn,1\n")
+    assert [text.partition(": ")[2].partition(",")[0] for text in said] == [
+        "1 of 51 texts have lost characters (U+FFFD)"
+    ]
 
 
 def test_the_loop_has_no_score_for_a_plateau(tmp_path):

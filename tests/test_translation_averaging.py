@@ -64,6 +64,14 @@ def test_the_average_is_of_this_runs_checkpoints_alone(text, tmp_path, monkeypat
     assert difference(resumed, mean(2, 4, 6)) == 0 and difference(resumed, mean(3, 4, 6)) > 1e-3
 
 
+def test_a_checkpoint_with_other_weights_is_not_averaged(text, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    averaged(text, tmp_path, **options)
+    shutil.copy(tmp_path / "checkpoint-4" / "model.safetensors", tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match="checkpoint-2/model.safetensors is not the one that was saved in this"):
+        averaged(text, tmp_path, **options, resume_from_checkpoint=tmp_path / "checkpoint-4")
+
+
 def test_too_few_checkpoints_at_the_end_leave_the_model_saved(text, tmp_path, monkeypatch):
     options = {"average_checkpoints": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 4, "threads": 1}
     real = task.TranslationTrainer.train

@@ -9,7 +9,7 @@ from datasets import Dataset
 from translation_toys import pairs, texts, write
 
 from tasks.translation import sources
-from tasks.translation.checks import refuse_swapped, warn_of_repetitions
+from tasks.translation.checks import refuse_copied_side, refuse_swapped, warn_of_lost, warn_of_repetitions
 from tasks.translation.data import DataArguments, load
 from tasks.translation.text import Subwords, Tokenizer, join_subwords
 from tasks.translation.vocabulary import Vocabulary
@@ -222,6 +222,40 @@ def test_held_out_text_of_the_other_language_is_refused(tmp_path):
         ValueError, match="text in en of which the training text in en knows 33% of the words, and that in de 67%"
     ):
         refuse_swapped(load(arguments).splits, ("de", "en"))
+
+
+def test_a_file_under_another_splits_name_is_refused(tmp_path):
+    rows = pairs(120)
+    arguments = DataArguments(dataset=str(tmp_path), bpe_merges=20)
+    for name, of in (("train", rows[:80]), ("valid", rows[80:100]), ("test", rows[100:])):
+        write(tmp_path, name, of)
+    refuse_copied_side(load(arguments).splits, ("de", "en"))
+    (tmp_path / "test.de").write_bytes((tmp_path / "valid.de").read_bytes())
+    words = (
+        "100% of the lines in de of the test split of `dataset` are those of validation, and 0% in the other language"
+    )
+    with pytest.raises(ValueError, match=words):
+        refuse_copied_side(load(arguments).splits, ("de", "en"))
+    write(tmp_path, "test", rows[80:100])  # both sides: told as a repetition
+    refuse_copied_side(load(arguments).splits, ("de", "en"))
+
+
+def test_text_of_another_encoding_is_told(tmp_path, caplog):
+    rows = pairs(120)
+    for name, of in (("train", rows[:80]), ("valid", rows[80:100]), ("test", rows[100:])):
+        write(tmp_path, name, of)
+    corpus = load(DataArguments(dataset=str(tmp_path), bpe_merges=20))
+    caplog.clear()
+    warn_of_lost(corpus.splits, ("de", "en"))
+    assert not caplog.records
+    write(tmp_path, "test", [(f"Ã¼ {german}", english) for german, english in rows[100:]])
+    write(tmp_path, "valid", [(german, f"{english} \ufffd") for german, english in rows[80:100]])
+    corpus = load(DataArguments(dataset=str(tmp_path), bpe_merges=20))
+    caplog.clear()
+    warn_of_lost(corpus.splits, ("de", "en"))
+    told = [record.getMessage() for record in caplog.records]
+    assert "validation in en: 20 of 20 texts have lost characters" in told[0]
+    assert any("of the de tokens of test are unknown" in text for text in told)
 
 
 def test_pairs_without_text_in_one_language_are_told(tmp_path, caplog):

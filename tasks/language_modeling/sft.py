@@ -21,8 +21,8 @@ from transformers import set_seed
 from tasks import recipes, runs
 from tasks.arguments import CheckedArguments
 from tasks.command import cut, needs, refusals, run, sentence
-from tasks.files import refuse_misread
 from tasks.identity import fingerprint, identity_of
+from tasks.tables import refuse_misread
 from xsam_hf import XSAMArguments, XSAMMixin
 
 

@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from tasks.command import cut, sentence
-from tasks.files import object_of, refuse_swallowed_rows
 from tasks.identity import fingerprint
+from tasks.tables import is_header, object_of, refuse_swallowed_rows, warn_of_lost_characters
 
 
 logger = logging.get_logger(__name__)
@@ -127,7 +127,13 @@ def load(task: DataArguments) -> Corpus:
         raise ValueError(
             f"`train_file` {task.train_file} has one label only, {cut(names[0])}: give two classes or more."
         )
+    if len(names) > max(20, len(splits["train"]) / 2):
+        raise ValueError(
+            f"`train_file` {task.train_file} has {len(names)} labels for {len(splits['train'])} texts: is `label_column_name` "
+            f"({task.label_column_name}) right?"
+        )
     for name, split in splits.items():
+        warn_of_lost_characters(split["text"], f"`{name}_file` {files[name]}")
         if unknown := sorted(set(split["label"]) - found):
             raise ValueError(
                 f"`{name}_file` {files[name]} has the label {cut(unknown[0])}, which no training text has."
@@ -226,7 +232,7 @@ def read(file: Path, task: DataArguments) -> dict[str, list[str]]:
     columns = dict(zip(("text", "pair"), task.text_column_names, strict=False)) | {"label": task.label_column_name}
     found: dict[str, list[str]] = {name: [] for name in columns}
     for number, row in enumerate(rows, 1):
-        if all(row.get(column) == column for column in columns.values()):
+        if is_header(row, columns.values()):
             raise ValueError(
                 f"{file}, row {number} is its header again: join files without the headers of all but the first."
             )

@@ -11,6 +11,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
+from tasks.checkpoints import check_digests
+
 
 class SavedSteps(TrainerCallback, ExportableState):
     """
@@ -84,7 +86,7 @@ def average_checkpoints(model: torch.nn.Module, folder: Path, steps: list[int], 
         count (`int`): how many checkpoints, the newest of those that were kept.
 
     Raises:
-        `ValueError`: fewer were kept.
+        `ValueError`: fewer were kept, or one holds other weights than were saved in it.
     """
     places = [folder / f"{PREFIX_CHECKPOINT_DIR}-{step}" / "model.safetensors" for step in sorted(set(steps))]
     kept = [file for file in places if file.is_file()]
@@ -93,7 +95,10 @@ def average_checkpoints(model: torch.nn.Module, folder: Path, steps: list[int], 
             f"`average_checkpoints` is {count}, but {folder} holds {len(kept)} checkpoints of this run: save more often, "
             "raise `save_total_limit`, or average fewer."
         )
-    states = [load_file(file) for file in kept[-count:]]
+    states = []
+    for file in kept[-count:]:
+        check_digests(file.parent)
+        states.append(load_file(file))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             # In double precision: the mean of equal numbers is that number.

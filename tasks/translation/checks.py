@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from itertools import chain, combinations
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
 from transformers.utils import logging
 
+from tasks.tables import warn_of_lost_characters
 from tasks.translation.vocabulary import BOS, EOS, PAD, UNK, Vocabulary
 
 
@@ -23,6 +24,7 @@ UNKNOWN_TOLD = 0.01
 # What BPE, SentencePiece and Moses leave in a line. Of tokenised captions 2.3 % have an escape, of talks 40 %; of running text none.
 MARKS = re.compile(r"\S@@(?= |$)|▁|(?<!\S)&apos;|&apos;(?!\S)|(?<!\S)&quot;(?!\S)")
 MARKED_LIMIT = 0.02
+UNSEEN_TOLD = 0.02  # of the held-out tokens; of good text at most 0.003 are
 # By how much more of a side's words are known in the other language than in its own, where the two files are swapped. Of German and English
 # text 16 to 58 % of the words are known in the other language (names, full stops), and 80 to 99 % in their own, from 300 pairs on.
 SWAPPED = 0.2
@@ -53,6 +55,41 @@ def warn_of_repetitions(splits: Mapping[str, Dataset]) -> None:
         if again > len(pairs) / 10:
             logger.warning(
                 f"{again} of the {len(pairs)} pairs of {name} are training pairs too, and scores of them mean little."
+            )
+
+
+def warn_of_lost(splits: Mapping[str, Dataset], languages: tuple[str, str]) -> None:
+    """Warns of characters that a wrong decoding has lost, and of held-out tokens that training has not seen: of text in BPE hardly any."""
+    for name, split in splits.items():
+        for language, text, ids in zip(
+            languages, ("source_text", "target_text"), ("input_ids", "labels"), strict=True
+        ):
+            warn_of_lost_characters(split[text], f"{name} in {language}")
+            unknown = sum(sentence.count(UNK) for sentence in split[ids])
+            total = sum(map(len, split[ids])) - len(split)
+            if name != "train" and unknown > UNSEEN_TOLD * total:
+                logger.warning(
+                    f"{unknown / total:.0%} of the {language} tokens of {name} are unknown: is it encoded and cut as the training text is?"
+                )
+
+
+def refuse_copied_side(splits: Mapping[str, Dataset], languages: tuple[str, str]) -> None:
+    """
+    Refuses two splits of which one side is the same and the other is not: a file was copied under the other's name.
+
+    Raises:
+        `ValueError`: more than half of a split's lines in one language are another split's, and less than a tenth in the other.
+    """
+    for one, other in combinations(splits, 2):
+        shares = []
+        for side in ("source_tokens", "target_tokens"):
+            known, lines = set(splits[one][side]), splits[other][side]
+            shares.append(sum(line in known for line in lines) / len(lines))
+        if max(shares) > 0.5 and min(shares) < 0.1:
+            same = languages[shares.index(max(shares))]
+            raise ValueError(
+                f"{max(shares):.0%} of the lines in {same} of the {other} split of `dataset` are those of {one}, and {min(shares):.0%} in the "
+                "other language: is a file there twice, under two names?"
             )
 
 

@@ -12,7 +12,8 @@ from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder
 from transformers.utils import logging
 
 from tasks.command import cut, sentence
-from tasks.files import object_of, refuse_a_copy, refuse_misread, refuse_swallowed_rows
+from tasks.files import refuse_a_copy
+from tasks.tables import is_header, object_of, refuse_misread, refuse_swallowed_rows
 from tasks.translation import folders
 
 
@@ -151,7 +152,7 @@ def column_pairs(rows: Dataset, source: str, target: str, held_out: bool = False
             "are `source_language` and `target_language` right?"
         )
     for number, pair in enumerate(pairs):
-        if pair == (source, target):
+        if is_header(dict(zip((source, target), pair, strict=True)), (source, target)):
             raise ValueError(
                 f"`dataset` row {number} is its header again: join files without the headers of all but the first."
             )
