@@ -78,6 +78,29 @@ def test_a_finished_run_is_scored(tmp_path, name, capsys):
     assert capsys.readouterr().out.startswith(f"{run}: noise ")
 
 
+@pytest.mark.parametrize("name", ["vit-small", "resnet-small", "resnet-18"])
+def test_a_model_of_another_data_set_than_the_runs_is_refused(tmp_path, name):
+    (tmp_path / "result.json").write_text(json.dumps({"dataset": "cifar10"}))
+    for dataset, told in (
+        ("cifar100", "tells 100 classes apart"),
+        ("fashion_mnist", "takes images of 1 channels"),
+        ("cifar10", None),
+    ):
+        models.build(name, dataset).save_pretrained(tmp_path)
+        if told is None:
+            assert corruptions.load(tmp_path)[1] == dataset
+            continue
+        with pytest.raises(
+            ValueError, match=f"^{tmp_path}'s result.json says cifar10, and its model {told}: they are of two runs"
+        ):
+            corruptions.load(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "image_size": 28}))
+    if name != "vit-small":  # of which the weights do not fit
+        with pytest.raises(ValueError, match="its model takes images of 28 pixels"):
+            corruptions.load(tmp_path)
+
+
 def test_images_are_corrupted_here_by_the_library_and_always_alike(monkeypatch):
     """With a stand-in that has the library's signature and its two ways to draw."""
 

@@ -152,7 +152,7 @@ def load(folder: Path) -> tuple[torch.nn.Module, str]:
     The model of a finished run, which takes bytes, and its data set.
 
     Raises:
-        `ValueError`: there is no such run, or it is of other images.
+        `ValueError`: there is no such run, or it or its model is of other images.
     """
     try:
         result: Mapping = json.loads((folder / RESULT).read_bytes())
@@ -163,8 +163,18 @@ def load(folder: Path) -> tuple[torch.nn.Module, str]:
         raise ValueError(
             f"{folder} was trained on {dataset}, and there are corrupted images of {' and '.join(FOLDERS)} only."
         )
-    model = models.load(folder)
-    pixels.accept_bytes(model, DATASETS[dataset])
+    model, images = models.load(folder), DATASETS[dataset]
+    for name, right, told in (
+        ("num_labels", images.classes, "tells {} classes apart"),
+        ("num_channels", images.channels, "takes images of {} channels"),
+        ("image_size", images.size, "takes images of {} pixels"),
+    ):
+        found = getattr(model.config, name, right)
+        if found != right:
+            raise ValueError(
+                f"{folder}'s {RESULT} says {dataset}, and its model {told.format(found)}: they are of two runs, so give the folder of one."
+            )
+    pixels.accept_bytes(model, images)
     return model.eval(), dataset
 
 
