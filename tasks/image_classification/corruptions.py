@@ -22,7 +22,7 @@ from tasks.command import Parser, run, sentence
 from tasks.files import refuse_a_copy, write_whole
 from tasks.image_classification import archives, hub_files, models, pixels
 from tasks.image_classification.catalogue import DATASETS
-from tasks.image_classification.data import equal_shares
+from tasks.image_classification.data import digests, equal_shares
 from tasks.runs import RESULT
 
 
@@ -50,7 +50,8 @@ def stored(dataset: str, folder: Path) -> Iterator[tuple[str, Images]]:
     Each corruption's images of all severities, from a folder of `.npy` files as they are published.
 
     Raises:
-        `ValueError`: a file is missing, damaged or another's copy, or not of this data set with its five severities.
+        `ValueError`: a file is missing, damaged or another's copy, or not of this data set with its five severities, or more than a tenth
+            of its images are there before.
     """
     missing = [name for name in (*NAMES, "labels") if not (folder / f"{name}.npy").is_file()]
     if missing:
@@ -78,6 +79,11 @@ def stored(dataset: str, folder: Path) -> Iterator[tuple[str, Images]]:
         if x.shape != (len(labels), *images.shape) or x.dtype != np.uint8:
             raise ValueError(
                 f"{folder / name}.npy holds {x.dtype} of {x.shape}, and labels.npy {len(labels)} labels: fetch both again."
+            )
+        twice = len(x) - len(set(digests(x)))
+        if twice > len(x) / 10:  # a few are: a grey one stays the same under some severities of saturate
+            raise ValueError(
+                f"{folder / name}.npy: {twice} of its {len(x)} images are there before: it broke off, or has a severity twice, so fetch it again."
             )
         yield name, (x, labels)
 
