@@ -1,6 +1,7 @@
 """Tiny-ImageNet and ImageNet from folders laid out as their archives are: read right, and refused where something is missing."""
 
 import os
+import re
 import shutil
 
 import numpy as np
@@ -105,6 +106,38 @@ def test_a_half_unpacked_tiny_imagenet_says_what_is_missing(tiny, damage, words)
     damage(tiny)
     with pytest.raises(ValueError, match=words):
         folders.tiny_imagenet(tiny)
+
+
+def test_files_beside_the_pictures_of_a_class_that_would_be_passed_over_or_count_twice_are_refused(tiny):
+    def lay(places, name, source=None):
+        for place in places:
+            file = tiny / place / name
+            file.write_bytes(b"x" if source is None else (tiny / place / source).read_bytes())
+            yield file
+            file.unlink()
+
+    train, val = f"train/{NAMES[3]}/images", "val/images"
+    for place in (train, val):
+        for name in (
+            *("README", "notes.md", "x.txt", "x.JPEG.md5", "MD5SUMS", "Thumbs.db"),
+            ".DS_Store",
+            ".x.JPEG.tmp",
+        ):
+            (tiny / place / name).write_bytes(b"x")
+    check_tiny(folders.tiny_imagenet(tiny))
+    for name in ("x.jfif", "x.JPEG.1", "x.JPEG.crdownload", "x.gif", "x", "x.tar"):
+        for file in lay((train, val), name):
+            with pytest.raises(
+                ValueError, match=f"^{file} does not end on .JPEG or the like, and would be passed over"
+            ):
+                folders.tiny_imagenet(tiny)
+    first = f"{NAMES[3]}_0.JPEG"
+    for end in (" (1).JPEG", "(2).JPEG", " - Copy.JPEG", " copy.JPEG", " copy 2.JPEG", ".jpg"):
+        for file in lay([train], first.replace(".JPEG", end), first):
+            with pytest.raises(ValueError, match=f"{re.escape(str(file))}.* are the same, and their pictures would"):
+                folders.tiny_imagenet(tiny)
+    for _ in lay([train], f"{NAMES[3]}_0 (1).JPEG", f"{NAMES[3]}_1.JPEG"):  # another picture
+        assert len(folders.tiny_imagenet(tiny)[0][1]) == 401
 
 
 # --- ImageNet ------------------------------------------------------------------------------------------------------------
