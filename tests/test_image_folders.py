@@ -92,6 +92,8 @@ def test_tiny_imagenets_own_layout_and_that_with_folders_of_classes(tiny):
          "images lacks val_9.JPEG, and 2 of the 200 files of val_annotations.txt: unpack"),
         (lambda root: (root / "val" / "val_annotations.txt").write_text("a.JPEG\tn1\n"), "line 1 has the class 'n1', which wnids"),
         (lambda root: (root / "val" / "val_annotations.txt").write_text(""), "images has no line in val_annotations.txt"),
+        (lambda root: (root / "val" / "val_annotations.txt").open("a").write(f"val_7.JPEG\t{NAMES[8]}\t0\t0\t9\t9\n"),
+         "val_annotations.txt, line 201 lists val_7.JPEG a second time, and it would count twice: unpack"),
         (lambda root: cut(root / "val" / "val_annotations.txt", 150), "annotations.txt has no line for .*val_0.JPEG, and 50 pictures would be left out"),
         (lambda root: [sort(root, level) for level in range(200)] and picture(root / "val" / "images" / "val_9.JPEG", (64, 64), 9),
          "val/images/val_9.JPEG is in no folder of a class, and would be left out: sort all pictures"),

@@ -150,6 +150,7 @@ def _refuse_missing(listed: Path, folder: Path) -> None:
 
 def _annotated(listed: Path, classes: Sequence[str]) -> Files:
     files, labels = [], []
+    known: set[Path] = set()
     number = {name: label for label, name in enumerate(classes)}
     for row, line in enumerate(listed.read_text(encoding="utf-8").splitlines(), start=1):
         name, _, rest = line.partition("\t")
@@ -158,7 +159,13 @@ def _annotated(listed: Path, classes: Sequence[str]) -> Files:
             raise ValueError(
                 f"{listed}, line {row} has the class {cut(repr(kind))}, which wnids.txt has not: {AGAIN}."
             )
-        files.append(listed.parent / "images" / name)
+        file = listed.parent / "images" / name
+        if file in known:
+            raise ValueError(
+                f"{listed}, line {row} lists {cut(name)} a second time, and it would count twice: {AGAIN}."
+            )
+        known.add(file)
+        files.append(file)
         labels.append(number[kind])
     missing = [file for file in files if not file.is_file()]
     if missing or not files:
