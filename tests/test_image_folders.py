@@ -187,6 +187,22 @@ def test_imagenet_is_read_one_by_one_and_varied_by_seed_epoch_and_index(imagenet
     assert len(part["wrong_labels"]) == 100 and part["wrong_labels"][0]["labels"] == part["wrong_labels"].labels[0]
 
 
+def test_pictures_written_anew_under_the_same_names_are_other_data(tmp_path):
+    files = [tmp_path / "n00000000" / f"{i}.JPEG" for i in range(3)]
+    for i, file in enumerate(files):
+        picture(file, (40, 30), i)
+    print_of = lambda places: (
+        data.Pictures(  # noqa: E731
+            np.array(places, dtype=object), np.zeros(3, np.int64), DATASETS["imagenet"]
+        ).fingerprint
+    )
+    first = print_of(files)
+    moved = shutil.copytree(tmp_path / "n00000000", tmp_path / "elsewhere" / "n00000000")
+    assert print_of([moved / file.name for file in files]) == first
+    picture(files[1], (30, 30), 1)
+    assert print_of(files) != first
+
+
 def test_imagenets_pictures_that_count_twice_or_not_at_all_are_refused(imagenet, tmp_path):
     link = lambda part: shutil.copytree(imagenet / part, tmp_path / part, copy_function=os.link)  # noqa: E731
     link("train"), link("val")
