@@ -456,6 +456,22 @@ def test_the_last_five_epochs_are_those_at_the_end_and_whole():
     assert last_five_epochs(history[:6]) == {} == last_five_epochs([])
 
 
+@pytest.mark.parametrize("other", ["eval_accuracy", "eval_wrong_labels_accuracy"])
+def test_a_run_that_scored_the_test_images_in_a_part_of_its_epochs_has_no_best_one(other):
+    scored = [
+        {"epoch": float(e), "eval_test_accuracy": e / 10, "eval_test_top5_accuracy": 1.0, "eval_test_loss": e}
+        for e in range(1, 9)
+    ]
+    others = [{"epoch": float(e), other: 0.5} for e in range(1, 9)]
+    beside = [{"epoch": 8.0, "test_accuracy": 0.8}]  # the final scores
+    assert best_epoch([*scored, *others, *beside])["epoch"] == 8
+    assert last_five_epochs([*scored, *others, *beside])["accuracy"] == pytest.approx(0.6)
+    late = [*others[:3], *scored[3:], *beside]
+    assert best_epoch(late) == {} and last_five_epochs(late)["accuracy"] == pytest.approx(0.6)
+    early = [*scored[:6], *others[6:], *beside]
+    assert best_epoch(early) == {} == last_five_epochs(early)
+
+
 def test_every_weight_decays_where_that_is_asked_for(tmp_path, monkeypatch):
     class Started(Exception):
         pass

@@ -14,10 +14,12 @@ from tasks.image_classification import corruptions, models
 
 
 def write(folder, n=50, classes=10):
-    """Images of five severities, n in all."""
+    """Images of five severities, n in all, of one level but for the last pixel, which counts them."""
     labels = np.arange(n) % classes
     for at, name in enumerate(corruptions.NAMES):
-        np.save(folder / f"{name}.npy", np.full((n, 32, 32, 3), at, np.uint8))
+        x = np.full((n, 32, 32, 3), at, np.uint8)
+        x[:, -1, -1, :2] = np.stack(np.divmod(np.arange(n), 256), axis=1)
+        np.save(folder / f"{name}.npy", x)
     np.save(folder / "labels.npy", labels)
 
 
@@ -72,10 +74,34 @@ def test_a_finished_run_is_scored(tmp_path, name, capsys):
     corruptions.main([str(run), "--data_dir", str(data)])
     found = json.loads((run / corruptions.FILE).read_text())
     model.eval()
-    x = torch.full((50, 3, 32, 32), 18, dtype=torch.uint8)
+    x = torch.from_numpy(np.load(data / "saturate.npy")).movedim(3, 1)
+    assert (x[:, :, 0] == 18).all()
     expected = (model(x).logits.argmax(1) == torch.arange(50) % 10).float().mean().item()
     assert found["corruptions"]["saturate"] == pytest.approx(expected) and found["made_by"] == "CIFAR-10-C"
     assert capsys.readouterr().out.startswith(f"{run}: noise ")
+
+
+@pytest.mark.parametrize("name", ["vit-small", "resnet-small", "resnet-18"])
+def test_a_model_of_another_data_set_than_the_runs_is_refused(tmp_path, name):
+    (tmp_path / "result.json").write_text(json.dumps({"dataset": "cifar10"}))
+    for dataset, told in (
+        ("cifar100", "tells 100 classes apart"),
+        ("fashion_mnist", "takes images of 1 channels"),
+        ("cifar10", None),
+    ):
+        models.build(name, dataset).save_pretrained(tmp_path)
+        if told is None:
+            assert corruptions.load(tmp_path)[1] == dataset
+            continue
+        with pytest.raises(
+            ValueError, match=f"^{tmp_path}'s result.json says cifar10, and its model {told}: they are of two runs"
+        ):
+            corruptions.load(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "image_size": 28}))
+    if name != "vit-small":  # of which the weights do not fit
+        with pytest.raises(ValueError, match="its model takes images of 28 pixels"):
+            corruptions.load(tmp_path)
 
 
 def test_images_are_corrupted_here_by_the_library_and_always_alike(monkeypatch):
@@ -150,6 +176,21 @@ def test_files_that_are_not_what_they_are_called_are_refused(tmp_path):
     (tmp_path / "fog.npy").write_bytes((tmp_path / "snow.npy").read_bytes())
     with pytest.raises(ValueError, match="fog.npy and .*snow.npy are the same, and their images would count twice"):
         read("cifar10")
+
+
+def test_a_file_that_broke_off_in_its_allocated_place_is_refused(tmp_path):
+    write(tmp_path, 500)
+    read = lambda: list(corruptions.stored("cifar10", tmp_path))  # noqa: E731
+    whole = np.load(tmp_path / "fog.npy")
+    x = whole.copy()
+    x[100:150] = x[:50]  # as grey images are under saturate
+    np.save(tmp_path / "fog.npy", x)
+    assert len(read()) == 19
+    x = whole.copy()
+    x[200:] = 0
+    np.save(tmp_path / "fog.npy", x)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/fog.npy: 299 of its 500 images are there before: it broke off"):
+        read()
 
 
 def test_what_is_missing_is_named(tmp_path):

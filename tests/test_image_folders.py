@@ -1,6 +1,7 @@
 """Tiny-ImageNet and ImageNet from folders laid out as their archives are: read right, and refused where something is missing."""
 
 import os
+import re
 import shutil
 
 import numpy as np
@@ -91,6 +92,8 @@ def test_tiny_imagenets_own_layout_and_that_with_folders_of_classes(tiny):
          "images lacks val_9.JPEG, and 2 of the 200 files of val_annotations.txt: unpack"),
         (lambda root: (root / "val" / "val_annotations.txt").write_text("a.JPEG\tn1\n"), "line 1 has the class 'n1', which wnids"),
         (lambda root: (root / "val" / "val_annotations.txt").write_text(""), "images has no line in val_annotations.txt"),
+        (lambda root: (root / "val" / "val_annotations.txt").open("a").write(f"val_7.JPEG\t{NAMES[8]}\t0\t0\t9\t9\n"),
+         "val_annotations.txt, line 201 lists val_7.JPEG a second time, and it would count twice: unpack"),
         (lambda root: cut(root / "val" / "val_annotations.txt", 150), "annotations.txt has no line for .*val_0.JPEG, and 50 pictures would be left out"),
         (lambda root: [sort(root, level) for level in range(200)] and picture(root / "val" / "images" / "val_9.JPEG", (64, 64), 9),
          "val/images/val_9.JPEG is in no folder of a class, and would be left out: sort all pictures"),
@@ -105,6 +108,38 @@ def test_a_half_unpacked_tiny_imagenet_says_what_is_missing(tiny, damage, words)
     damage(tiny)
     with pytest.raises(ValueError, match=words):
         folders.tiny_imagenet(tiny)
+
+
+def test_files_beside_the_pictures_of_a_class_that_would_be_passed_over_or_count_twice_are_refused(tiny):
+    def lay(places, name, source=None):
+        for place in places:
+            file = tiny / place / name
+            file.write_bytes(b"x" if source is None else (tiny / place / source).read_bytes())
+            yield file
+            file.unlink()
+
+    train, val = f"train/{NAMES[3]}/images", "val/images"
+    for place in (train, val):
+        for name in (
+            *("README", "notes.md", "x.txt", "x.JPEG.md5", "MD5SUMS", "Thumbs.db"),
+            ".DS_Store",
+            ".x.JPEG.tmp",
+        ):
+            (tiny / place / name).write_bytes(b"x")
+    check_tiny(folders.tiny_imagenet(tiny))
+    for name in ("x.jfif", "x.JPEG.1", "x.JPEG.crdownload", "x.gif", "x", "x.tar"):
+        for file in lay((train, val), name):
+            with pytest.raises(
+                ValueError, match=f"^{file} does not end on .JPEG or the like, and would be passed over"
+            ):
+                folders.tiny_imagenet(tiny)
+    first = f"{NAMES[3]}_0.JPEG"
+    for end in (" (1).JPEG", "(2).JPEG", " - Copy.JPEG", " copy.JPEG", " copy 2.JPEG", ".jpg"):
+        for file in lay([train], first.replace(".JPEG", end), first):
+            with pytest.raises(ValueError, match=f"{re.escape(str(file))}.* are the same, and their pictures would"):
+                folders.tiny_imagenet(tiny)
+    for _ in lay([train], f"{NAMES[3]}_0 (1).JPEG", f"{NAMES[3]}_1.JPEG"):  # another picture
+        assert len(folders.tiny_imagenet(tiny)[0][1]) == 401
 
 
 # --- ImageNet ------------------------------------------------------------------------------------------------------------
@@ -150,6 +185,22 @@ def test_imagenet_is_read_one_by_one_and_varied_by_seed_epoch_and_index(imagenet
         train[7]
     part = data.load("imagenet", str(imagenet), validation_share=0, label_noise=0.1)
     assert len(part["wrong_labels"]) == 100 and part["wrong_labels"][0]["labels"] == part["wrong_labels"].labels[0]
+
+
+def test_pictures_written_anew_under_the_same_names_are_other_data(tmp_path):
+    files = [tmp_path / "n00000000" / f"{i}.JPEG" for i in range(3)]
+    for i, file in enumerate(files):
+        picture(file, (40, 30), i)
+    print_of = lambda places: (
+        data.Pictures(  # noqa: E731
+            np.array(places, dtype=object), np.zeros(3, np.int64), DATASETS["imagenet"]
+        ).fingerprint
+    )
+    first = print_of(files)
+    moved = shutil.copytree(tmp_path / "n00000000", tmp_path / "elsewhere" / "n00000000")
+    assert print_of([moved / file.name for file in files]) == first
+    picture(files[1], (30, 30), 1)
+    assert print_of(files) != first
 
 
 def test_imagenets_pictures_that_count_twice_or_not_at_all_are_refused(imagenet, tmp_path):

@@ -22,7 +22,7 @@ from tasks.command import Parser, run, sentence
 from tasks.files import refuse_a_copy, write_whole
 from tasks.image_classification import archives, hub_files, models, pixels
 from tasks.image_classification.catalogue import DATASETS
-from tasks.image_classification.data import equal_shares
+from tasks.image_classification.data import digests, equal_shares
 from tasks.runs import RESULT
 
 
@@ -50,7 +50,8 @@ def stored(dataset: str, folder: Path) -> Iterator[tuple[str, Images]]:
     Each corruption's images of all severities, from a folder of `.npy` files as they are published.
 
     Raises:
-        `ValueError`: a file is missing, damaged or another's copy, or not of this data set with its five severities.
+        `ValueError`: a file is missing, damaged or another's copy, or not of this data set with its five severities, or more than a tenth
+            of its images are there before.
     """
     missing = [name for name in (*NAMES, "labels") if not (folder / f"{name}.npy").is_file()]
     if missing:
@@ -78,6 +79,11 @@ def stored(dataset: str, folder: Path) -> Iterator[tuple[str, Images]]:
         if x.shape != (len(labels), *images.shape) or x.dtype != np.uint8:
             raise ValueError(
                 f"{folder / name}.npy holds {x.dtype} of {x.shape}, and labels.npy {len(labels)} labels: fetch both again."
+            )
+        twice = len(x) - len(set(digests(x)))
+        if twice > len(x) / 10:  # a few are: a grey one stays the same under some severities of saturate
+            raise ValueError(
+                f"{folder / name}.npy: {twice} of its {len(x)} images are there before: it broke off, or has a severity twice, so fetch it again."
             )
         yield name, (x, labels)
 
@@ -152,7 +158,7 @@ def load(folder: Path) -> tuple[torch.nn.Module, str]:
     The model of a finished run, which takes bytes, and its data set.
 
     Raises:
-        `ValueError`: there is no such run, or it is of other images.
+        `ValueError`: there is no such run, or it or its model is of other images.
     """
     try:
         result: Mapping = json.loads((folder / RESULT).read_bytes())
@@ -163,8 +169,18 @@ def load(folder: Path) -> tuple[torch.nn.Module, str]:
         raise ValueError(
             f"{folder} was trained on {dataset}, and there are corrupted images of {' and '.join(FOLDERS)} only."
         )
-    model = models.load(folder)
-    pixels.accept_bytes(model, DATASETS[dataset])
+    model, images = models.load(folder), DATASETS[dataset]
+    for name, right, told in (
+        ("num_labels", images.classes, "tells {} classes apart"),
+        ("num_channels", images.channels, "takes images of {} channels"),
+        ("image_size", images.size, "takes images of {} pixels"),
+    ):
+        found = getattr(model.config, name, right)
+        if found != right:
+            raise ValueError(
+                f"{folder}'s {RESULT} says {dataset}, and its model {told.format(found)}: they are of two runs, so give the folder of one."
+            )
+    pixels.accept_bytes(model, images)
     return model.eval(), dataset
 
 

@@ -191,6 +191,11 @@ def _warn_of_another_data_set(name: str, **parts: np.ndarray) -> None:
             )
 
 
+def digests(images: np.ndarray) -> list[bytes]:
+    """What stands for each image: the same for the same pixels."""
+    return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images]
+
+
 def _refuse_repetitions(train: np.ndarray, test: np.ndarray, where: str | None) -> None:
     """
     Refuses images that come again where they are scored: a file under two names, a copy beside it.
@@ -201,10 +206,6 @@ def _refuse_repetitions(train: np.ndarray, test: np.ndarray, where: str | None) 
         `ValueError`: more than a tenth of the test images are training images too, or as many of either are there twice: the validation
             images are taken from those for training.
     """
-
-    def digests(images: np.ndarray) -> list[bytes]:
-        return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images]
-
     known, scored = set(digests(train)), digests(test)
     again = sum(digest in known for digest in scored)
     if again > len(test) / 10:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,12 +12,20 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from tasks.command import cut, sentence
+from tasks.files import refuse_a_copy
 from tasks.image_classification.catalogue import DATASETS
 
 
 Files = tuple[list[Path], np.ndarray]  # pictures, labels (N,) in int64
 
 AGAIN = "unpack the archive anew"
+
+# What may lie beside pictures: texts (boxes, a README), checksums, and what Windows leaves.
+KNOWN = re.compile(
+    r"(?i)(\.(txt|md|csv|json|xml|md5|sha\d+|crc|sig|asc)|^(readme|license|(md5|sha\d+)sums?|thumbs\.db|desktop\.ini))$"
+)
+# What a browser or a file manager adds to the name of a copy.
+COPY = re.compile(r"(?i)( ?\(\d+\)| - copy( \(\d+\))?| copy( \d+)?)$")
 
 
 def tiny_imagenet(folder: Path) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
@@ -92,7 +101,7 @@ def _by_class(folder: Path, classes: Sequence[str]) -> Files:
                 f"{other} is in no folder of a class, and would be left out: sort all pictures, or {AGAIN}."
             )
     for label, name in enumerate(classes):
-        found = sorted(_pictures(folder / name))
+        found = _pictures_of_class(folder / name)
         if not found:
             without = [name for name in classes if not (folder / name).is_dir()]
             known = f", and {len(without)} of {len(classes)} classes have no folder" if without else ""
@@ -100,6 +109,27 @@ def _by_class(folder: Path, classes: Sequence[str]) -> Files:
         files += found
         labels += [label] * len(found)
     return files, np.array(labels, dtype=np.int64)
+
+
+def _pictures_of_class(folder: Path) -> list[Path]:
+    """
+    Its pictures, in order.
+
+    Raises:
+        `ValueError`: a file beside them would be passed over, or is a copy of one.
+    """
+    found: dict[str, list[Path]] = {}
+    for file in sorted(folder.rglob("*")):
+        if file.suffix.lower() in IMG_EXTENSIONS:
+            found.setdefault(COPY.sub("", file.stem), []).append(file)
+        elif not KNOWN.search(file.name) and file.is_file():
+            if not any(part.startswith(".") for part in file.relative_to(folder).parts):
+                raise ValueError(
+                    f"{file} does not end on .JPEG or the like, and would be passed over: rename it, fetch it anew, or move it out."
+                )
+    for files in found.values():
+        refuse_a_copy(files, "pictures")
+    return sorted(file for files in found.values() for file in files)
 
 
 def _pictures(place: Path) -> Iterator[Path]:
@@ -120,6 +150,7 @@ def _refuse_missing(listed: Path, folder: Path) -> None:
 
 def _annotated(listed: Path, classes: Sequence[str]) -> Files:
     files, labels = [], []
+    known: set[Path] = set()
     number = {name: label for label, name in enumerate(classes)}
     for row, line in enumerate(listed.read_text(encoding="utf-8").splitlines(), start=1):
         name, _, rest = line.partition("\t")
@@ -128,7 +159,13 @@ def _annotated(listed: Path, classes: Sequence[str]) -> Files:
             raise ValueError(
                 f"{listed}, line {row} has the class {cut(repr(kind))}, which wnids.txt has not: {AGAIN}."
             )
-        files.append(listed.parent / "images" / name)
+        file = listed.parent / "images" / name
+        if file in known:
+            raise ValueError(
+                f"{listed}, line {row} lists {cut(name)} a second time, and it would count twice: {AGAIN}."
+            )
+        known.add(file)
+        files.append(file)
         labels.append(number[kind])
     missing = [file for file in files if not file.is_file()]
     if missing or not files:
@@ -138,7 +175,7 @@ def _annotated(listed: Path, classes: Sequence[str]) -> Files:
             else "has no line in"
         )
         raise ValueError(f"{listed.parent / 'images'} {what} {listed.name}: {AGAIN}.")
-    if others := sorted(set(_pictures(listed.parent / "images")).difference(files)):
+    if others := sorted(set(_pictures_of_class(listed.parent / "images")).difference(files)):
         raise ValueError(
             f"{listed} has no line for {others[0]}, and {len(others)} pictures would be left out: {AGAIN}."
         )

@@ -228,15 +228,20 @@ def _watched(task: ImageArguments, args: TrainingArguments, splits: dict[str, Sp
     return watched
 
 
+def _evaluated(history: Sequence[dict]) -> list[float]:
+    """The epochs at which anything was evaluated: a run that is resumed with other `eval_splits` has test scores of a part of them."""
+    return sorted({e["epoch"] for e in history if any(name.startswith("eval_") for name in e)})
+
+
 def best_epoch(history: Sequence[dict]) -> dict[str, float]:
     """
     The test scores of the epoch with the highest test accuracy: early stopping with hindsight, which no one has before the end.
 
     Args:
-        history (`Sequence[dict]`): the Trainer's log; without test scores in it there is no best epoch.
+        history (`Sequence[dict]`): the Trainer's log; without test scores of every evaluation in it there is no best epoch.
     """
     scored = [entry for entry in history if "eval_test_accuracy" in entry]
-    if not scored:
+    if not scored or {entry["epoch"] for entry in scored} != set(_evaluated(history)):
         return {}
     best = max(scored, key=lambda entry: entry["eval_test_accuracy"])
     return {**{name: best[f"eval_test_{name}"] for name in METRICS}, "epoch": best["epoch"]}
@@ -247,10 +252,11 @@ def last_five_epochs(history: Sequence[dict]) -> dict[str, float]:
     The mean of the test scores of the last five epochs, which the paper's code prints beside the best epoch's.
 
     Args:
-        history (`Sequence[dict]`): the Trainer's log; with less than five evaluations at the end of an epoch there is no such mean.
+        history (`Sequence[dict]`): the Trainer's log; without test scores of the last five whole epochs there is no such mean.
     """
-    scored = {e["epoch"]: e for e in history if "eval_test_accuracy" in e and float(e["epoch"]).is_integer()}
-    last = [scored[epoch] for epoch in sorted(scored)[-5:]]
+    scored = {e["epoch"]: e for e in history if "eval_test_accuracy" in e}
+    whole = [epoch for epoch in _evaluated(history) if float(epoch).is_integer()]
+    last = [scored[epoch] for epoch in whole[-5:] if epoch in scored]
     return {name: fmean(e[f"eval_test_{name}"] for e in last) for name in METRICS} if len(last) == 5 else {}
 
 
