@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 
 from tasks.image_classification import archives, data, folders
 from tasks.image_classification.catalogue import DATASETS
+from tasks.image_classification.labelled_images import Pictures
 
 
 def picture(path, size, level, mode="RGB"):
@@ -175,7 +176,7 @@ def test_imagenet_is_read_one_by_one_and_varied_by_seed_epoch_and_index(imagenet
     again.epoch.fill_(1)
     other = data.load("imagenet", str(imagenet), validation_share=0, seed=6)["train"]
     assert not torch.equal(again[2]["pixel_values"], first[2]) and not torch.equal(other[2]["pixel_values"], first[2])
-    twice = data.Pictures(train.files[[2, 2]], train.labels[[2, 2]], DATASETS["imagenet"], varied=True)
+    twice = Pictures(train.files[[2, 2]], train.labels[[2, 2]], DATASETS["imagenet"], varied=True)
     assert not torch.equal(twice[0]["pixel_values"], twice[1]["pixel_values"])
     with Image.open(test.files[1]) as stored:
         scored = v2.Compose([v2.Resize(256), v2.CenterCrop(224), v2.PILToTensor()])(stored)
@@ -191,11 +192,10 @@ def test_pictures_written_anew_under_the_same_names_are_other_data(tmp_path):
     files = [tmp_path / "n00000000" / f"{i}.JPEG" for i in range(3)]
     for i, file in enumerate(files):
         picture(file, (40, 30), i)
-    print_of = lambda places: (
-        data.Pictures(  # noqa: E731
-            np.array(places, dtype=object), np.zeros(3, np.int64), DATASETS["imagenet"]
-        ).fingerprint
-    )
+
+    def print_of(places):
+        return Pictures(np.array(places, dtype=object), np.zeros(3, np.int64), DATASETS["imagenet"]).fingerprint
+
     first = print_of(files)
     moved = shutil.copytree(tmp_path / "n00000000", tmp_path / "elsewhere" / "n00000000")
     assert print_of([moved / file.name for file in files]) == first
