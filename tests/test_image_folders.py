@@ -191,11 +191,10 @@ def test_pictures_written_anew_under_the_same_names_are_other_data(tmp_path):
     files = [tmp_path / "n00000000" / f"{i}.JPEG" for i in range(3)]
     for i, file in enumerate(files):
         picture(file, (40, 30), i)
-    print_of = lambda places: (
-        data.Pictures(  # noqa: E731
-            np.array(places, dtype=object), np.zeros(3, np.int64), DATASETS["imagenet"]
-        ).fingerprint
-    )
+
+    def print_of(places):
+        return data.Pictures(np.array(places, dtype=object), np.zeros(3, np.int64), DATASETS["imagenet"]).fingerprint
+
     first = print_of(files)
     moved = shutil.copytree(tmp_path / "n00000000", tmp_path / "elsewhere" / "n00000000")
     assert print_of([moved / file.name for file in files]) == first
