@@ -52,5 +52,7 @@ def test_the_basin_map():
 def test_a_folder_that_cannot_be_made_is_told_before_anything_is_computed(tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "descend", None)
     (tmp_path / "file").write_text("")
-    with pytest.raises(FileExistsError):
+    with pytest.raises(ValueError, match="`output_dir` is .*file, a file: give a folder"):
         main(["toy", "--output_dir", str(tmp_path / "file")])
+    with pytest.raises(NotADirectoryError):
+        main(["toy", "--output_dir", str(tmp_path / "file" / "below")])

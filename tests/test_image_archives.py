@@ -639,6 +639,19 @@ def test_pixels_of_another_data_set_are_warned_about(tmp_path, monkeypatch):
     assert len(said) == 2
 
 
+def test_red_and_blue_exchanged_in_one_split_are_warned_about(monkeypatch):
+    said = []
+    monkeypatch.setattr(data.logger, "warning", said.append)
+    right = np.round(np.broadcast_to(data.DATASETS["cifar10"].mean, (4, 32, 32, 3)) * 255).astype(np.uint8)
+    grey = np.full_like(right, 120)
+    data._warn_of_another_data_set("cifar10", training=right, test=grey)
+    assert said == []
+    data._warn_of_another_data_set("cifar10", training=right, test=right[..., ::-1])
+    assert said == ["The test images are more blue than red, and those of cifar10 more red: are the two exchanged?"]
+    data._warn_of_another_data_set("digits", training=grey[..., :1] * 0 + 78)
+    assert len(said) == 1
+
+
 def test_more_test_images_than_training_images_are_warned_about(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(data.logger, "warning", lambda text: said.append(text) if "exchanged" in text else None)

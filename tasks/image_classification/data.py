@@ -184,6 +184,11 @@ def _middle(pixels: np.ndarray, images: Images) -> np.ndarray:
 def _warn_of_another_data_set(name: str, **parts: np.ndarray) -> None:
     for part, x in parts.items():
         mean = (x.mean(axis=(0, 1, 2)) / 255).round(3)
+        ours, theirs = mean[0] - mean[-1], DATASETS[name].mean[0] - DATASETS[name].mean[-1]  # of red and blue
+        if ours < -0.02 and theirs > 0.02:
+            logger.warning(
+                f"The {part} images are more blue than red, and those of {name} more red: are the two exchanged?"
+            )
         # MNIST's files, for instance, have the names of Fashion-MNIST's.
         if np.abs(mean - DATASETS[name].mean).max() > 0.05:
             logger.warning(
