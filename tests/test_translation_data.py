@@ -9,7 +9,13 @@ from datasets import Dataset
 from translation_toys import pairs, texts, write
 
 from tasks.translation import sources
-from tasks.translation.checks import refuse_copied_side, refuse_swapped, warn_of_lost, warn_of_repetitions
+from tasks.translation.checks import (
+    refuse_copied_side,
+    refuse_swapped,
+    warn_of_lost,
+    warn_of_other_text,
+    warn_of_repetitions,
+)
 from tasks.translation.data import DataArguments, load
 from tasks.translation.text import Subwords, Tokenizer, join_subwords
 from tasks.translation.vocabulary import Vocabulary
@@ -258,6 +264,33 @@ def test_text_of_another_encoding_is_told(tmp_path, caplog):
     assert any("of the de tokens of test are unknown" in text for text in told)
 
 
+def test_ids_of_another_dictionary_and_words_in_another_order_are_told(caplog):
+    splits = load(DataArguments(train_examples=800, bpe_merges=300)).splits
+    largest = max(max(ids) for split in splits.values() for ids in split["labels"])
+
+    def changed(**columns):
+        return {
+            **splits,
+            "test": splits["test"].map(lambda row: {name: of(row[name]) for name, of in columns.items()}),
+        }
+
+    def other_dictionary(ids):  # of equal size; the special symbols stay
+        return [i if i < 4 else 4 + (i - 4) * 7 % (largest - 3) for i in ids]
+
+    for test, told in [
+        (splits, []),
+        (changed(labels=other_dictionary), ["en of test"]),
+        (changed(input_ids=lambda ids: [*ids[-2::-1], ids[-1]]), ["de of test"]),
+        ({**splits, "train": splits["train"].select([*range(30)] * 10)}, []),  # ten times the same: no part is aside
+    ]:
+        caplog.clear()
+        warn_of_other_text(test, ("de", "en"))
+        found = [
+            record.getMessage().partition("neighbouring tokens in ")[2].partition(",")[0] for record in caplog.records
+        ]
+        assert found == told
+
+
 def test_pairs_without_text_in_one_language_are_told(tmp_path, caplog):
     rows = pairs(60)
     write(tmp_path, "train", [*rows[:39], ("a", " ")])
@@ -267,6 +300,19 @@ def test_pairs_without_text_in_one_language_are_told(tmp_path, caplog):
     assert [len(corpus.splits[name]) for name in ("train", "validation", "test")] == [39, 10, 10]
     assert [record.getMessage() for record in caplog.records] == [
         "1 of 40 pairs of train have no text in one language and are left out.",
+        "2 of 10 pairs of validation have no text in one language and are scored as they are.",
+    ]
+    # Prepared text is trained on as it is.
+    corpus.save(tmp_path, "de", "en")
+    for name in ("train", "valid", "test"):
+        lines = [(tmp_path / f"{name}.{language}").read_text().splitlines() for language in ("de", "en")]
+        encoded = [[corpus.subwords(line.lower()) for line in side] for side in lines]
+        write(tmp_path, name, zip(*encoded, strict=True))
+    (tmp_path / "code").unlink()
+    caplog.clear()
+    load(DataArguments(dataset=str(tmp_path)))
+    assert [text for text in caplog.messages if "no text in one language" in text] == [
+        "1 of 40 pairs of train have no text in one language and are trained on as they are.",
         "2 of 10 pairs of validation have no text in one language and are scored as they are.",
     ]
 

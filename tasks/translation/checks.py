@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, combinations
 from pathlib import Path
 
@@ -28,6 +28,10 @@ UNSEEN_TOLD = 0.02  # of the held-out tokens; of good text at most 0.003 are
 # By how much more of a side's words are known in the other language than in its own, where the two files are swapped. Of German and English
 # text 16 to 58 % of the words are known in the other language (names, full stops), and 80 to 99 % in their own, from 300 pairs on.
 SWAPPED = 0.2
+# Of the neighbouring tokens of held-out text training has seen as many as of a tenth of its own that is kept aside, within 0.1 of 1. Of
+# ids of another dictionary, or words in another order, less than half as many.
+OTHER_TEXT = 0.6
+ENOUGH = 200  # neighbours, to tell
 
 
 def warn_of_repetitions(splits: Mapping[str, Dataset]) -> None:
@@ -71,6 +75,35 @@ def warn_of_lost(splits: Mapping[str, Dataset], languages: tuple[str, str]) -> N
                 logger.warning(
                     f"{unknown / total:.0%} of the {language} tokens of {name} are unknown: is it encoded and cut as the training text is?"
                 )
+
+
+def warn_of_other_text(splits: Mapping[str, Dataset], languages: tuple[str, str]) -> None:
+    """
+    Warns of held-out text whose neighbouring tokens are far more seldom neighbours in training than those of a tenth of the training text,
+    kept aside, are in the rest: it is of another kind, or its ids are another dictionary's.
+    """
+    for language, side in zip(languages, ("input_ids", "labels"), strict=True):
+        trained = splits["train"][side]
+        rest = [ids for row, ids in enumerate(trained) if row % 10]
+        known = {*map(tuple, rest)}
+        aside = _neighbours(ids for ids in trained[::10] if tuple(ids) not in known)
+        if len(aside) < ENOUGH:
+            continue
+        expected = np.isin(aside, np.unique(_neighbours(rest))).mean()
+        for name in ("validation", "test"):
+            found = _neighbours(splits[name][side])
+            share = np.isin(found, np.unique(_neighbours(trained))).mean()
+            if len(found) >= ENOUGH and share < OTHER_TEXT * expected:
+                logger.warning(
+                    f"Of the neighbouring tokens in {language} of {name}, training has {share:.0%} as neighbours too, and of a part of training "
+                    f"itself {expected:.0%}: is it text of the same kind, prepared alike and with the same dictionary?"
+                )
+
+
+def _neighbours(sentences: Iterable[Sequence[int]]) -> np.ndarray:
+    """Two tokens that follow each other in a sentence, as one number each."""
+    flat = np.fromiter(chain.from_iterable(sentences), np.int64)
+    return (flat[:-1] << 32 | flat[1:])[flat[:-1] != EOS]
 
 
 def refuse_copied_side(splits: Mapping[str, Dataset], languages: tuple[str, str]) -> None:

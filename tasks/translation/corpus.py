@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
+from transformers.utils import logging
 
 from tasks.files import write_whole
 from tasks.identity import fingerprint
@@ -17,6 +18,9 @@ from tasks.translation.model import POSITIONS
 from tasks.translation.sources import Pairs
 from tasks.translation.text import Subwords, Tokenizer
 from tasks.translation.vocabulary import EOS, PAD, Vocabulary
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -77,6 +81,11 @@ def build(ids: list, tokens: Pairs, text: Pairs, split: str) -> Dataset:
             raise ValueError(
                 f"The {split} split of `dataset` has no text in the {name} language: all of its {len(ids)} sentences are empty."
             )
+    if empty := sum(not all(side.strip() for side in pair) for pair in tokens):
+        fate = "trained on" if split == "train" else "scored"
+        logger.warning(
+            f"{empty} of {len(ids)} pairs of {split} have no text in one language and are {fate} as they are."
+        )
     for number, pair in enumerate(ids, start=1):
         if max(map(len, pair)) > POSITIONS:
             raise ValueError(

@@ -135,13 +135,12 @@ def from_text(
     """
     refuse_cut(splits, (source, target))
     tokenizers = Tokenizer(source), Tokenizer(target)
-    # A training pair with an empty side teaches to say nothing; held-out sets are scored as they are.
+    # A training pair with an empty side teaches to say nothing.
     train = [pair for pair in splits["train"] if all(side.strip() for side in pair)]
-    for name, pairs in splits.items():
-        empty = sum(not all(side.strip() for side in pair) for pair in pairs)
-        if empty:
-            fate = "left out" if name == "train" else "scored as they are"
-            logger.warning(f"{empty} of {len(pairs)} pairs of {name} have no text in one language and are {fate}.")
+    if empty := len(splits["train"]) - len(train):
+        logger.warning(
+            f"{empty} of {len(splits['train'])} pairs of train have no text in one language and are left out."
+        )
     if examples is not None:
         train = [train[row] for row in rows_of_part(examples, len(train))]
     splits = dict(splits, train=train)

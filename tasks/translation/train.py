@@ -120,9 +120,11 @@ def prepare(task: TranslationArguments, args: TrainingArguments) -> Setup:
     runs.check_output(args, metrics.NAMES)
     corpus = data.load(task)
     checks.warn_of_repetitions(corpus.splits)
-    checks.warn_of_lost(corpus.splits, (task.source_language, task.target_language))
-    checks.refuse_copied_side(corpus.splits, (task.source_language, task.target_language))
-    checks.refuse_swapped(corpus.splits, (task.source_language, task.target_language))
+    languages = task.source_language, task.target_language
+    checks.warn_of_lost(corpus.splits, languages)
+    checks.warn_of_other_text(corpus.splits, languages)
+    checks.refuse_copied_side(corpus.splits, languages)
+    checks.refuse_swapped(corpus.splits, languages)
     beams = args.generation_num_beams
     if beams is not None and beams > len(corpus.target_vocabulary):
         raise ValueError(
