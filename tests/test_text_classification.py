@@ -266,6 +266,11 @@ def test_a_saved_model_is_whole_or_refused(tmp_path):
         ),
         ({"problem_type": "multi_label_classification"}, "has `problem_type` multi_label_classification"),
         ({"hidden_size": "x"}, "cannot be loaded: .*'hidden_size' expected int, got str"),
+        ({"model_type": "vit"}, "is a vit, of which transformers makes no classifier of texts"),
+        (
+            {"model_type": "my", "auto_map": {"AutoConfig": "code.Config"}},
+            "cannot be loaded: it brings code of its own, which is not executed",
+        ),
     ):
         settings.write_text(json.dumps({**json.loads(written), **changes}))
         refused(words)

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -39,8 +41,9 @@ def tokenizer(model: str | None, texts: Sequence[str]) -> PreTrainedTokenizerBas
             raise ValueError(
                 f"`model_name_or_path` is {model}, which is no folder: give a saved model, or a name of the hub."
             )
+        _config(model)
         with _named(model):
-            found = AutoTokenizer.from_pretrained(model)
+            found = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
             ids = [i for text in texts[:1000] for i in found(text, add_special_tokens=False)["input_ids"]]
         unknown = 1 - sum(i != found.unk_token_id for i in ids) / max(1, len(ids))
         if not ids or unknown > UNKNOWN_LIMIT:
@@ -63,8 +66,7 @@ def order(model: str | None, names: list[str]) -> list[str]:
     """
     if model is None:
         return names
-    with _named(model):
-        config = AutoConfig.from_pretrained(model)
+    config = _config(model)
     known = {name.casefold(): i for name, i in config.label2id.items()}
     if _is_classifier(config) and {i: name for name, i in config.label2id.items()} != config.id2label:
         raise ValueError(
@@ -79,6 +81,27 @@ def order(model: str | None, names: list[str]) -> list[str]:
             "Write them as the model has them, or take the model that it was made of."
         )
     return names
+
+
+def _config(model: str) -> PretrainedConfig:
+    """
+    A saved model's config; no code that lies beside it is executed, nor is the user asked for that.
+
+    Raises:
+        `ValueError`: it cannot be read, or is of a kind that transformers makes no classifier of texts of.
+    """
+    with _named(model):
+        written, _ = PretrainedConfig.get_config_dict(model)
+        if "auto_map" in written and written.get("model_type") not in CONFIG_MAPPING:
+            raise ValueError(
+                "it brings code of its own, which is not executed; take one whose kind transformers knows"
+            )
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ValueError(
+            f"{model} is a {config.model_type}, of which transformers makes no classifier of texts: give a language model, or such a classifier."
+        )
+    return config
 
 
 def _is_classifier(config: PretrainedConfig) -> bool:
@@ -113,8 +136,7 @@ def build(
         raise ValueError(f"`dropout` is {dropout}, and {model} has its own: leave one of the two out.")
     if length > words.model_max_length:
         raise ValueError(f"`max_seq_length` is {length}, and {model} takes {words.model_max_length} tokens at most.")
-    with _named(model):
-        config = AutoConfig.from_pretrained(model)
+    config = _config(model)
     if config.problem_type not in (None, "single_label_classification"):
         raise ValueError(
             f"{model} has `problem_type` {config.problem_type} in its config.json, and texts have one label each here: give a classifier, "
@@ -128,7 +150,7 @@ def build(
         )
     with _named(model):
         found, seen = AutoModelForSequenceClassification.from_pretrained(
-            model, **labels, ignore_mismatched_sizes=True, output_loading_info=True
+            model, **labels, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False
         )
     # The head of a model that is no classifier yet is new. Nothing else may be.
     lost = [str(key[0]) for key in seen["mismatched_keys"]] + (sorted(seen["missing_keys"]) if is_classifier else [])
