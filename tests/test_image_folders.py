@@ -125,6 +125,7 @@ def test_files_beside_the_pictures_of_a_class_that_would_be_passed_over_or_count
             *("README", "notes.md", "x.txt", "x.JPEG.md5", "MD5SUMS", "Thumbs.db"),
             ".DS_Store",
             ".x.JPEG.tmp",
+            "._x.JPEG",
         ):
             (tiny / place / name).write_bytes(b"x")
     check_tiny(folders.tiny_imagenet(tiny))

@@ -120,20 +120,22 @@ def _pictures_of_class(folder: Path) -> list[Path]:
     """
     found: dict[str, list[Path]] = {}
     for file in sorted(folder.rglob("*")):
+        if any(part.startswith(".") for part in file.relative_to(folder).parts):
+            continue  # macOS writes ._NAME.JPEG beside NAME.JPEG
         if file.suffix.lower() in IMG_EXTENSIONS:
             found.setdefault(COPY.sub("", file.stem), []).append(file)
         elif not KNOWN.search(file.name) and file.is_file():
-            if not any(part.startswith(".") for part in file.relative_to(folder).parts):
-                raise ValueError(
-                    f"{file} does not end on .JPEG or the like, and would be passed over: rename it, fetch it anew, or move it out."
-                )
+            raise ValueError(
+                f"{file} does not end on .JPEG or the like, and would be passed over: rename it, fetch it anew, or move it out."
+            )
     for files in found.values():
         refuse_a_copy(files, "pictures")
     return sorted(file for files in found.values() for file in files)
 
 
 def _pictures(place: Path) -> Iterator[Path]:
-    return (file for file in (place, *place.rglob("*")) if file.suffix.lower() in IMG_EXTENSIONS)
+    files = (file for file in (place, *place.rglob("*")) if file.suffix.lower() in IMG_EXTENSIONS)
+    return (file for file in files if not file.name.startswith("."))
 
 
 def _refuse_missing(listed: Path, folder: Path) -> None:
