@@ -32,6 +32,7 @@ from ..xsam import xsam_gradient
 from .callback import XSAMCallback
 from .checkpoint import CheckpointMixin
 from .compatibility import check_fields, check_supported
+from .earlier_gradients import EarlierGradients
 from .logs import UpdateSums
 from .micro_batch import MicroBatch
 from .model_card import add_section, with_tags
@@ -103,7 +104,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
     def _xsam_begin_anew(self) -> None:
         """Forgets what a training that was stopped between two micro-batches left behind."""
         self._xsam_micro_batches: list[MicroBatch] = []  # of the current update
-        self._xsam_sums = UpdateSums()
+        self._xsam_earlier, self._xsam_sums = EarlierGradients(), UpdateSums()
         self._xsam_seen: SeenAscent | None = None
         self._xsam_follower, self._xsam_optimizer, self._xsam_shards = None, None, None
         self._xsam_named: dict[str, Tensor] = {}
@@ -140,6 +141,8 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
         try:
             if arguments.ascent_scope == "micro":
                 return self._xsam_micro_step(model, inputs, num_items_in_batch, arguments)
+            trained = self._xsam_trained() if self._xsam_zero is None else []  # DeepSpeed has no `p.grad`
+            self._xsam_earlier.before_pass(trained, not self._xsam_micro_batches, self.accelerator.num_processes)
             may_wait = self._xsam_may_wait(arguments)
             first = partial(self._xsam_first_pass, model, inputs, num_items_in_batch, arguments, may_wait)
             if arguments.perturbation == "stale":
@@ -151,7 +154,10 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
             # micro-batches) carry over into the next epoch.
             if self.accelerator.sync_gradients:
                 self._xsam_update(model, self._xsam_micro_batches, arguments)
+                self._xsam_earlier.add()
                 self._xsam_micro_batches, self._xsam_updates = [], self._xsam_updates + 1
+            else:
+                self._xsam_earlier.after_pass(trained)
         except BaseException:
             self._xsam_micro_batches = []
             raise
@@ -240,8 +246,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
         arguments: XSAMArguments,
     ) -> Tensor:
         """Each micro-batch of each process climbs on its own; one reduction of the final gradient at the end (m-SAM)."""
-        stepped, unstepped = self._xsam_weights()
-        weights = [*stepped.values(), *unstepped]
+        weights = self._xsam_trained()
         accumulated = [weight.grad for weight in weights]
         drop_gradients(weights)
         synchronise = self.accelerator.sync_gradients
@@ -293,6 +298,11 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
             )
         weights |= {f"outside_the_model.{i}": weight for i, weight in enumerate(outside)}
         return weights, [weight for name, weight in trained.items() if name not in weights]
+
+    def _xsam_trained(self) -> list[Tensor]:
+        """All weights that a pass gives a gradient."""
+        stepped, unstepped = self._xsam_weights()
+        return [*stepped.values(), *unstepped]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._xsam_replaying:  # `compute_loss` may log; it did so in the first pass
