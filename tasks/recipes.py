@@ -18,7 +18,6 @@ from transformers import HfArgumentParser
 from tasks.command import Parser, refusals, sentence
 from tasks.methods import METHODS, flags, is_method, name_of
 from tasks.secret import is_secret
-from xsam_hf.unread import unread
 
 
 ENDINGS = (".yaml", ".yml")
@@ -83,19 +82,11 @@ def parse(classes: Sequence[type], argv: Sequence[str], description: str, runs: 
     parser.refuse_unknown(rest)
     method = found.method if found.method is not None else own_method
     named = [f"--{name}={value}" for name, value in _fields_of(method).items()]
+    line = [*line, *named] if found.method is not None else [*named, *line]
     if method is not None:
         print(f"--method {method} stands for: {flags(method) or 'nothing beyond the recipe'}", file=sys.stderr)
 
-    if found.method is None:
-        objects = _instances(parser, [*named, *line, *argv], classes)
-    else:
-        objects = _instances(parser, [*line, *named, *argv], classes)
-        # What the recipe says for its own method alone, such as XSAM's rho_max.
-        unused = {name for names in unread(objects[-1]).values() for name in names}
-        line = _as_flags(
-            recipe, {name: value for name, value in values.items() if name not in unused}, parser, classes
-        )
-        objects = _instances(parser, [*line, *named, *argv], classes)
+    objects = _instances(parser, [*line, *argv], classes)
     args = objects[-1]
     if method is not None and not is_method(method, args):
         raise ValueError(

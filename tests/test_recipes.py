@@ -240,23 +240,6 @@ def test_a_method_is_a_field_of_recipes(parse, capsys):
     assert args.rho == 0 and args.alpha is None
 
 
-def test_what_a_recipe_says_of_the_search_is_not_for_methods_that_never_search(parse):
-    recipe = "rho: 0.2\nrho_max: 0.9\nalpha_samples: 11\nascent_steps: 2\nseed: 3"
-
-    def found(*argv):
-        _, args = parse(recipe, *argv)
-        assert args.seed == 3
-        return args.rho_max, args.alpha_samples, args.ascent_steps
-
-    plain = XSAMArguments()
-    assert found() == found("--method", "xsam") == found("--method", "xsam+asam") == (0.9, 11, 2)
-    assert found("--method", "sam") == (plain.rho_max, plain.alpha_samples, 2)
-    assert found("--method", "sgd") == (plain.rho_max, plain.alpha_samples, plain.ascent_steps)
-    # A flag is a wish, of which the training says that nothing reads it; and so is what a recipe says for its own method.
-    assert found("--method", "sam", "--rho_max", "0.5") == (0.5, plain.alpha_samples, 2)
-    assert parse(f"method: sam\n{recipe}")[1].rho_max == 0.9
-
-
 @pytest.mark.parametrize(
     "recipe, argv, name",
     [
