@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import sys
+from functools import partial
 
 import numpy as np
 import oracle
@@ -561,6 +562,64 @@ def test_what_the_extra_brings_is_named_where_it_lacks(monkeypatch):
     monkeypatch.setitem(sys.modules, "xsam_hf.analysis.measures", None)
     with pytest.raises(ImportError, match=r"pip install 'xsam_hf\[analysis\]'"):
         main(["toy"])
+
+
+def lengths(name, call):
+    """What is refused of one length, and one that is not."""
+    return [(partial(call, wrong), f"`{name}` is {wrong}") for wrong in (0.0, -0.1, math.nan, math.inf)] + [
+        (partial(call, 0.1), None)
+    ]
+
+
+def several(name, call):
+    """The same of several lengths."""
+    wrong = [
+        (partial(call, [0.1, one]), f"`{name}` has {one}: give lengths") for one in (0.0, -0.1, math.nan, math.inf)
+    ]
+    return [*wrong, (partial(call, []), f"`{name}` is empty: give one length"), (partial(call, [0.1]), None)]
+
+
+def counts(name, least, call):
+    """The same of a number of things."""
+    return [
+        *((partial(call, wrong), f"`{name}` (is )?{wrong}") for wrong in (least - 1, least - 5)),
+        (partial(call, least), None),
+    ]
+
+
+@pytest.mark.parametrize("call, sentence", [
+    *lengths("rho", lambda x: ascent_sharpness(Surface(Bowl(), BATCHES), x)),
+    *lengths("rho", lambda x: m_sharpness(Bowl(), BATCHES, x)),
+    *lengths("rho", lambda x: plane(Surface(Bowl(), BATCHES), x, samples=2)),
+    *lengths("radius", lambda x: plane(Surface(Bowl(), BATCHES), 0.1, radius=x, samples=2)),
+    *lengths("reach", lambda x: landscape(Surface(Bowl(), BATCHES), reach=x, samples=2)),
+    *several("rhos", lambda x: direction_gain(Bowl(), BATCHES, x, [0.1])),
+    *several("distances", lambda x: direction_gain(Bowl(), BATCHES, [0.1], x)),
+    *several("radii", lambda x: average_sharpness(Surface(Bowl(), BATCHES), x, 1)),
+    *counts("samples", 2, lambda n: landscape(Surface(Bowl(), BATCHES), samples=n)),
+    *counts("samples", 2, lambda n: plane(Surface(Bowl(), BATCHES), 0.1, samples=n)),
+    *counts("steps", 1, lambda n: ascent_sharpness(Surface(Bowl(), BATCHES), 0.1, n)),
+    *counts("trace_products", 0, lambda n: hessian_spectrum(Surface(Bowl(), BATCHES), 1, trace_products=n)),
+    *counts("count", 1, lambda n: hessian_spectrum(Surface(Bowl(), BATCHES), n, trace_products=0)),
+    (lambda: direction_gain(Bowl(), BATCHES, [0.1], [0.1], []), "`alphas` is ..: give one finite number or more"),
+    (lambda: direction_gain(Bowl(), BATCHES, [0.1], [0.1], [math.nan]), "`alphas` is .nan.: give"),
+    (lambda: direction_gain(Bowl(), [], [0.1], [0.1]), "There is no batch"),
+    (lambda: m_sharpness(Bowl(), [], 0.1), "There is no batch"),
+])  # fmt: skip
+def test_numbers_that_measure_nothing_are_refused(call, sentence):
+    if sentence is None:
+        call()
+        return
+    with pytest.raises(ValueError, match=sentence):
+        call()
+
+
+def test_no_batch_and_fewer_are_not_taken(tmp_path):
+    trainer = build(tmp_path)
+    for wrong in (0, -3):
+        with pytest.raises(ValueError, match=f"`count` is {wrong}: ask for one batch at least"):
+            batches_of(trainer, wrong)
+    assert len(batches_of(trainer, 1)) == 1
 
 
 def test_what_cannot_be_measured_is_refused():
