@@ -6,6 +6,7 @@ import math
 import shutil
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import oracle
@@ -26,6 +27,7 @@ from xsam_hf.analysis import (
     ascent_sharpness,
     average_sharpness,
     batches_of,
+    built,
     direction_gain,
     hessian_spectrum,
     landscape,
@@ -398,6 +400,73 @@ def test_the_file_of_the_trainer_imports_what_lies_beside_it(files, tmp_path, mo
     )
     with pytest.raises((ValueError, SystemExit), match="as for a script"):
         main(["arc", str(files / "gpt2"), "--trainer", f"{tmp_path}/mine.py:build"])
+
+
+BUILD = """
+import torch
+from toys import Tokens, XSAMTrainer, arguments, tiny_gpt2
+from safetensors.torch import load_file
+
+
+def build(checkpoint):
+    model = tiny_gpt2(layers=1)
+    {change}
+    return XSAMTrainer(model=model, args=arguments("unused"), train_dataset=Tokens())
+"""
+LOADS = "model.load_state_dict(load_file(f'{checkpoint}/model.safetensors'), strict=False)"
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """A run, its last checkpoint, which is the same, an earlier one; the same weights in several files and in one of another dtype."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    model = tiny_gpt2(layers=1)
+    model.save_pretrained("run")
+    shutil.copytree("run", "run/checkpoint-2")
+    tiny_gpt2(layers=1).half().save_pretrained("half")
+    tiny_gpt2(layers=1).half().float().save_pretrained("several", max_shard_size="20kB")
+    with torch.no_grad():
+        model.transformer.wpe.weight.add_(0.1)
+    model.save_pretrained("run/checkpoint-1")
+    for name, change in (("ignores", "pass"), ("loads", LOADS)):
+        Path(f"{name}.py").write_text(BUILD.format(change=change))
+    return ["--trainer", "loads.py:build", *QUICK, "--output_dir", "out"]
+
+
+@pytest.mark.parametrize("command", ["hessian", "report"])
+def test_a_trainer_that_does_not_load_the_folder_is_refused(runs, command):
+    runs[1] = "ignores.py:build"
+    with pytest.raises(
+        ValueError, match="^run and run/checkpoint-1 hold different weights, and ignores.py:build built the same model"
+    ):
+        main([command, "x=run", "y=run/checkpoint-1", *runs])
+
+
+@pytest.mark.parametrize("other", ["run", "run/checkpoint-2", "run/checkpoint-1"])
+def test_a_trainer_that_loads_the_folder_is_not(runs, other, monkeypatch):
+    monkeypatch.setattr(built.logger, "warning", pytest.fail)
+    main(["hessian", "x=run", f"y={other}", *runs])
+    same = [json.loads(Path(f"out/{name}/hessian.json").read_text())["of"] for name in "xy"]
+    assert (same[0] == same[1]) == (other != "run/checkpoint-1")
+
+
+def test_the_same_weights_in_other_files_are_the_same(runs):
+    assert len(list(Path("several").glob("*.safetensors"))) > 1
+    runs[1] = "ignores.py:build"
+    main(["hessian", "x=several", "y=half", *runs])  # hold the same weights, and the same model is built of both
+
+
+def test_a_model_with_other_weights_than_its_folder_is_warned_of(runs, monkeypatch):
+    said = []
+    monkeypatch.setattr(built.logger, "warning", said.append)
+    runs[1] = "ignores.py:build"
+    main(["hessian", "run", *runs])
+    assert not said  # it is what it would have loaded
+    main(["hessian", "run/checkpoint-1", *runs])
+    assert said == [
+        "ignores.py:build built a model whose 'transformer.wpe.weight' is not that of run/checkpoint-1: is it to load the folder that it is given?"
+    ]
 
 
 @pytest.mark.parametrize("name", MEASURES)
