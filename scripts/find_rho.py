@@ -27,7 +27,7 @@ from tasks.command import Parser, run
 from tasks.files import write_whole
 from xsam_hf import RangeTest, find_rho
 from xsam_hf.analysis import svg
-from xsam_hf.trainer.range_test import RISE
+from xsam_hf.trainer.range_test import RHOS, RISE, check
 
 
 class StopAfter(TrainerCallback):
@@ -82,6 +82,7 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(
             f"--epochs is {args.epochs}, and the schedule ends after {trainer.args.num_train_epochs:g}: give `--num_train_epochs` too."
         )
+    check(trainer, args.batches, RHOS)  # what find_rho refuses, before an epoch is trained for it
     if args.epochs:
         trainer.add_callback(StopAfter(args.epochs))
         trainer.train()

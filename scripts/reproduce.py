@@ -98,18 +98,18 @@ def once(cells: Sequence[Cell]) -> list[Run]:
 
 def check_data(cells: Sequence[Cell], table: Table, options: argparse.Namespace) -> None:
     """
-    Refuses a table whose data is not there.
+    Refuses a table whose data is not there; a dry run needs none, but for a folder that is named.
 
     Raises:
         `ValueError`: so it is; the sentence names the folder.
     """
     for setting in dict.fromkeys(cell.setting for cell in cells):
         of = SETTINGS[setting]
-        if options.data is None and not of.hub:
+        if options.data is None and not of.hub and not options.dry_run:
             raise ValueError(
                 f"{setting} needs a local copy of its data: give the folder that holds {of.data} as --data."
             )
-        if options.data is None and table.metric == "corruptions":
+        if options.data is None and table.metric == "corruptions" and not options.dry_run:
             raise ValueError(
                 f"The corrupted images are local files: give the folder that holds {CORRUPTED[of.data]} as --data."
             )
@@ -318,10 +318,10 @@ def main(argv: Sequence[str]) -> None:
                 f"--processes is {options.processes}, and {name} has batches of {batch}, which do not divide so: give another number."
             )
     found = cells(table, options)
+    check_data(found, table, options)
     if options.dry_run:
         print(plan(once(found), options.processes))
     else:
-        check_data(found, table, options)
         parsed(found[0].runs[0])  # which refuses flags that no run would take
         launch = ["-m", "accelerate.commands.launch", "--num_processes", str(options.processes)]
         run_or_exit(once(found), options.jobs, launch if options.processes > 1 else ())

@@ -5,6 +5,8 @@ import json
 import math
 import shutil
 import sys
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import oracle
@@ -25,6 +27,7 @@ from xsam_hf.analysis import (
     ascent_sharpness,
     average_sharpness,
     batches_of,
+    built,
     direction_gain,
     hessian_spectrum,
     landscape,
@@ -399,6 +402,73 @@ def test_the_file_of_the_trainer_imports_what_lies_beside_it(files, tmp_path, mo
         main(["arc", str(files / "gpt2"), "--trainer", f"{tmp_path}/mine.py:build"])
 
 
+BUILD = """
+import torch
+from toys import Tokens, XSAMTrainer, arguments, tiny_gpt2
+from safetensors.torch import load_file
+
+
+def build(checkpoint):
+    model = tiny_gpt2(layers=1)
+    {change}
+    return XSAMTrainer(model=model, args=arguments("unused"), train_dataset=Tokens())
+"""
+LOADS = "model.load_state_dict(load_file(f'{checkpoint}/model.safetensors'), strict=False)"
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """A run, its last checkpoint, which is the same, an earlier one; the same weights in several files and in one of another dtype."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    model = tiny_gpt2(layers=1)
+    model.save_pretrained("run")
+    shutil.copytree("run", "run/checkpoint-2")
+    tiny_gpt2(layers=1).half().save_pretrained("half")
+    tiny_gpt2(layers=1).half().float().save_pretrained("several", max_shard_size="20kB")
+    with torch.no_grad():
+        model.transformer.wpe.weight.add_(0.1)
+    model.save_pretrained("run/checkpoint-1")
+    for name, change in (("ignores", "pass"), ("loads", LOADS)):
+        Path(f"{name}.py").write_text(BUILD.format(change=change))
+    return ["--trainer", "loads.py:build", *QUICK, "--output_dir", "out"]
+
+
+@pytest.mark.parametrize("command", ["hessian", "report"])
+def test_a_trainer_that_does_not_load_the_folder_is_refused(runs, command):
+    runs[1] = "ignores.py:build"
+    with pytest.raises(
+        ValueError, match="^run and run/checkpoint-1 hold different weights, and ignores.py:build built the same model"
+    ):
+        main([command, "x=run", "y=run/checkpoint-1", *runs])
+
+
+@pytest.mark.parametrize("other", ["run", "run/checkpoint-2", "run/checkpoint-1"])
+def test_a_trainer_that_loads_the_folder_is_not(runs, other, monkeypatch):
+    monkeypatch.setattr(built.logger, "warning", pytest.fail)
+    main(["hessian", "x=run", f"y={other}", *runs])
+    same = [json.loads(Path(f"out/{name}/hessian.json").read_text())["of"] for name in "xy"]
+    assert (same[0] == same[1]) == (other != "run/checkpoint-1")
+
+
+def test_the_same_weights_in_other_files_are_the_same(runs):
+    assert len(list(Path("several").glob("*.safetensors"))) > 1
+    runs[1] = "ignores.py:build"
+    main(["hessian", "x=several", "y=half", *runs])  # hold the same weights, and the same model is built of both
+
+
+def test_a_model_with_other_weights_than_its_folder_is_warned_of(runs, monkeypatch):
+    said = []
+    monkeypatch.setattr(built.logger, "warning", said.append)
+    runs[1] = "ignores.py:build"
+    main(["hessian", "run", *runs])
+    assert not said  # it is what it would have loaded
+    main(["hessian", "run/checkpoint-1", *runs])
+    assert said == [
+        "ignores.py:build built a model whose 'transformer.wpe.weight' is not that of run/checkpoint-1: is it to load the folder that it is given?"
+    ]
+
+
 @pytest.mark.parametrize("name", MEASURES)
 def test_a_measure_is_kept_by_the_settings_that_it_looks_at(name):
     looked_at = set()
@@ -561,6 +631,64 @@ def test_what_the_extra_brings_is_named_where_it_lacks(monkeypatch):
     monkeypatch.setitem(sys.modules, "xsam_hf.analysis.measures", None)
     with pytest.raises(ImportError, match=r"pip install 'xsam_hf\[analysis\]'"):
         main(["toy"])
+
+
+def lengths(name, call):
+    """What is refused of one length, and one that is not."""
+    return [(partial(call, wrong), f"`{name}` is {wrong}") for wrong in (0.0, -0.1, math.nan, math.inf)] + [
+        (partial(call, 0.1), None)
+    ]
+
+
+def several(name, call):
+    """The same of several lengths."""
+    wrong = [
+        (partial(call, [0.1, one]), f"`{name}` has {one}: give lengths") for one in (0.0, -0.1, math.nan, math.inf)
+    ]
+    return [*wrong, (partial(call, []), f"`{name}` is empty: give one length"), (partial(call, [0.1]), None)]
+
+
+def counts(name, least, call):
+    """The same of a number of things."""
+    return [
+        *((partial(call, wrong), f"`{name}` (is )?{wrong}") for wrong in (least - 1, least - 5)),
+        (partial(call, least), None),
+    ]
+
+
+@pytest.mark.parametrize("call, sentence", [
+    *lengths("rho", lambda x: ascent_sharpness(Surface(Bowl(), BATCHES), x)),
+    *lengths("rho", lambda x: m_sharpness(Bowl(), BATCHES, x)),
+    *lengths("rho", lambda x: plane(Surface(Bowl(), BATCHES), x, samples=2)),
+    *lengths("radius", lambda x: plane(Surface(Bowl(), BATCHES), 0.1, radius=x, samples=2)),
+    *lengths("reach", lambda x: landscape(Surface(Bowl(), BATCHES), reach=x, samples=2)),
+    *several("rhos", lambda x: direction_gain(Bowl(), BATCHES, x, [0.1])),
+    *several("distances", lambda x: direction_gain(Bowl(), BATCHES, [0.1], x)),
+    *several("radii", lambda x: average_sharpness(Surface(Bowl(), BATCHES), x, 1)),
+    *counts("samples", 2, lambda n: landscape(Surface(Bowl(), BATCHES), samples=n)),
+    *counts("samples", 2, lambda n: plane(Surface(Bowl(), BATCHES), 0.1, samples=n)),
+    *counts("steps", 1, lambda n: ascent_sharpness(Surface(Bowl(), BATCHES), 0.1, n)),
+    *counts("trace_products", 0, lambda n: hessian_spectrum(Surface(Bowl(), BATCHES), 1, trace_products=n)),
+    *counts("count", 1, lambda n: hessian_spectrum(Surface(Bowl(), BATCHES), n, trace_products=0)),
+    (lambda: direction_gain(Bowl(), BATCHES, [0.1], [0.1], []), "`alphas` is ..: give one finite number or more"),
+    (lambda: direction_gain(Bowl(), BATCHES, [0.1], [0.1], [math.nan]), "`alphas` is .nan.: give"),
+    (lambda: direction_gain(Bowl(), [], [0.1], [0.1]), "There is no batch"),
+    (lambda: m_sharpness(Bowl(), [], 0.1), "There is no batch"),
+])  # fmt: skip
+def test_numbers_that_measure_nothing_are_refused(call, sentence):
+    if sentence is None:
+        call()
+        return
+    with pytest.raises(ValueError, match=sentence):
+        call()
+
+
+def test_no_batch_and_fewer_are_not_taken(tmp_path):
+    trainer = build(tmp_path)
+    for wrong in (0, -3):
+        with pytest.raises(ValueError, match=f"`count` is {wrong}: ask for one batch at least"):
+            batches_of(trainer, wrong)
+    assert len(batches_of(trainer, 1)) == 1
 
 
 def test_what_cannot_be_measured_is_refused():

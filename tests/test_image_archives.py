@@ -600,10 +600,16 @@ def test_images_that_come_again_where_they_are_scored_are_refused(tmp_path):
     load(few, rng.integers(0, 256, (5, 28, 28), dtype=np.uint8))
     with pytest.raises(ValueError, match="1 of the 5 test images are training images too"):
         load(pixels, np.concatenate([pixels[7:8], rng.integers(0, 256, (4, 28, 28), dtype=np.uint8)]))
-    with pytest.raises(ValueError, match="20 of the 40 training images are there before, .*: is a file there twice"):
+    with pytest.raises(
+        ValueError, match="20 of the 40 training images are copies of others, .*: is a file there twice"
+    ):
         load(np.concatenate([pixels[:20]] * 2), rng.integers(0, 256, (5, 28, 28), dtype=np.uint8))
-    with pytest.raises(ValueError, match="1 of the 5 test images are there before, and would count twice"):
+    with pytest.raises(ValueError, match="1 of the 5 test images are copies of others, and would count twice"):
         load(pixels, rng.integers(0, 256, (5, 28, 28), dtype=np.uint8)[[0, 1, 2, 3, 3]])
+    with pytest.raises(
+        ValueError, match="all 40 training images are the same picture: were they read or made wrongly"
+    ):
+        load(np.zeros_like(pixels), rng.integers(0, 256, (5, 28, 28), dtype=np.uint8))
 
 
 def test_a_class_without_images_is_warned_about(tmp_path, monkeypatch):

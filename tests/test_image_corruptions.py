@@ -189,7 +189,9 @@ def test_a_file_that_broke_off_in_its_allocated_place_is_refused(tmp_path):
     x = whole.copy()
     x[200:] = 0
     np.save(tmp_path / "fog.npy", x)
-    with pytest.raises(ValueError, match=f"^{tmp_path}/fog.npy: 299 of its 500 images are there before: it broke off"):
+    with pytest.raises(
+        ValueError, match=f"^{tmp_path}/fog.npy: 299 of its 500 images are copies of others: it broke off"
+    ):
         read()
 
 

@@ -102,6 +102,39 @@ def test_what_is_no_loss_is_named(returned, error, sentence):
     assert all(map(torch.equal, before, net.parameters()))
 
 
+@pytest.mark.parametrize("name", ["gradient", "probe"])
+@pytest.mark.parametrize("given", [None, torch.ones(()), 0.5])
+def test_what_cannot_be_called_is_named_before_the_first_pass(name, given):
+    passes = []
+    callables = {"gradient": lambda: passes.append(1), "probe": lambda: passes.append(1), name: given}
+    for arguments in (
+        XSAMArguments(),
+        XSAMArguments(alpha=1.0, gradient_scale="slope_max"),
+        XSAMArguments(perturbation="stale"),
+    ):
+        with pytest.raises(
+            TypeError, match=f"^`{name}` is a {type(given).__name__}: give a function that takes nothing"
+        ):
+            xsam_gradient(Classifier(), callables["gradient"], callables["probe"], arguments, XSAMState())
+    assert not passes
+
+
+@pytest.mark.parametrize("fields", [{"alpha": 1.0}, {"direction": "lsam"}, {"rho": 0.0}])
+def test_without_a_search_no_probe_is_needed(fields):
+    net, state = Classifier(), XSAMState()
+
+    def gradient():
+        loss = net(DATA.x, DATA.y)["loss"]
+        loss.backward()
+        return loss.detach()
+
+    for _ in range(2):
+        net.zero_grad()
+        xsam_gradient(net, gradient, None, XSAMArguments(**fields), state)
+    with pytest.raises(TypeError, match="`probe` is a Tensor"):
+        xsam_gradient(net, gradient, torch.ones(()), XSAMArguments(**fields), state)
+
+
 def test_a_loss_of_one_element_is_a_loss():
     net = Classifier()
     reference = update(net)

@@ -171,7 +171,7 @@ def test_a_loss_that_is_not_finite_lies_beyond():
     assert test.rho == 1  # a quarter lies between 0.2 there and infinity at 10
 
 
-def test_refusals(tmp_path):
+def test_refusals(tmp_path, monkeypatch):
     plain = Trainer(model=Classifier(), args=arguments(tmp_path), train_dataset=Points())
     with pytest.raises(ValueError, match="^Trainer has no XSAM: give an XSAMTrainer"):
         find_rho(plain)
@@ -211,6 +211,15 @@ def test_refusals(tmp_path):
     for flags in (["--rho", "3"], ["--rho=3"], ["--method", "asam"]):  # which would make its epochs no plain ones
         with pytest.raises(ValueError, match=f"{flags[0][:5]}.* stands there, and a range test trains with the base"):
             find_rho_command.main([recipe, *flags, "--output_dir", str(tmp_path)])
+    trained = []
+    monkeypatch.setattr(XSAMTrainer, "train", lambda self: trained.append(self))
+    for flags, message in (
+        (["--batches", "0"], "`batches` is 0: give a whole number"),
+        (["--perturbation", "asam"], "share of the weights"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            find_rho_command.main([recipe, *flags, "--output_dir", str(tmp_path), "--use_cpu", "true"])
+    assert not trained
     trainer.is_in_train = True
     with pytest.raises(ValueError, match="inside of a training"):
         find_rho(trainer)

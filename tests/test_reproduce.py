@@ -360,6 +360,7 @@ def test_runs_are_named_by_what_they_are_and_made_once():
             ["2", "--data", "tests"],
             "--data is tests, which has no cifar10, and cifar10-vgg-11 is trained or scored on it",
         ),
+        (["2", "--data", "/nowhere", "--dry-run"], "--data is /nowhere, which has no cifar10"),
         (["15"], "The corrupted images are local files: give the folder that holds CIFAR-100-C as --data"),
         (["2", "--flags", "--seed 7"], "--seed stands in --flags, and this script gives it to each run"),
         (["2", "--flags", "--rho 0.3"], "--rho stands in --flags, and some runs have a value of their own for it"),
@@ -371,9 +372,20 @@ def test_runs_are_named_by_what_they_are_and_made_once():
 )
 def test_what_cannot_be_is_refused_before_anything_is_trained(argv, words, monkeypatch):
     monkeypatch.setattr(reproduce, "run_or_exit", lambda *_: pytest.fail("it trains"))
+    monkeypatch.setattr(reproduce, "plan", lambda *_: pytest.fail("it takes times"))
     with pytest.raises(ValueError) as refused:
         reproduce.main(argv)
     assert words in sentence(refused.value)
+
+
+@pytest.mark.parametrize("table, data", [("2", []), ("3", []), ("15", []), ("2", ["--data"])])
+def test_a_dry_run_needs_no_data_but_a_folder_that_is_named(table, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce, "plan", lambda *_: "the plan")
+    for name in ("cifar10", "cifar100"):
+        (tmp_path / name).mkdir()
+    settings = ["--settings", *[name for name in TABLES[f"table-{table}"].rows if "tiny" not in name]] if data else []
+    reproduce.main([table, "--dry-run", *data, *[str(tmp_path) for _ in data], *settings])
+    assert capsys.readouterr().out.startswith("the plan")
 
 
 def test_the_list_names_every_table_and_figure(capsys):

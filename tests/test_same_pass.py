@@ -3,6 +3,7 @@
 import copy
 import functools
 import random
+from collections import deque
 
 import numpy as np
 import oracle
@@ -796,6 +797,79 @@ def test_numbers_and_lists_are_left_alone_and_named_once(tmp_path, caplog):
     caplog.clear()
     train(tmp_path / "b", Keeps("assigned"), Points(32, torch.float64), rho=0.5)
     assert "A forward pass changes" not in caplog.text
+
+
+def holds_itself(held):
+    held.append(held)
+    return held
+
+
+CHANGES = {
+    "a list": ([0, 1], lambda it: it.__setitem__(0, it[0] + 1)),
+    "a dictionary": ({"n": 0}, lambda it: it.__setitem__("n", it["n"] + 1)),
+    "a key": ({0: "a"}, lambda it: it.__setitem__(it.popitem()[0] + 1, "a")),
+    "a deque": (deque([0.0, 1.0], maxlen=2), lambda it: it.append(2.5)),
+    "a set": ({0}, lambda it: it.add(it.pop() + 1)),
+    "a list in a dictionary": ({"recent": [0]}, lambda it: it["recent"].__setitem__(0, it["recent"][0] + 1)),
+    "a list in a tuple": (([0],), lambda it: it[0].__setitem__(0, it[0][0] + 1)),
+    "an array": (np.zeros(3), lambda it: it.__iadd__(1)),
+    "an array in a list": ([np.zeros(3)], lambda it: it[0].__iadd__(1)),
+    "a tensor in a list": ([torch.zeros(3)], lambda it: it[0].add_(1)),
+    "another tensor in a list": ([torch.zeros(3)], lambda it: it.__setitem__(0, it[0] + 1)),
+    "a long list": ([0] * 100_000, lambda it: it.__setitem__(0, it[0] + 1)),
+    "a list that holds itself": (holds_itself([0]), lambda it: it.__setitem__(0, it[0] + 1)),
+}  # fmt: skip
+
+
+class ChangesInPlace(Net):
+    """Keeps something that a pass changes in place."""
+
+    def __init__(self, held, change):
+        super().__init__()
+        self.held, self.change = held, change
+
+    def forward(self, x, labels=None):
+        self.change(self.held)
+        return super().forward(x, labels)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_is_changed_in_place_is_named_and_what_is_not_is_not(tmp_path, caplog, name):
+    held, change = CHANGES[name]
+    train(
+        tmp_path / "still",
+        ChangesInPlace(copy.deepcopy(held), lambda it: None),
+        Points(16, torch.float64),
+        rho=0.5,
+        alpha=1.0,
+    )
+    assert "A forward pass changes" not in caplog.text
+    train(tmp_path, ChangesInPlace(copy.deepcopy(held), change), Points(16, torch.float64), rho=0.5, alpha=1.0)
+    assert caplog.text.count("A forward pass changes held, and later passes of the update find it changed") == 1
+
+
+def test_what_cannot_be_compared_is_passed_over_and_contents_are_compared_in_the_first_update_alone(
+    tmp_path, monkeypatch
+):
+    class Odd:
+        def __eq__(self, other):
+            raise AssertionError("it is compared")
+
+    updates, seen = [], []
+    monkeypatch.setattr(
+        module_state, "contents_of", lambda held: seen.append(len(updates)) or records.contents_of(held)
+    )
+    held = [Odd(), float("nan"), np.full(3, np.nan), torch.ones(2), np.zeros(200_000), {"deep": [Odd()]}, None]
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            updates.append(state.global_step)
+
+    run = build(
+        tmp_path, ChangesInPlace(held, lambda it: None), Points(32, torch.float64), callbacks=[Watch()], rho=0.5
+    )
+    run.train()
+    assert len(updates) == 8 and set(seen) == {0}
 
 
 # --- batches

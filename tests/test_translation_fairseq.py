@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from tasks.image_classification import models
 from tasks.translation import batches
 from tasks.translation import fairseq_format as fairseq
 from tasks.translation.corpus import collate
@@ -116,6 +117,19 @@ def test_there_and_back_is_bit_for_bit(tmp_path):
     fairseq.to_hugging_face(tmp_path / "back" / "checkpoint.pt", tmp_path / "back", tmp_path / "again", ("de", "en"))
     first, second = (tmp_path / name / "model.safetensors" for name in ("model", "again"))
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_model_of_images_is_told_from_one_without_dictionaries(tmp_path):
+    fairseq.to_hugging_face(CHECKPOINT, FIXTURES, tmp_path / "model", ("de", "en"))
+    with pytest.raises(ValueError, match="^There is no dictionary .*dict.fr.txt"):
+        fairseq.to_fairseq(tmp_path / "model", tmp_path / "back", ("fr", "en"))
+    models.build("vit-small", "digits").save_pretrained(tmp_path / "images")
+    with pytest.raises(
+        ValueError,
+        match="images holds no model of this task: its config.json is of a model of type vit, not fsmt as of translation",
+    ):
+        fairseq.to_fairseq(tmp_path / "images", tmp_path / "back", ("de", "en"))
+    assert not (tmp_path / "back").exists()
 
 
 def test_half_precision_becomes_float32(tmp_path):

@@ -23,6 +23,7 @@ def with_weights(
     weights: Weights,
     theta: MovableWeights,
     gradient: Callable[[], Tensor],
+    probe: Callable[[], Tensor] | None,
     before: PassState | None,
     arguments: XSAMArguments,
     state: XSAMState,
@@ -33,9 +34,17 @@ def with_weights(
     gradient that was left over.
 
     Raises:
+        `TypeError`: `gradient` or `probe` cannot be called; without a search and `slope_max` nobody asks for a `probe`.
         `ValueError`: the state's α lies beyond the end of the search.
         `ValueError`, `NotImplementedError`: in the first update, a weight that cannot be moved and put back.
     """
+    probed = arguments.rho > 0 and (arguments.searches or arguments.gradient_scale == "slope_max")
+    for name, given in {"gradient": gradient, **({"probe": probe} if probed or probe is not None else {})}.items():
+        if not callable(given):
+            raise TypeError(
+                f"`{name}` is a {type(given).__name__}: give a function that takes nothing and returns the loss of the update batch at the "
+                "weights as they stand."
+            )
     if state.updates == 1:
         theta.refuse_unfit()
         if before is None:  # XSAMTrainer has told them

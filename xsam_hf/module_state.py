@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -15,7 +14,19 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from .held_modules import modules_in
-from .records import GENERATORS, Record, checksum, memory_of, state_of, storage_of, write, writes_into
+from .records import (
+    CONTAINERS,
+    GENERATORS,
+    Record,
+    checksum,
+    contents_of,
+    differ,
+    memory_of,
+    state_of,
+    storage_of,
+    write,
+    writes_into,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -23,7 +34,6 @@ logger = logging.getLogger(__name__)
 _SMALL = 2**16  # bytes of a tensor that is copied in every update, whether it has moved or not
 _MISSING = object()
 _FOLLOWED = (Tensor, *GENERATORS, tuple, nn.Module)  # tuples, such as an LSTM's state, by name alone
-_CONTAINERS = (list, dict, set, deque)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # hooks, the dictionaries of buffers ...: no module's own attributes
 
 
@@ -180,7 +190,8 @@ class StateFollower:
             elif isinstance(value, GENERATORS):
                 record = Record(value, state_of(value))
             else:
-                record = Record(value, size=len(value) if isinstance(value, _CONTAINERS) else None)
+                told = self._first and place.kind == "attributes" and not name.startswith("_")
+                record = Record(value, held=contents_of(value) if told and isinstance(value, CONTAINERS) else None)
             records[place, name] = record
         contents = [torch.empty_like(memory) for _, memory in copied]
         write(contents, [memory for _, memory in copied])
@@ -221,7 +232,7 @@ class StateFollower:
                     refuse(f"writes into the sparse tensor {place.called(name)!r}")
                 elif record.has_moved(by_content):
                     self.moving.add(key)
-                elif record.size is not None and self._first and len(old) != record.size:
+                elif record.held is not None and self._first and differ(record.held, contents_of(old)):
                     strangers.append(key)
             elif place.kind == "parameters":
                 refuse(f"puts another parameter in the place of {place.called(name)!r}")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import random
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,11 @@ from torch.distributed.tensor import DTensor
 
 
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+CONTAINERS = (list, tuple, dict, set, frozenset, deque, np.ndarray)
+_PLAIN = (int, float, complex, str, bytes, np.generic)
+_MOST = 10_000  # things of a container that are compared
+_MOST_NUMBERS = 100_000  # of its arrays together
+_DEEPEST = 10
 
 
 @dataclass
@@ -27,7 +33,7 @@ class Record:
     memory: Tensor | None = None
     version: int = 0
     checksum: Tensor | None = None  # of a content that is too large to be copied
-    size: int | None = None  # of a list or the like
+    held: list[Any] | None = None  # what a list or the like holds: see `contents_of`
     trained: bool = False  # moved by us, or a view of such a weight: only the object is followed
 
     @property
@@ -74,6 +80,36 @@ def state_of(generator: Any) -> Any:
     if isinstance(generator, np.random.Generator):
         return copy.deepcopy(generator.bit_generator.state)
     return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
+
+
+def contents_of(container: Any) -> list[Any]:
+    """What one of `CONTAINERS` holds, and what lists in it hold, for [`differ`]: its first 10,000 things, of arrays 100,000 numbers."""
+    found, room = [], _MOST_NUMBERS
+    for thing in islice(_things_in(container), _MOST):
+        if isinstance(thing, np.ndarray) and thing.size <= room:
+            room -= thing.size
+            thing = thing.tobytes()
+        found.append(thing)
+    return found
+
+
+def differ(before: Sequence[Any], now: Sequence[Any]) -> bool:
+    """Whether contents are others: plain values by what they are, objects by whether they are still the same ones."""
+    both = zip(before, now, strict=False)
+    return len(before) != len(now) or not all(
+        a is b or (isinstance(a, _PLAIN) and isinstance(b, _PLAIN) and a == b) for a, b in both
+    )
+
+
+def _things_in(value: Any, depth: int = 0) -> Iterator[Any]:
+    if isinstance(value, np.ndarray) or not isinstance(value, CONTAINERS) or depth > _DEEPEST:
+        yield value
+        if isinstance(value, Tensor):
+            yield writes_into(value)
+        return
+    yield len(value)
+    for thing in chain.from_iterable(value.items()) if isinstance(value, dict) else value:
+        yield from _things_in(thing, depth + 1)
 
 
 def memory_of(value: Tensor) -> Tensor:

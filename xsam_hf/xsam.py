@@ -103,7 +103,7 @@ def xsam_gradient(
         ascend = follow_schedule(arguments, state)
     state.updates += 1
     theta = MovableWeights(weights, arguments, state.updates, state.memory, seen)
-    gradient = with_weights(weights, theta, gradient, before, arguments, state, ascend)
+    gradient = with_weights(weights, theta, gradient, probe, before, arguments, state, ascend)
     if ascend and arguments.perturbation == "stale":
         return stale_gradient(
             theta, weights, gradient, probe, arguments, state, before, loss_scaling=loss_scaling, measure=measure

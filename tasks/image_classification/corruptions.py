@@ -51,7 +51,7 @@ def stored(dataset: str, folder: Path) -> Iterator[tuple[str, Images]]:
 
     Raises:
         `ValueError`: a file is missing, damaged or another's copy, or not of this data set with its five severities, or more than a tenth
-            of its images are there before.
+            of its images are copies of others.
     """
     missing = [name for name in (*NAMES, "labels") if not (folder / f"{name}.npy").is_file()]
     if missing:
@@ -83,7 +83,7 @@ def stored(dataset: str, folder: Path) -> Iterator[tuple[str, Images]]:
         twice = len(x) - len(set(digests(x)))
         if twice > len(x) / 10:  # a few are: a grey one stays the same under some severities of saturate
             raise ValueError(
-                f"{folder / name}.npy: {twice} of its {len(x)} images are there before: it broke off, or has a severity twice, so fetch it again."
+                f"{folder / name}.npy: {twice} of its {len(x)} images are copies of others: it broke off, or has a severity twice, so fetch it again."
             )
         yield name, (x, labels)
 

@@ -220,12 +220,16 @@ def _refuse_repetitions(train: np.ndarray, test: np.ndarray, where: str | None) 
     twice = len(test) - len(set(scored))
     if twice > len(test) / 10:
         raise ValueError(
-            f"{where}: {twice} of the {len(test)} test images are there before, and would count twice: is a file there twice?"
+            f"{where}: {twice} of the {len(test)} test images are copies of others, and would count twice: is a file there twice?"
+        )
+    if len(known) == 1 and len(train) > 1:
+        raise ValueError(
+            f"{where}: all {len(train)} training images are the same picture: were they read or made wrongly?"
         )
     twice = len(train) - len(known)
     if twice > len(train) / 10:
         raise ValueError(
-            f"{where}: {twice} of the {len(train)} training images are there before, and a copy of one that is held out would be "
+            f"{where}: {twice} of the {len(train)} training images are copies of others, and a copy of one that is held out would be "
             "trained on: is a file there twice?"
         )
 

@@ -204,7 +204,7 @@ def _warn_of_repetitions(splits: Mapping[str, Dataset]) -> None:
             )
         if (twice := len(rows) - len(set(rows))) > len(rows) / 10:
             logger.warning(
-                f"{twice} of the {len(rows)} {name} texts are there before, and count again: are the rows doubled?"
+                f"{twice} of the {len(rows)} {name} texts are copies of others, and count again: are the rows doubled?"
             )
     again = sum(text in chosen for text in of.get("test", ()))
     if again > min(len(of.get("test", ())), len(chosen)) / 10:

@@ -235,7 +235,8 @@ def _check_destination(folder: Path) -> None:
 def to_fairseq(model: Path, folder: Path, languages: tuple[str, str]) -> None:
     """A folder that `train.py` or [`to_hugging_face`] wrote as `checkpoint.pt` and dictionaries of fairseq's."""
     _check_destination(folder)
+    loaded = load(model)  # first: what is no translation model has no dictionaries either
     vocabularies = read_dictionaries(model, *languages)
     folder.mkdir(parents=True, exist_ok=True)
-    write_checkpoint(load(model), folder / "checkpoint.pt", *languages)
+    write_checkpoint(loaded, folder / "checkpoint.pt", *languages)
     write_dictionaries(folder, languages, vocabularies)

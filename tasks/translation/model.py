@@ -148,7 +148,9 @@ def load(folder: Path, **changes) -> TranslationTransformer:
     try:
         config = json.loads((folder / "config.json").read_bytes())
         if (kind := config.get("model_type")) != FSMTConfig.model_type:
-            raise ValueError(f"its config.json is of a model of type {kind}, not {FSMTConfig.model_type}")
+            raise ValueError(
+                f"its config.json is of a model of type {kind}, not {FSMTConfig.model_type} as of translation"
+            )
         for name, needed in FIXED.items():
             if (value := config.get(name, needed)) != needed:
                 raise ValueError(f"its config.json has `{name}` {value}, and a transformer_iwslt_de_en {needed}")

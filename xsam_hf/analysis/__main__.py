@@ -95,14 +95,18 @@ def _measure(
     measures: Sequence[str], named: dict[str, str], args: AnalysisArguments, settings: Any, folder: Path, argv: Sequence[str]
 ) -> None:  # fmt: skip
     from . import svg
+    from .built import check_built
     from .checkpoint import load
     from .curves import training_curves
     from .measures import MEASURES, take
     from .report import make_report, summarise, to_text
 
     results: dict[str, dict[str, Any]] = {measure: {} for measure in measures}
+    earlier: dict[str, str] = {}
     for name, path in named.items():
         model, batches = load(path, args.data, args.trainer, args.batch_size, args.batches)
+        if args.trainer is not None:
+            check_built(model, args.trainer, path, earlier)
         folder.mkdir(parents=True, exist_ok=True)  # which may fail, and measures take long
         for measure in measures:
             print(f"{name}: {measure}", file=sys.stderr, flush=True)

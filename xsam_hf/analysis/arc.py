@@ -17,7 +17,7 @@ from ..geometry import angle, norm, slerp
 from ..search import AlphaSearch
 from ..state import XSAMState
 from ..xsam import xsam_gradient
-from .surface import Moving, Surface
+from .surface import Moving, Surface, check_lengths
 
 
 @dataclass
@@ -113,7 +113,16 @@ def direction_gain(
         model, batches: see [`Surface`]; each batch is looked at alone, in train mode, as an update does.
         rhos, distances (`Sequence[float]`): see [`DirectionGain`].
         alphas (`Sequence[float]`): where α* is looked for.
+
+    Raises:
+        `ValueError`: there is no batch, or one of the lengths or of `alphas` is none.
     """
+    if not len(batches):
+        raise ValueError("There is no batch to measure the gain on: give at least one.")
+    check_lengths("rhos", rhos)
+    check_lengths("distances", distances)
+    if not len(alphas) or not np.isfinite(alphas).all():
+        raise ValueError(f"`alphas` is {list(alphas)}: give one finite number or more.")
     found = DirectionGain(list(rhos), list(distances), [], [], [], [])
     for along in (found.first, found.last, found.best):
         along += [[] for _ in rhos]

@@ -112,9 +112,11 @@ def hessian_spectrum(
             for each step.
         seed (`int`, *optional*): of the vectors that the algorithms start from; no other random stream moves.
     """
+    if count < 1:
+        raise ValueError(f"`count` is {count}: ask for one eigenvalue at least.")
+    if trace_products < 0:
+        raise ValueError(f"`trace_products` is {trace_products}: give a number of products, or 0 for no trace.")
     with hessian_operator(surface, method) as (operator, taken):
-        if count < 1:
-            raise ValueError(f"`count` is {count}: ask for one eigenvalue at least.")
         count, products = min(count, operator.size), 0
         for steps in (20, 40, 80):
             steps = min(max(steps, 2 * count), operator.size)

@@ -57,11 +57,13 @@ def plane(
     Raises:
         `ValueError`: a value is out of range, or the two vectors are parallel and span no plane.
     """
-    if rho <= 0 or ascent_steps < 1 or spanned_by not in ("gradients", "arc"):
+    if not 0 < rho < np.inf or ascent_steps < 1 or spanned_by not in ("gradients", "arc"):
         raise ValueError(
-            "A plane takes `rho` above 0, one `ascent_steps` or more, and 'gradients' or 'arc' to be spanned by."
+            f"`rho` is {rho}, `ascent_steps` {ascent_steps} and `spanned_by` {spanned_by!r}: a plane takes a length above 0, one step or "
+            "more, and 'gradients' or 'arc' to be spanned by."
         )
     radius = 2 * rho if radius is None else radius
+    _check("radius", radius, samples)
     with surface.moving() as theta:
         gradients, terms = [theta.gradient], []
         for _ in range(ascent_steps):
@@ -90,12 +92,23 @@ def landscape(surface: Surface, reach: float = 1.0, samples: int = 21, seed: int
         reach (`float`, *optional*, defaults to 1.0): the grid is [−reach, reach]², in filters' lengths.
         samples (`int`, *optional*): points on each axis, a forward pass for each of them; odd, or θ_0 is not one of them.
         seed (`int`, *optional*): the same one gives checkpoints of one model the same directions before the scaling.
+
+    Raises:
+        `ValueError`: a value is out of range.
     """
+    _check("reach", reach, samples)
     with surface.moving() as theta:
         basis = [random_direction(theta.weights, "filter", 2 * seed + i) for i in range(2)]
         coordinates = np.linspace(-reach, reach, samples)
         losses = _grid(theta, basis, coordinates, "landscape")
         return Plane(coordinates.tolist(), coordinates.tolist(), losses, theta.loss, "random")
+
+
+def _check(name: str, length: float, samples: int) -> None:
+    if not 0 < length < np.inf:
+        raise ValueError(f"`{name}` is {length}: give a length above 0.")
+    if samples < 2:
+        raise ValueError(f"`samples` is {samples}: give 2 or more.")
 
 
 def _grid(theta: Moving, basis: Sequence[list[Tensor]], at: np.ndarray, name: str) -> list[list[float]]:

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..geometry import norm
 from .arc import unit
 from .random_directions import random_direction
-from .surface import Surface
+from .surface import Surface, check_lengths
 
 
 @dataclass
@@ -71,6 +71,7 @@ def average_sharpness(
     """
     if directions < 1:
         raise ValueError(f"`directions` is {directions}: an average needs one at least.")
+    check_lengths("radii", radii)
     samples: list[list[float]] = []
     with surface.moving() as theta:
         for i in logging.tqdm(range(directions), desc="sharpness", leave=False):
@@ -91,7 +92,7 @@ def ascent_sharpness(surface: Surface, rho: float, steps: int = 5) -> float:
         rho (`float`): in the 2-norm of all trained weights.
         steps (`int`, *optional*, defaults to 5): a pass for each of them; 1 is the rise that SAM sees.
     """
-    if rho <= 0 or steps < 1:
+    if not 0 < rho < np.inf or steps < 1:
         raise ValueError(
             f"`rho` is {rho} and `steps` {steps}: an ascent needs a length above 0 and one step at least."
         )
@@ -121,6 +122,8 @@ def m_sharpness(
         model, batches: see [`Surface`].
         rho (`float`), steps (`int`, *optional*, defaults to 1): see [`ascent_sharpness`].
     """
+    if not len(batches):
+        raise ValueError("There is no batch to measure the sharpness on: give at least one.")
     return [
         ascent_sharpness(Surface(model, [batch]), rho, steps)
         for batch in logging.tqdm(batches, desc="m-sharpness", leave=False)

@@ -107,7 +107,7 @@ def find_rho(trainer: Trainer, *, batches: int = 4, rhos: Sequence[float] = RHOS
         raise ValueError(
             f"{type(trainer).__name__} has no XSAM: give an XSAMTrainer, or a trainer with XSAMMixin in front."
         )
-    _check(trainer, batches, rhos)
+    check(trainer, batches, rhos)
     # SAM's own ascent from the whole batch, whatever is trained with.
     arguments = replace(trainer.xsam_arguments, rho=rhos[-1], perturbation="sam", ascent_fraction=1.0)
     check_supported(trainer, arguments)
@@ -169,7 +169,13 @@ def _climb(
     return torch.stack(found)
 
 
-def _check(trainer: XSAMMixin, batches: int, rhos: Sequence[float]) -> None:
+def check(trainer: XSAMMixin, batches: int, rhos: Sequence[float]) -> None:
+    """
+    What can be told before the first pass.
+
+    Raises:
+        `ValueError`, `NotImplementedError`: see [`find_rho`].
+    """
     if not isinstance(batches, int) or batches < 1:
         raise ValueError(f"`batches` is {batches}: give a whole number, 1 or more.")
     if not all(isinstance(rho, int | float) for rho in rhos):
