@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from xsam_hf import XSAMState
+from xsam_hf import XSAMArguments, XSAMState, xsam_gradient
 from xsam_hf.search import search_alpha
 
 
@@ -110,3 +110,53 @@ def test_noise_is_kept_with_the_state():
     state = XSAMState()
     state.remember(search(lambda a: math.sin(40 * a) + 0.1 * (round(10 * a) % 2))[0])
     assert state.search_noise > 1 and state.alpha == 1.0
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])  # NaN and 0 without labels
+@pytest.mark.parametrize("changes", [{}, {"perturbation": "stale"}], ids=["xsam", "stale"])
+def test_a_batch_without_labels_leaves_the_search_to_the_next(reduction, changes):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    x, y = torch.randn(8, 4), torch.randint(3, (8,))
+    arguments, state, searched = XSAMArguments(rho=0.5, **changes), XSAMState(), []
+    for labels in (y, torch.full((8,), -100), y, y):
+
+        def loss(labels=labels):
+            total = torch.nn.functional.cross_entropy(model(x), labels, reduction=reduction)
+            return total if reduction == "mean" else total / max(1, int((labels >= 0).sum()))
+
+        def gradient(loss=loss):
+            found = loss()
+            found.backward()
+            return found.detach()
+
+        if len(searched) == 1:
+            state.search_due = True
+        searched.append(xsam_gradient(model, gradient, loss, arguments, state).search)
+        model.zero_grad()
+    first, without, after, last = searched
+    assert (first is None) == bool(changes)  # stale ascent has nothing to climb along yet
+    assert without.alpha is None and after.alpha is not None and last is None
+
+
+@pytest.mark.parametrize("loss_scaling, again", [(True, True), (False, False)])
+def test_an_overflow_before_a_scaler_leaves_the_search_to_the_next_update(loss_scaling, again):
+    weight, state = torch.ones(3, requires_grad=True), XSAMState()
+
+    def gradient():
+        weight.grad = torch.full((3,), math.inf)
+        return torch.tensor(1.0)
+
+    xsam_gradient([weight], gradient, lambda: weight.sum(), XSAMArguments(), state, loss_scaling=loss_scaling)
+    assert state.search_due is again
+
+
+def test_a_loss_that_is_flat_along_a_gradient_is_searched_once():
+    weight, state = torch.ones(3, requires_grad=True), XSAMState()
+
+    def gradient():
+        weight.grad = torch.arange(3.0)
+        return torch.tensor(1.0)
+
+    found = xsam_gradient([weight], gradient, lambda: torch.tensor(1.0), XSAMArguments(), state)
+    assert found.search.alpha is None and not state.search_due

@@ -1,5 +1,6 @@
 """Text classification: files are read exactly, a run leaves what the other tasks' leave; its loop without the Trainer; trl's script."""
 
+import gzip
 import json
 import re
 import runpy
@@ -145,6 +146,13 @@ def test_files_are_read_as_they_stand(tmp_path, name, content):
         ),
         ("a.csv", "text,label\na,1\n,2\n", 'row 2: its text is "", which is no text'),
         ("a.csv", b"text,label\n\xff,1\n", "cannot be read: 'utf-8' codec"),
+        ("a.csv", "text;label\na;1\n", "its header is text;label, which ';' divides and not ','"),
+        ("a.csv", "text\tlabel\na\t1\n", r"which '\\t' divides and not ','"),
+        ("a.tsv", "text,label\na,1\n", r"its header is text,label, which ',' divides and not '\\t'"),
+        ("a.csv", "text,label\na,1\n".encode("utf-16"), "it is in UTF-16: save it as UTF-8"),
+        ("a.csv", gzip.compress(b"text,label\na,1\n"), "it is compressed by gzip: unpack it"),
+        ("a.csv", "text,label\na,1.0\nb,2.5\n", "has the label '1.0', and a label is a name or a whole number"),
+        ("a.csv", "text,label\na,3\nb,2.5\n", "has the label '2.5', and a label is a name or a whole number"),
         ("a.csv", "text,label\na,1\nb,1\n", "has one label only, 1"),
         ("a.jsonl", '{"text": "a", "label": 0.5}\n', "its label is 0.5, which is no label"),
         ("a.jsonl", '{"text": "a", "label": null}\n', "its label is null, which is no label"),

@@ -88,9 +88,19 @@ class Trail:
         return torch.where(self.finite, c, back), d
 
     @property
+    def leads_nowhere(self) -> bool:
+        """Whether ‖g_0‖ or ‖g_k‖ is 0, as for a batch without labels, or not finite before a `GradScaler`; waits for the device."""
+        return nowhere(torch.stack([self.norms[0], self.norms[-1]]), guarded=self._guarded)
+
+    @property
     def fell_back(self) -> Tensor:
         assert self.finite is not None
         return torch.isfinite(self.norms[0]) & ~self.finite & self._guarded
+
+
+def nowhere(sizes: Tensor, guarded: bool) -> bool:
+    """See [`Trail.leads_nowhere`]. Of reduced gradients, so that all processes agree."""
+    return bool((sizes == 0).any()) or not (guarded or bool(torch.isfinite(sizes).all()))
 
 
 class Arc:

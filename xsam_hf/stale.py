@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .arguments import XSAMArguments
 from .arithmetic import mix_, scale_, zero_unless
-from .direction import Arc
+from .direction import Arc, nowhere
 from .geometry import norm
 from .pass_state import PassState, pass_state_of
 from .passes import Passes, Stoppable, interrupts_held
@@ -99,7 +99,7 @@ def stale_gradient(
         arc, search = Arc(lambda: average, g, size), None
         if begun and arguments.searches and state.search_due and passes.repeatable:
             search = _search(arc, theta, passes, arguments)
-            state.remember(search)
+            state.remember(search, again=nowhere(size, guarded=not loss_scaling))
         alpha = state.alpha if arguments.alpha is None else arguments.alpha
         psi = arc.psi if begun and measure else torch.full_like(size, torch.nan)
         c, d = arc.coefficients(alpha) if begun else (0.0, 1.0)

@@ -138,9 +138,12 @@ class XSAMState:
                 "XSAMState(), or with copy.copy(state) if this model goes on from that one."
             )
 
-    def remember(self, search: AlphaSearch) -> None:
-        """Takes over the result of a search. One without a finite loss, or of noise alone, keeps α."""
-        self.search_due = False
+    def remember(self, search: AlphaSearch, again: bool = False) -> None:
+        """
+        Takes over the result of a search. One without a finite loss, or of noise alone, keeps α; `again` leaves the search to the next
+        update, for this one had nothing to search along.
+        """
+        self.search_due = again
         self.search_noise = search.noise
         if search.alpha is not None:
             self.alpha, self.search_gain, self.alpha_at_edge = search.alpha, search.gain, search.at_edge

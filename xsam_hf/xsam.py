@@ -137,7 +137,7 @@ def xsam_gradient(
         if searching:
             point = arc.points(radius)
             search = search_alpha(lambda a, b: loss_at(*point(a, b)), arc.psi, arguments.alphas, radius)
-            state.remember(search)
+            state.remember(search, again=trail.leads_nowhere)
         alpha = state.alpha if arguments.alpha is None else arguments.alpha
 
         # Eq. 8: ‖g_k‖ v(α*) = c (θ_k − θ_0) + d g_k, into p.grad.

@@ -7,7 +7,7 @@ import io
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -30,6 +30,12 @@ DIALECTS: dict[str, dict[str, Any]] = {
     ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
 }
 ENDINGS = (*DIALECTS, ".json", ".jsonl")
+STARTS = {
+    b"\xff\xfe": "it is in UTF-16: save it as UTF-8.",
+    b"\xfe\xff": "it is in UTF-16: save it as UTF-8.",
+    b"\x1f\x8b": "it is compressed by gzip: unpack it.",
+    b"PK\x03\x04": "it is a zip archive, as spreadsheets are: unpack it, or save it as text.",
+}
 
 
 @dataclass
@@ -122,6 +128,7 @@ def load(task: DataArguments) -> Corpus:
     splits = {name: Dataset.from_dict(read(Path(file), task)) for name, file in files.items() if file is not None}
     found = set(splits["train"]["label"])
     _refuse_labels_alike(found, task.train_file)
+    _refuse_values(found, task.train_file)
     names = sorted(found, key=int) if all(name.isdecimal() for name in found) else sorted(found)
     if len(names) < 2:
         raise ValueError(
@@ -178,6 +185,22 @@ def _refuse_labels_alike(labels: Iterable[str], file: str | None) -> None:
             )
 
 
+def _refuse_values(labels: Collection[str], file: str | None) -> None:
+    """
+    Refuses numbers that are no classes.
+
+    Raises:
+        `ValueError`: all labels are numbers, and one is not written as a whole one.
+    """
+    numbers = [label for label in labels if label[:1] not in "tTfF" and isinstance(_value(label.strip()), Decimal)]
+    decimal = next((label for label in sorted(numbers) if not label.strip().lstrip("+-").isdecimal()), None)
+    if decimal is not None and len(numbers) == len(labels):
+        raise ValueError(
+            f"`train_file` {file} has the label {cut(repr(decimal))}, and a label is a name or a whole number: this task knows classes, and "
+            "no values to predict."
+        )
+
+
 def _value(label: str) -> str | Decimal:
     """The number that a label is, 1 and 0 for true and false; any other label as it is."""
     try:
@@ -223,7 +246,7 @@ def read(file: Path, task: DataArguments) -> dict[str, list[str]]:
     if file.suffix not in ENDINGS:
         raise ValueError(f"{file} ends on {file.suffix or 'nothing'}: give a file in {', '.join(ENDINGS)}.")
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = _text(file)
         rows = _table(text, DIALECTS[file.suffix]) if file.suffix in DIALECTS else _objects(text)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read: {sentence(error)}") from error
@@ -253,6 +276,19 @@ def read(file: Path, task: DataArguments) -> dict[str, list[str]]:
     return found
 
 
+def _text(file: Path) -> str:
+    """
+    Raises:
+        `ValueError`: it begins as another kind of file does, or is not in UTF-8.
+    """
+    with file.open("rb") as opened:
+        begins = opened.read(4)
+    for start, told in STARTS.items():
+        if begins.startswith(start):
+            raise ValueError(told)
+    return file.read_text(encoding="utf-8-sig")
+
+
 def _is_whole(text: str) -> bool:
     """Whether there is no half of a character in it, which JSON can have and no tokenizer takes."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
@@ -260,6 +296,11 @@ def _is_whole(text: str) -> bool:
 
 def _table(text: str, dialect: dict[str, Any]) -> list[dict[str, str]]:
     csv.field_size_limit(len(text) + 1)
+    header, divides = text.partition("\n")[0], dialect.get("delimiter", ",")
+    if divides not in header and (other := next((sign for sign in ",;\t|" if sign in header), None)):
+        raise ValueError(
+            f"its header is {cut(header)}, which {other!r} divides and not {divides!r}: write the columns with {divides!r} between them."
+        )
     lines = csv.reader(io.StringIO(text, newline=""), **dialect)
     try:
         rows = _rows(lines)
