@@ -119,7 +119,8 @@ def read(recipe: Path) -> dict[str, Any]:
             raise ValueError("a line has an alias (*name): write out what it stands for")
         values = YAML(typ="safe", pure=True).load(text)
     except (YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{recipe} is not a recipe in YAML: {sentence(error)}") from error
+        said = sentence(error).partition(" To suppress this check")[0]  # of keys that are there twice
+        raise ValueError(f"{recipe} is not a recipe in YAML: {said}") from error
     if values is None:
         values = {}
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):

@@ -486,6 +486,16 @@ def test_a_measure_is_kept_by_the_settings_that_it_looks_at(name):
     assert looked_at & {field.name for field in dataclasses.fields(Settings)} == set(MEASURES[name].settings)
 
 
+class Touch:
+    """A pickle of it makes a file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (self.file, "w")
+
+
 @pytest.mark.parametrize(
     "line, sentence",
     [
@@ -528,6 +538,7 @@ def test_a_measure_is_kept_by_the_settings_that_it_looks_at(name):
         ),
         ("arc {numbered} --data {data}", "numbered is of no named class"),
         ("arc {cut} --data {data}", "cut holds no checkpoint that can be loaded"),
+        ("arc {hostile} --data {data}", "hostile holds a pickle with more than weights in it"),
         ("arc {reshaped} --data {data}", "reshaped (holds no checkpoint that can be loaded|lacks)"),
         ("arc {listed} --data {data}", "no config.json that can be read .it is no JSON object"),
         (
@@ -544,10 +555,12 @@ def test_bad_input_gets_one_sentence(files, tmp_path, line, sentence):
     for folder in ("checkpoint-9", "checkpoint-10"):
         (files / "run" / folder).mkdir(parents=True, exist_ok=True)
     (files / "mine.py").write_text("def build(): pass\n")
-    for name in ("cut", "reshaped", "listed", "numbered"):
+    for name in ("cut", "hostile", "reshaped", "listed", "numbered"):
         shutil.copytree(files / "gpt2", files / name, dirs_exist_ok=True)
     whole = (files / "gpt2" / "model.safetensors").read_bytes()
     (files / "cut" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    (files / "hostile" / "model.safetensors").unlink(missing_ok=True)
+    torch.save({"weight": Touch(str(tmp_path / "executed"))}, files / "hostile" / "pytorch_model.bin")
     config = json.loads((files / "gpt2" / "config.json").read_text())
     (files / "reshaped" / "config.json").write_text(json.dumps({**config, "n_positions": config["n_positions"] + 1}))
     (files / "listed" / "config.json").write_text("[]")
@@ -559,6 +572,7 @@ def test_bad_input_gets_one_sentence(files, tmp_path, line, sentence):
     names |= {
         "reshaped": "reshaped",
         "listed": "listed",
+        "hostile": "hostile",
         "numbered": "numbered",
         "more": "more.safetensors",
         "nan": "nan.safetensors",

@@ -102,7 +102,9 @@ class MovableWeights:
                 self.names.append(name)
                 self.weights.append(self._waiting.pop(name))
         if not self.weights:
-            raise ValueError("No weight received a gradient: does the loss depend on the trainable weights?")
+            raise ValueError(
+                "No weight received a gradient: does the loss depend on the trainable weights, and does the pass call `backward`?"
+            )
         gradients: list[Any] = [weight.grad for weight in self.weights]
         if not (are_plain(gradients) and all([gradient.layout == torch.strided for gradient in gradients])):
             gradients = [_dense_gradient(weight) for weight in self.weights]

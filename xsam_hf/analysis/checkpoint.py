@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -132,6 +133,11 @@ def _readable(folder: Path) -> Iterator[None]:
     """What Transformers and its libraries raise over damaged files, as one sentence."""
     try:
         yield
+    except UnpicklingError as error:  # whose own advice is to run the code
+        raise ValueError(
+            f"{folder} holds a pickle with more than weights in it, and unpickling that may run code, or one that is damaged: give a whole "
+            "one in safetensors."
+        ) from error
     except Exception as error:
         said = " ".join(str(error).split())
         raise ValueError(
