@@ -1,15 +1,10 @@
-"""Texts and their labels: local files that are read exactly, and how they are split and cut into tokens."""
+"""Texts and their labels: which files, and how they are split and cut into tokens."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +14,13 @@ from transformers.utils import logging
 
 from tasks.command import cut, sentence
 from tasks.identity import fingerprint
-from tasks.tables import is_header, object_of, refuse_swallowed_rows, warn_of_lost_characters
+from tasks.tables import warn_of_lost_characters
+from tasks.text_classification.labels import refuse_alike, refuse_values
+from tasks.text_classification.text_files import ENDINGS, read
 
 
 logger = logging.get_logger(__name__)
 SPLITS = ("train", "validation", "test")
-# GLUE's files have quotation marks that nothing closes.
-DIALECTS: dict[str, dict[str, Any]] = {
-    ".csv": {"strict": True},
-    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
-}
-ENDINGS = (*DIALECTS, ".json", ".jsonl")
-STARTS = {
-    b"\xff\xfe": "it is in UTF-16: save it as UTF-8.",
-    b"\xfe\xff": "it is in UTF-16: save it as UTF-8.",
-    b"\x1f\x8b": "it is compressed by gzip: unpack it.",
-    b"PK\x03\x04": "it is a zip archive, as spreadsheets are: unpack it, or save it as text.",
-}
 
 
 @dataclass
@@ -125,10 +110,14 @@ def load(task: DataArguments) -> Corpus:
     given = [str(Path(file).resolve()) for file in files.values() if file is not None]
     if len(set(given)) < len(given):
         raise ValueError("Two of `train_file`, `validation_file` and `test_file` are the same: leave one of them out.")
-    splits = {name: Dataset.from_dict(read(Path(file), task)) for name, file in files.items() if file is not None}
+    splits = {
+        name: Dataset.from_dict(read(Path(file), task.text_column_names, task.label_column_name))
+        for name, file in files.items()
+        if file is not None
+    }
     found = set(splits["train"]["label"])
-    _refuse_labels_alike(found, task.train_file)
-    _refuse_values(found, task.train_file)
+    refuse_alike(found, task.train_file)
+    refuse_values(found, task.train_file)
     names = sorted(found, key=int) if all(name.isdecimal() for name in found) else sorted(found)
     if len(names) < 2:
         raise ValueError(
@@ -166,51 +155,6 @@ def load(task: DataArguments) -> Corpus:
     return Corpus(splits, names)
 
 
-def _refuse_labels_alike(labels: Iterable[str], file: str | None) -> None:
-    """
-    Refuses two labels that look alike or differ in a blank or in capitals, or one number written in two ways.
-
-    Raises:
-        `ValueError`: there are such; it names them.
-    """
-    known: dict[str | Decimal, str] = {}
-    for label in sorted(labels):
-        # One letter may be written in two ways in Unicode, and some signs have no width.
-        letters = unicodedata.normalize("NFKC", label).strip().casefold()
-        bare = "".join(letter for letter in letters if unicodedata.category(letter) != "Cf")
-        other = known.setdefault(_value(bare), label)
-        if other != label:
-            raise ValueError(
-                f"`train_file` {file} has the labels {cut(repr(other))} and {cut(repr(label))}, which would be two classes: write them alike."
-            )
-
-
-def _refuse_values(labels: Collection[str], file: str | None) -> None:
-    """
-    Refuses numbers that are no classes.
-
-    Raises:
-        `ValueError`: all labels are numbers, and one is not written as a whole one.
-    """
-    numbers = [label for label in labels if label[:1] not in "tTfF" and isinstance(_value(label.strip()), Decimal)]
-    decimal = next((label for label in sorted(numbers) if not label.strip().lstrip("+-").isdecimal()), None)
-    if decimal is not None and len(numbers) == len(labels):
-        raise ValueError(
-            f"`train_file` {file} has the label {cut(repr(decimal))}, and a label is a name or a whole number: this task knows classes, and "
-            "no values to predict."
-        )
-
-
-def _value(label: str) -> str | Decimal:
-    """The number that a label is, 1 and 0 for true and false; any other label as it is."""
-    try:
-        # Exact, where a float would take two long numbers for one. Python reads 1_0 as 10, and nobody else does.
-        number = Decimal({"true": "1", "false": "0"}.get(label, label.replace("_", "?")))
-    except InvalidOperation:
-        return label
-    return number if number.is_finite() else label
-
-
 def _warn_of_repetitions(splits: Mapping[str, Dataset]) -> None:
     """Says so if more than a tenth of the texts that are scored are trained on or there before, or those of the test chosen by."""
 
@@ -234,105 +178,3 @@ def _warn_of_repetitions(splits: Mapping[str, Dataset]) -> None:
         logger.warning(
             f"{again} of the {len(of['test'])} test texts are validation texts too: what is chosen by the one is chosen by the other."
         )
-
-
-def read(file: Path, task: DataArguments) -> dict[str, list[str]]:
-    """
-    The columns `text`, `label`, and for pairs `pair`, of a file.
-
-    Raises:
-        `ValueError`: the file is of another kind, is no text in UTF-8, or a row lacks its text or its label.
-    """
-    if file.suffix not in ENDINGS:
-        raise ValueError(f"{file} ends on {file.suffix or 'nothing'}: give a file in {', '.join(ENDINGS)}.")
-    try:
-        text = _text(file)
-        rows = _table(text, DIALECTS[file.suffix]) if file.suffix in DIALECTS else _objects(text)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} cannot be read: {sentence(error)}") from error
-    if not rows:
-        raise ValueError(f"{file} has no rows.")
-    columns = dict(zip(("text", "pair"), task.text_column_names, strict=False)) | {"label": task.label_column_name}
-    found: dict[str, list[str]] = {name: [] for name in columns}
-    for number, row in enumerate(rows, 1):
-        if is_header(row, columns.values()):
-            raise ValueError(
-                f"{file}, row {number} is its header again: join files without the headers of all but the first."
-            )
-        for name, column in columns.items():
-            if column not in row:
-                field = "label_column_name" if name == "label" else "text_column_names"
-                raise ValueError(
-                    f"{file}, row {number} has no column {column!r}, but {cut(', '.join(map(repr, row)))}: see `{field}`."
-                )
-            value = row[column]
-            if name == "label" and isinstance(value, bool | int):
-                value = str(value)
-            if not isinstance(value, str) or not value.strip() or not _is_whole(value):
-                raise ValueError(
-                    f"{file}, row {number}: its {column} is {cut(json.dumps(value))}, which is no {name}."
-                )
-            found[name].append(value)
-    return found
-
-
-def _text(file: Path) -> str:
-    """
-    Raises:
-        `ValueError`: it begins as another kind of file does, or is not in UTF-8.
-    """
-    with file.open("rb") as opened:
-        begins = opened.read(4)
-    for start, told in STARTS.items():
-        if begins.startswith(start):
-            raise ValueError(told)
-    return file.read_text(encoding="utf-8-sig")
-
-
-def _is_whole(text: str) -> bool:
-    """Whether there is no half of a character in it, which JSON can have and no tokenizer takes."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _table(text: str, dialect: dict[str, Any]) -> list[dict[str, str]]:
-    csv.field_size_limit(len(text) + 1)
-    header, divides = text.partition("\n")[0], dialect.get("delimiter", ",")
-    if divides not in header and (other := next((sign for sign in ",;\t|" if sign in header), None)):
-        raise ValueError(
-            f"its header is {cut(header)}, which {other!r} divides and not {divides!r}: write the columns with {divides!r} between them."
-        )
-    lines = csv.reader(io.StringIO(text, newline=""), **dialect)
-    try:
-        rows = _rows(lines)
-        refuse_swallowed_rows(rows)
-        return rows
-    except csv.Error as error:  # which says little of a quotation mark that nothing closes
-        raise ValueError(f"line {lines.line_num}: {error}; is a quotation mark not closed, or not doubled?") from error
-
-
-def _rows(lines: Any) -> list[dict[str, str]]:
-    header = next(lines, [])
-    if len(set(header)) < len(header):
-        raise ValueError(f"a column of its header, {cut(', '.join(header))}, is there twice.")
-    rows = []
-    for line in lines:
-        if line and len(line) != len(header):
-            raise ValueError(f"line {lines.line_num} has {len(line)} fields, and the header {len(header)}.")
-        if line:
-            rows.append(dict(zip(header, line, strict=True)))
-    return rows
-
-
-def _objects(text: str) -> Sequence[dict[str, Any]]:
-    if text.lstrip().startswith("["):
-        rows = json.loads(text, object_pairs_hook=object_of)
-    else:
-        rows = []
-        for number, line in enumerate(text.split("\n"), 1):
-            try:
-                rows += [json.loads(line, object_pairs_hook=object_of)] if line.strip() else []
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from error
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("expected objects, one a line or in a list.")
-    return rows
