@@ -48,8 +48,8 @@ class FinishedRun:
             folder,
             *request,
             result=result,
-            history=_read(state, lambda found: list(found["log_history"])) if state.exists() else [],
-            searches=_read(searches, list, lines=True) if searches.exists() else [],
+            history=_read(state, _check_history) if state.exists() else [],
+            searches=_read(searches, _check_searches, lines=True) if searches.exists() else [],
             corruptions=_read(corruptions, check_corruptions) if corruptions.exists() else {},
         )
 
@@ -68,6 +68,24 @@ def _read(file: Path, take: Callable[[Any], Any], lines: bool = False) -> Any:
         raise ValueError(
             f"{file} is damaged ({sentence(error)}): delete its folder and run this seed again."
         ) from error
+
+
+def _check_history(state: dict) -> list[dict]:
+    """What was logged, of which these are drawn."""
+    history = list(state["log_history"])
+    drawn = [value for entry in history for name, value in entry.items() if name.startswith(("step", "loss", "eval_"))]
+    float(sum(value for value in drawn if value is not None))
+    return history
+
+
+def _check_searches(searches: list[dict]) -> list[dict]:
+    """Lines of numbers; of the losses some are null."""
+    for line in searches:
+        single = [line[name] for name in ("step", "epoch", "alpha")]
+        float(sum([*single, *line["alphas"], *(loss for loss in line["losses"] if loss is not None)]))
+        if len(line["alphas"]) != len(line["losses"]) or not line["alphas"]:
+            raise ValueError(f"the search of step {line['step']} has {len(line['losses'])} losses")
+    return searches
 
 
 def _check_request(request: dict) -> tuple[list[str], str, dict[str, Any]]:

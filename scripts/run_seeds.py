@@ -120,6 +120,12 @@ def resume_flags(folder: Path) -> list[str]:
     return ["--resume_from_checkpoint", str(checkpoint.relative_to(ROOT))]
 
 
+def last_words(log: Path) -> str:
+    """The sentence that a refused run has ended with, to follow its status."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return f", {lines[-1].strip()}" if lines and lines[-1].startswith("error: ") else ""
+
+
 def is_json(path: Path) -> bool:
     try:
         return isinstance(json.loads(path.read_bytes()), dict)
@@ -168,7 +174,7 @@ def run_all(runs: list[Run], jobs: int = 1, launch: Sequence[str] = ()) -> list[
                     if process.poll() is not None:
                         del running[run]
                         if process.returncode:
-                            settle(run, f"exit status {process.returncode}")
+                            settle(run, f"exit status {process.returncode}{last_words(ROOT / run.log)}")
                         else:
                             settle(run, None if is_finished(run) else "it ended without a result.json")
         finally:

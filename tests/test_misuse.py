@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from toys import Classifier, Points, train
 from toys import arguments as training_arguments
-from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainingArguments
 
 from xsam_hf import XSAMArguments, XSAMMixin, XSAMState, XSAMTrainer, xsam_gradient
 from xsam_hf.trainer.callback import keep_lines_before
@@ -154,6 +154,27 @@ def test_a_probe_that_returns_one_loss_again_is_no_search():
     loss = net(DATA.x, DATA.y)["loss"]
     with pytest.raises(ValueError, match="`probe` returned the same tensor at every point"):
         update(net, probe=lambda: loss.detach())
+
+
+def test_a_gradient_of_one_loss_again_is_refused():
+    """Its second backward would be at the weights of the first, and XSAM the plain optimizer."""
+    head = torch.nn.Linear(5, 3)
+    loss = torch.nn.functional.cross_entropy(head(DATA.x), DATA.y)
+
+    def once(made=loss):
+        made.backward(retain_graph=True)
+        return made.detach()
+
+    with pytest.raises(ValueError, match="`gradient` returned the same tensor at moved weights"):
+        xsam_gradient(head, once, once, XSAMArguments(), XSAMState())
+    head.zero_grad()
+
+    def anew():
+        return once(torch.nn.functional.cross_entropy(head(DATA.x), DATA.y))
+
+    assert xsam_gradient(head, anew, anew, XSAMArguments(alpha=1.0), XSAMState()).angle > 0
+    with pytest.raises(ValueError, match="`gradient` returned the same tensor"):
+        xsam_gradient(head, once, once, XSAMArguments(alpha=1.0), XSAMState())
 
 
 def test_a_gradient_that_was_left_over_is_said(caplog):
@@ -349,6 +370,21 @@ def test_fields_set_on_plain_arguments_are_refused(tmp_path):
     plain.alpha = 1.0
     with pytest.raises(ValueError, match=r"`args\.alpha` was set, and TrainingArguments has no such field"):
         XSAMTrainer(Classifier(), plain)
+
+
+@pytest.mark.parametrize("name, value", [("rho", 0.3), ("rho", 0.0), ("alpha", 1.0)])
+def test_fields_that_a_callback_sets_on_plain_arguments_are_refused(tmp_path, name, value):
+    class Sets(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                setattr(args, name, value)
+
+    plain = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, max_steps=4, save_strategy="no")
+    trainer = XSAMTrainer(Classifier(), plain, train_dataset=Points(), callbacks=[Sets()])
+    with pytest.raises(ValueError, match=rf"`args\.{name}` was set, and TrainingArguments has no such field"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    train(tmp_path, Classifier(), callbacks=[Sets()], rho=0.1, max_steps=4)  # which has the fields
 
 
 def test_a_range_without_an_update_is_refused(tmp_path):

@@ -380,6 +380,17 @@ def test_a_training_without_a_single_batch_is_refused(tmp_path):
     assert train(tmp_path, dataloader_drop_last=True, per_device_train_batch_size=100)["passes"]["backward"] == 8
 
 
+def test_the_last_batch_is_dropped_in_training_and_never_in_a_score(tmp_path):
+    settings = {"per_device_train_batch_size": 100, "save_strategy": "no"}
+    whole, dropped = (
+        train(tmp_path / name, dataloader_drop_last=True, per_device_eval_batch_size=size, **settings)
+        for name, size in (("whole", 1), ("dropped", 7))
+    )
+    for split, scores in whole["metrics"].items():
+        assert dropped["metrics"][split]["accuracy"] == pytest.approx(scores["accuracy"], abs=1e-9)
+    assert dropped["arguments"]["dataloader_drop_last"]
+
+
 def test_a_best_model_that_nothing_would_tell_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`load_best_model_at_end` is True, but `eval_strategy` is no"):
         train(tmp_path, load_best_model_at_end=True, save_strategy="no")

@@ -295,6 +295,17 @@ def test_finished_runs_are_not_made_again(root):
     assert [call[call.index("--seed") + 1] for call in calls(root)] == ["0", "1", "2"]
 
 
+def test_the_sentence_of_a_refused_run_is_told(tmp_path):
+    log = tmp_path / "seed-0.log"
+    for text, told in [
+        ("", ""),
+        ("1 of 3\nerror: --rho needs a value.\n", ", error: --rho needs a value."),
+        ("error: earlier\nTraceback\nValueError: x\n", ""),
+    ]:
+        log.write_text(text)
+        assert run_seeds.last_words(log) == told
+
+
 @pytest.mark.parametrize("change", ["flags", "recipe"])
 def test_runs_of_other_arguments_are_set_aside(root, change, capsys):
     run_seeds.run_all([make_run(flags="--rho 0.1")])
@@ -554,6 +565,26 @@ BAD_RUNS = {
     "searches cut off": (
         lambda f: (f / "xsam_search.jsonl").write_text('{"step": 1}\n{"st'),
         "xsam_search.jsonl is damaged",
+    ),
+    "searches of words": (
+        lambda f: (f / "xsam_search.jsonl").write_text(
+            '{"step": 1, "epoch": "x", "alpha": 1, "alphas": [1], "losses": [1]}'
+        ),
+        "xsam_search.jsonl is damaged",
+    ),
+    "searches without an epoch": (
+        lambda f: (f / "xsam_search.jsonl").write_text('{"step": 1, "alpha": 1, "alphas": [1], "losses": [1]}'),
+        "xsam_search.jsonl is damaged .KeyError: 'epoch'",
+    ),
+    "a search with fewer losses": (
+        lambda f: (f / "xsam_search.jsonl").write_text(
+            '{"step": 1, "epoch": 0, "alpha": 1, "alphas": [1, 2], "losses": [null]}'
+        ),
+        "xsam_search.jsonl is damaged .the search of step 1 has 1 losses",
+    ),
+    "a history of words": (
+        lambda f: (f / "trainer_state.json").write_text('{"log_history": [{"step": 1, "loss": "x"}]}'),
+        "trainer_state.json is damaged",
     ),
     "scores without groups": (lambda f: (f / "corruptions.json").write_text("{}"), "corruptions.json is damaged"),
     "groups in percent": (

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .pass_state import PassState
 from .weights import MovableWeights
@@ -46,7 +47,7 @@ class Passes:
         Raises:
             `TypeError`, `ValueError`: `gradient` returns no loss, a real 0-dim tensor.
         """
-        loss = _loss("gradient", self._gradient())
+        self._first = loss = _loss("gradient", self._gradient())
         self._after = self._before.again()
         return loss
 
@@ -76,10 +77,16 @@ class Passes:
         Leaves the gradient at the weights as they stand in `p.grad`, and returns the loss.
 
         Raises:
+            `ValueError`: it is the first pass's loss.
             `NotImplementedError`: the pass moved a large tensor that the first one had left alone.
         """
         with torch.enable_grad():
             loss = _loss("gradient", self._again(self._gradient))
+        if _place(loss) == _place(self._first):
+            raise ValueError(
+                "`gradient` returned the same tensor at moved weights as at those of before, as if it were one pass: let it compute the loss anew "
+                "each time."
+            )
         # A teacher that is a copy of its student moves in no pass at θ_0.
         if not self._before.learn():
             raise NotImplementedError(
@@ -179,6 +186,11 @@ def _loss(name: str, returned: Any) -> Tensor:
     if not returned.is_floating_point():
         raise TypeError(f"`{name}` returned a loss of {returned.dtype}: let it return a real number.")
     return returned if returned.ndim == 0 else returned.reshape(())
+
+
+def _place(loss: Tensor) -> tuple[StorageWeakRef, int]:
+    """Where a number stands, also one that is pretended."""
+    return StorageWeakRef(loss.untyped_storage()), int(loss.storage_offset())
 
 
 def _at_once(one_pass: Callable[[], _Result]) -> _Result:

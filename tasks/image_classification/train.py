@@ -27,6 +27,7 @@ from tasks.image_classification import data, models, pixels
 from tasks.image_classification.labelled_images import EpochCallback, Split
 from tasks.image_classification.top_k_accuracy import TopKAccuracy
 from tasks.results import CostMeter, write_result
+from tasks.whole_scores import WholeScoresTrainer
 from xsam_hf import XSAMTrainer, XSAMTrainingArguments
 
 
@@ -103,8 +104,8 @@ class TrainingArguments(CheckedArguments, XSAMTrainingArguments):
 ARGUMENTS = (ImageArguments, TrainingArguments)
 
 
-class AllDecayTrainer(XSAMTrainer):
-    """[`XSAMTrainer`] under which every weight decays: those of BatchNorm and the biases too, as with torch's SGD alone."""
+class AllDecayTrainer(WholeScoresTrainer):
+    """A trainer under which every weight decays: those of BatchNorm and the biases too, as with torch's SGD alone."""
 
     def get_decay_parameter_names(self, model) -> list[str]:
         return [name for name, _ in model.named_parameters()]
@@ -168,7 +169,7 @@ def prepare(task: ImageArguments, args: TrainingArguments) -> Setup:
         micro_batch=_micro_batch(model, args),
     )
     with refusals():
-        trainer = (XSAMTrainer if task.weight_decay_scope is None else AllDecayTrainer)(
+        trainer = (WholeScoresTrainer if task.weight_decay_scope is None else AllDecayTrainer)(
             model=model,
             args=args,
             train_dataset=splits["train"],

@@ -24,6 +24,7 @@ from tasks.identity import fingerprint_of_model, identity_of
 from tasks.image_classification.top_k_accuracy import TopKAccuracy
 from tasks.results import CostMeter, write_result
 from tasks.text_classification import data, models
+from tasks.whole_scores import WholeScoresTrainer
 from xsam_hf import XSAMTrainer, XSAMTrainingArguments
 
 
@@ -89,7 +90,7 @@ def prepare(task: TextArguments, args: TrainingArguments) -> Setup:
     identity = identity_of("text_classification", task, args, data.prints(splits), **files, model_files=saved)
     meter = CostMeter(model)
     with refusals():
-        trainer = XSAMTrainer(
+        trainer = WholeScoresTrainer(
             model=model,
             args=args,
             train_dataset=splits["train"],

@@ -47,7 +47,7 @@ def check_supported(trainer: Trainer, arguments: XSAMArguments) -> None:
     """
     if arguments.rho == 0:
         return
-    _check_plain_fields(trainer.args)
+    check_plain_fields(trainer.args)
     _check_distribution(trainer, arguments)
     _check_compilation(trainer.args)
     _check_optimizer(trainer)
@@ -85,7 +85,15 @@ def check_fields(trainer: Any) -> None:
             )
 
 
-def _check_plain_fields(args: TrainingArguments) -> None:
+def check_plain_fields(args: TrainingArguments) -> None:
+    """
+    Looks for fields of the method that were set on arguments that have none; a callback may do so in any update.
+
+    Raises:
+        `ValueError`: there is one, which nothing would read.
+    """
+    if isinstance(args, XSAMArguments):
+        return
     own = {field.name for field in fields(args)}  # such as a distillation's `alpha`
     for field in fields(XSAMArguments):
         if field.name in vars(args) and field.name not in own:

@@ -31,7 +31,7 @@ from ..weights import MovableWeights, drop_gradients
 from ..xsam import xsam_gradient
 from .callback import XSAMCallback
 from .checkpoint import CheckpointMixin
-from .compatibility import check_fields, check_supported
+from .compatibility import check_fields, check_plain_fields, check_supported
 from .earlier_gradients import EarlierGradients
 from .logs import UpdateSums
 from .micro_batch import MicroBatch
@@ -87,6 +87,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
     @property
     def xsam_arguments(self) -> XSAMArguments:
         """The method's fields of `args`, read anew each time: a hyperparameter search changes them between trials."""
+        check_plain_fields(self.args)
         return XSAMArguments.of(self.args)
 
     @xsam_arguments.setter
