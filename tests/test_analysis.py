@@ -719,3 +719,8 @@ def test_what_cannot_be_measured_is_refused():
         pass
     with pytest.raises(ValueError, match="no measure 'sharp'"):
         SharpnessCallback(None, measures=["sharp"])
+    for every in (2.5, 0):
+        with pytest.raises(
+            ValueError, match=f"`every` is {every} and `batches` 1: both are whole numbers, 1 at least"
+        ):
+            SharpnessCallback(None, every=every)

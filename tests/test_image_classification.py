@@ -278,6 +278,14 @@ def test_bad_input_is_named(tmp_path):
             data.load(**changes)
 
 
+def test_as_many_images_as_classes_are_all_taken():
+    images = data.DATASETS["digits"]
+    with pytest.raises(ValueError, match="`test_examples` is 9: leave it out, with the 10 there are"):
+        data.equal_shares("test", 9, np.arange(10), np.arange(10), images)
+    with pytest.raises(ValueError, match="`test_examples` is 9: give 10 or more and fewer than the 20 there are"):
+        data.equal_shares("test", 9, np.arange(20), np.arange(20) % 10, images)
+
+
 def test_noise_for_embeddings_of_words_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`neftune_noise_alpha` is 5.0, and it is noise for the embeddings of words"):
         train(*recipes.parse((ImageArguments, TrainingArguments), ["--neftune_noise_alpha", "5", "--output_dir", str(tmp_path)], ""))  # fmt: skip

@@ -160,7 +160,9 @@ def equal_shares(split: str, examples: int, rows: np.ndarray, y: np.ndarray, ima
     """
     if not images.classes <= examples < len(rows):
         raise ValueError(
-            f"`{split}_examples` is {examples}: give {images.classes} or more and fewer than the {len(rows)} there are."
+            f"`{split}_examples` is {examples}: "
+            + (f"give {images.classes} or more and fewer than" if images.classes < len(rows) else "leave it out, with")
+            + f" the {len(rows)} there are."
         )
     try:
         return train_test_split(rows, train_size=examples, random_state=0, stratify=y[rows])[0]

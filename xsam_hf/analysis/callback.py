@@ -59,8 +59,8 @@ class SharpnessCallback(TrainerCallback):
     ):
         if unknown := [name for name in measures if name not in MEASURES]:
             raise ValueError(f"There is no measure {unknown[0]!r}: choose among {', '.join(MEASURES)}.")
-        if batches < 1 or (every is not None and every < 1):
-            raise ValueError(f"`every` is {every} and `batches` {batches}: both are 1 at least.")
+        if batches < 1 or (every is not None and (every < 1 or every != int(every))):
+            raise ValueError(f"`every` is {every} and `batches` {batches}: both are whole numbers, 1 at least.")
         self.trainer, self.every, self.count = trainer, every, batches
         self.measures, self.rho, self.directions = tuple(measures), rho, directions
         self.forwards = self.backwards = 0
