@@ -88,7 +88,7 @@ def xsam_gradient(
 
     Raises:
         `TypeError`: the weights, the arguments or the state are none, or a callable returns no loss.
-        `ValueError`: no weight requires or received a gradient; two share memory; a hyperparameter is out of
+        `ValueError`: no weight requires or received a gradient; `gradient` returns its first loss again; two share memory; a hyperparameter is out of
             range; `rho_exclude` leaves none or has no names to look at; `state` is another model's; or a schedule is a share of a
             whole that is not known here.
         `NotImplementedError`: a gradient is sparse, or the first pass changed what cannot be put back for the others.
