@@ -123,7 +123,7 @@ def resume_flags(folder: Path) -> list[str]:
 def last_words(log: Path) -> str:
     """The sentence that a refused run has ended with, to follow its status."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return f", {lines[-1].strip()}" if lines and lines[-1].startswith("error: ") else ""
+    return f", {lines[-1].strip().rstrip('.')}" if lines and lines[-1].startswith("error: ") else ""
 
 
 def is_json(path: Path) -> bool:

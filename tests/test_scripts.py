@@ -299,7 +299,7 @@ def test_the_sentence_of_a_refused_run_is_told(tmp_path):
     log = tmp_path / "seed-0.log"
     for text, told in [
         ("", ""),
-        ("1 of 3\nerror: --rho needs a value.\n", ", error: --rho needs a value."),
+        ("1 of 3\nerror: --rho needs a value.\n", ", error: --rho needs a value"),
         ("error: earlier\nTraceback\nValueError: x\n", ""),
     ]:
         log.write_text(text)
