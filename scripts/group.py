@@ -182,7 +182,7 @@ def load_group(group: Path) -> tuple[dict[str, list[FinishedRun]], list[str]]:
     The finished runs of each method, by seed, and the names of the others.
 
     Raises:
-        `ValueError`: a run is damaged, or two are of different recipes or data: their scores do not belong into one table; or see
+        `ValueError`: none is finished, a run is damaged, or two are of different recipes or data: their scores do not belong into one table; or see
             [`check_one_method`].
     """
     runs: dict[str, list[FinishedRun]] = {}
@@ -198,6 +198,9 @@ def load_group(group: Path) -> tuple[dict[str, list[FinishedRun]], list[str]]:
             unfinished.append(
                 f"{folder.parent.name} {folder.name.replace('-', ' ')} (it has no request.json of run_seeds)"
             )
+    if not runs:
+        found = f" ({'; '.join(unfinished)})" if unfinished else ""
+        raise ValueError(f"There is no finished run of run_seeds in {group}{found}: give one of runs/, or train one.")
     for seeds in runs.values():
         seeds.sort(key=lambda run: run.result["seed"])
     every = [run for seeds in runs.values() for run in seeds]

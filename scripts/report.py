@@ -168,8 +168,6 @@ def report(
     if not group.is_dir():
         raise ValueError(f"There is no folder {group}: give one of runs/.")
     runs, unfinished = load_group(group)
-    if not runs:
-        raise ValueError(f"There is no finished run in {group}.")
     results = {name: [run.result for run in seeds] for name, seeds in runs.items()}
     check_metric(results, metric, "test")
     rows = make_rows(results, metric)

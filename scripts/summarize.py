@@ -64,11 +64,9 @@ def collect(group: Path) -> dict[str, list[dict]]:
     The whole results of a group's finished runs, by method.
 
     Raises:
-        `ValueError`: there is none, or see [`~scripts.group.load_group`].
+        `ValueError`: see [`~scripts.group.load_group`].
     """
     found, unfinished = load_group(group)
-    if not found:
-        raise ValueError(f"There is no finished run in {group}.")
     if unfinished:
         print(f"Not finished, and so left out: {', '.join(unfinished)}.\n")
     return {

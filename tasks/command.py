@@ -35,7 +35,8 @@ class Parser(ArgumentParser):
         self.add_argument("--traceback", action="store_true", help="Show where in the code a refusal comes from.")
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message.removeprefix('argument ').rstrip('.')}. --help lists all flags.")
+        message = message.removeprefix("argument ").rstrip(".")
+        raise ValueError(f"{message}{'' if message.endswith('?') else '.'} --help lists all flags.")
 
     def refuse_unknown(self, rest: Sequence[str]) -> None:
         """Refuses what `parse_known_args` has left over, and names the flag that was probably meant."""
@@ -43,11 +44,14 @@ class Parser(ArgumentParser):
             return
         # Without the values: one of them may be a password.
         flag = next((part for part in rest if part.startswith("-")), rest[0]).partition("=")[0]
-        known = [option for action in self._actions for option in action.option_strings]
-        near = difflib.get_close_matches(flag, known, n=1)
+        known = [
+            option.lstrip("-") for action in self._actions for option in action.option_strings if option[1:2] == "-"
+        ]
+        # Without the dashes, which would make --lr look like --rho.
+        near = difflib.get_close_matches(flag.lstrip("-"), known, n=1)
         if not flag.startswith("-"):
             self.error(f"{flag!r} is not expected there")
-        self.error(f"there is no flag {flag}" + (f"; did you mean {near[0]}?" if near else ""))
+        self.error(f"there is no flag {flag}" + (f"; did you mean --{near[0]}?" if near else ""))
 
     def parse_args(self, args=None, namespace=None):
         found, rest = self.parse_known_args(args, namespace)

@@ -280,7 +280,7 @@ def test_bad_input_is_named(tmp_path):
 
 def test_as_many_images_as_classes_are_all_taken():
     images = data.DATASETS["digits"]
-    with pytest.raises(ValueError, match="`test_examples` is 9: leave it out, with the 10 there are"):
+    with pytest.raises(ValueError, match="`test_examples` is 9: leave it out, with the 10 there are, of 10 classes"):
         data.equal_shares("test", 9, np.arange(10), np.arange(10), images)
     with pytest.raises(ValueError, match="`test_examples` is 9: give 10 or more and fewer than the 20 there are"):
         data.equal_shares("test", 9, np.arange(20), np.arange(20) % 10, images)

@@ -158,8 +158,9 @@ def test_a_recipe_that_is_not_there_is_told_from_the_one_meant(monkeypatch, give
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--metho", "sam"], "there is no flag --metho; did you mean --method?"),
+        (["--metho", "sam"], "there is no flag --metho; did you mean --method? --help"),
         (["--see", "3"], "there is no flag --see"),
+        (["--lr", "0.1"], "there is no flag --lr. --help"),
         (["--rho", "nan"], "--rho: invalid finite float value: 'nan'"),
         (["--learning_rate", "-inf"], "--learning_rate/--learning-rate: expected one argument"),
         (["--learning_rate=-inf"], "invalid finite float value: '-inf'"),

@@ -1118,7 +1118,16 @@ def test_report_of_nothing(root):
     with pytest.raises(ValueError, match="There is no folder .*group: give one of runs/"):
         report_script.report(root / "runs/group", "accuracy", [])
     (root / "runs/group").mkdir(parents=True)
-    with pytest.raises(ValueError, match="There is no finished run in"):
+    with pytest.raises(
+        ValueError, match="There is no finished run of run_seeds in .*group: give one of runs/, or train one"
+    ):
+        report_script.report(root / "runs/group", "accuracy", [])
+    # A task script leaves its result alone, without the request.
+    (root / "runs/group/SAM/seed-1").mkdir(parents=True)
+    (root / "runs/group/SAM/seed-1/result.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match="in .*group [(]SAM seed 1 [(]it has no request.json of run_seeds[)][)]: give"
+    ):
         report_script.report(root / "runs/group", "accuracy", [])
     run_seeds.run_all([make_run()])
     with pytest.raises(ValueError, match="no finished run of the baseline AdamW"):

@@ -409,8 +409,8 @@ def test_splits(tmp_path):
         load(tmp_path, "a.csv", "text,label\n" + rows, validation_share=0.3, validation_file=str(tmp_path / "a.csv"))
     with pytest.raises(ValueError, match="`validation_share` is 0.9999, of 80 training texts"):
         load(tmp_path, "a.csv", "text,label\n" + rows, validation_share=0.9999)
-    (tmp_path / "b.csv").write_text("text,label\na,maybe\n")
-    with pytest.raises(ValueError, match="`test_file` .*b.csv has the label maybe, which no training text has"):
+    (tmp_path / "b.csv").write_text("text,label\na,yes\nb,no \n")
+    with pytest.raises(ValueError, match="`test_file` .*b.csv, row 2: its label is 'no ', which no training text"):
         load(tmp_path, "a.csv", "text,label\n" + rows, test_file=str(tmp_path / "b.csv"))
     with pytest.raises(ValueError, match="are the same"):
         load(tmp_path, "a.csv", "text,label\n" + rows, test_file=str(tmp_path / "." / "a.csv"))

@@ -162,7 +162,7 @@ def equal_shares(split: str, examples: int, rows: np.ndarray, y: np.ndarray, ima
         raise ValueError(
             f"`{split}_examples` is {examples}: "
             + (f"give {images.classes} or more and fewer than" if images.classes < len(rows) else "leave it out, with")
-            + f" the {len(rows)} there are."
+            + f" the {len(rows)} there are, of {images.classes} classes."
         )
     try:
         return train_test_split(rows, train_size=examples, random_state=0, stratify=y[rows])[0]

@@ -130,9 +130,10 @@ def load(task: DataArguments) -> Corpus:
         )
     for name, split in splits.items():
         warn_of_lost_characters(split["text"], f"`{name}_file` {files[name]}")
-        if unknown := sorted(set(split["label"]) - found):
+        if (row := next((i for i, label in enumerate(split["label"], 1) if label not in found), None)) is not None:
+            label = split["label"][row - 1]
             raise ValueError(
-                f"`{name}_file` {files[name]} has the label {cut(unknown[0])}, which no training text has."
+                f"`{name}_file` {files[name]}, row {row}: its label is {cut(repr(label))}, which no training text has."
             )
     if "validation" not in splits and task.validation_share:
         label, times = min(Counter(splits["train"]["label"]).items(), key=lambda pair: pair[1])
