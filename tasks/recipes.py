@@ -118,6 +118,8 @@ def read(recipe: Path) -> dict[str, Any]:
         if any(isinstance(event, AliasEvent) for event in YAML(typ="safe", pure=True).parse(text)):
             raise ValueError("a line has an alias (*name): write out what it stands for")
         values = YAML(typ="safe", pure=True).load(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{recipe} is not in UTF-8 (byte {error.start}): save it as UTF-8.") from error
     except (YAMLError, ValueError, RecursionError) as error:
         said = sentence(error).partition(" To suppress this check")[0]  # of keys that are there twice
         raise ValueError(f"{recipe} is not a recipe in YAML: {said}") from error

@@ -93,6 +93,15 @@ def test_what_yaml_would_make_something_else_of_is_refused(parse, recipe, words)
     assert "suppress" not in said  # ruamel's advice about keys that are there twice
 
 
+def test_a_recipe_in_another_encoding_is_refused(tmp_path):
+    for encoding, byte in [("utf-16", 0), ("latin-1", 12)]:
+        (tmp_path / "a.yaml").write_bytes("run_name: Größe".encode(encoding))
+        with pytest.raises(ValueError, match=f"a.yaml is not in UTF-8 [(]byte {byte}[)]: save it as UTF-8"):
+            recipes.read(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_bytes("run_name: Größe".encode())
+    assert recipes.read(tmp_path / "a.yaml") == {"run_name": "Größe"}
+
+
 @pytest.mark.parametrize(
     "recipe, name, value",
     [
