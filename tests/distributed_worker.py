@@ -19,13 +19,19 @@ COMMON = {"rho": 0.5, "train_sampling_strategy": "sequential"}
 
 
 class NotFiniteOnOneRank(Classifier):
-    """The second pass of the first update is NaN in process 1 only."""
+    """The second pass of the first update is NaN in process 1 only: its loss and its gradient, or its loss alone."""
+
+    loss_alone = False
 
     def forward(self, x, labels=None):
         outputs = super().forward(x, labels)
         if self.training and self.forwards == 2 and dist.is_initialized() and dist.get_rank() == 1:
-            outputs["loss"] = outputs["loss"] * math.nan
+            outputs["loss"] = outputs["loss"] + math.nan if self.loss_alone else outputs["loss"] * math.nan
         return outputs
+
+
+class LossNotFiniteOnOneRank(NotFiniteOnOneRank):
+    loss_alone = True
 
 
 class PartlyUsed(Classifier):
@@ -121,6 +127,7 @@ SCENARIOS = {
     "every other": (Classifier, {"sharpness_every": 2, "rho_exclude": ["^first.bias$"]}),
     "fraction": (Classifier, {"ascent_fraction": 0.5}),
     "not finite": (NotFiniteOnOneRank, {"alpha": 1.7}),
+    "loss not finite": (LossNotFiniteOnOneRank, {"alpha": 1.7}),
     "batch norm": (lambda: Classifier(batch_norm=True), {}),
     "dropout": (lambda: Classifier(dropout=0.3), {}),
     "static graph": (Classifier, {"ddp_static_graph": True, "ddp_find_unused_parameters": False}),

@@ -520,7 +520,7 @@ class Touch:
             "arc {run} --data {data}",
             "run is no checkpoint but holds some: give one of them, such as .*checkpoint-10[.]",
         ),
-        ("landscape {gpt2} --data {data} --samples 0", "`samples` is 0: give 2 or more"),
+        ("landscape {gpt2} --data {data} --samples 0", "`samples` is 0: give a whole number, 2 or more"),
         ("arc ../a={gpt2} --data {data}", "'../a' is to name a folder"),
         ("arc ..={gpt2} --data {data}", "'..' is to name a folder"),
         ("arc arc.svg={gpt2} --data {data}", "'arc.svg' is to name a folder"),
@@ -700,7 +700,7 @@ def test_numbers_that_measure_nothing_are_refused(call, sentence):
 def test_no_batch_and_fewer_are_not_taken(tmp_path):
     trainer = build(tmp_path)
     for wrong in (0, -3):
-        with pytest.raises(ValueError, match=f"`count` is {wrong}: ask for one batch at least"):
+        with pytest.raises(ValueError, match=f"`count` is {wrong}: give a whole number, 1 or more"):
             batches_of(trainer, wrong)
     assert len(batches_of(trainer, 1)) == 1
 
@@ -719,8 +719,51 @@ def test_what_cannot_be_measured_is_refused():
         pass
     with pytest.raises(ValueError, match="no measure 'sharp'"):
         SharpnessCallback(None, measures=["sharp"])
-    for every in (2.5, 0):
-        with pytest.raises(
-            ValueError, match=f"`every` is {every} and `batches` 1: both are whole numbers, 1 at least"
-        ):
-            SharpnessCallback(None, every=every)
+    for changes in ({"every": 2.5}, {"every": 0}, {"batches": 0}, {"directions": 1.5}):
+        ((name, wrong),) = changes.items()
+        with pytest.raises(ValueError, match=f"`{name}` is {wrong}: give a whole number, 1 or more"):
+            SharpnessCallback(None, **changes)
+
+
+@pytest.mark.parametrize(
+    "measure, message",
+    [
+        (lambda surface: average_sharpness(surface, radii=0.5), "`radii` is 0.5: give a list of lengths above 0"),
+        (lambda surface: average_sharpness(surface, radii="0.5"), "`radii` is '0.5': give a list of lengths above 0"),
+        (lambda surface: average_sharpness(surface, radii=["0.5"]), "`radii` has '0.5': give lengths above 0"),
+        (lambda surface: average_sharpness(surface, directions=2.5), "`directions` is 2.5: give a whole number, 1 or"),
+        (lambda surface: arc_profile(surface, XSAMArguments(), radii=0.3), "`radii` is 0.3: give a list of lengths"),
+        (lambda surface: arc_profile(surface, XSAMArguments(), radii=[]), "`radii` is empty: give one length above 0"),
+        (lambda surface: direction_gain(surface.model, BATCHES, 0.1, [1.0]), "`rhos` is 0.1: give a list of lengths"),
+        (lambda surface: hessian_spectrum(surface, count=2.5), "`count` is 2.5: give a whole number, 1 or more"),
+        (
+            lambda surface: hessian_spectrum(surface, trace_products=-1),
+            "`trace_products` is -1: give a whole number, 0",
+        ),
+        (lambda surface: ascent_sharpness(surface, "0.5"), "`rho` is '0.5': give a length above 0"),
+        (lambda surface: ascent_sharpness(surface, 0.5, steps=1.5), "`steps` is 1.5: give a whole number, 1 or more"),
+        (lambda surface: landscape(surface, samples=5.5), "`samples` is 5.5: give a whole number, 2 or more"),
+        (lambda surface: landscape(surface, reach=True), "`reach` is True: give a length above 0"),
+    ],
+)
+def test_lengths_and_counts_that_are_none_are_refused(measure, message):
+    with pytest.raises(ValueError, match=message):
+        measure(Surface(Bowl(), BATCHES))
+
+
+def test_lengths_as_an_array_are_taken():
+    surface = Surface(Bowl(), BATCHES)
+    lists, arrays = (average_sharpness(surface, radii, directions=2) for radii in ([0.1, 0.5], np.array([0.1, 0.5])))
+    assert lists.samples == arrays.samples
+    lists, arrays = (arc_profile(surface, XSAMArguments(), radii) for radii in ([0.1, 0.5], np.array([0.1, 0.5])))
+    assert lists == arrays
+
+
+def test_a_callback_of_another_trainer_is_refused(tmp_path):
+    trainer, other = build(tmp_path / "a"), build(tmp_path / "b")
+    trainer.add_callback(SharpnessCallback(other, every=2))
+    with pytest.raises(ValueError, match="made of another trainer, whose model it would measure"):
+        trainer.train()
+    other.add_callback(SharpnessCallback(other, every=2))
+    other.train()
+    assert len((tmp_path / "b" / "sharpness.jsonl").read_text().splitlines()) > 0

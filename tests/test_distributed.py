@@ -118,9 +118,10 @@ def test_scopes_are_different_algorithms(ranks):
     assert rank0["micro search"]["alpha"] != 1
 
 
-def test_a_rank_that_is_not_finite_makes_all_fall_back(ranks, tmp_path):
+@pytest.mark.parametrize("name", ["not finite", "loss not finite"])
+def test_a_rank_that_is_not_finite_makes_all_fall_back(ranks, tmp_path, name):
     _, (rank0, _) = ranks
-    outcome = rank0["not finite"]
+    outcome = rank0[name]
     assert outcome["history"]["xsam/fallbacks"] == [1] and torch.isfinite(outcome["weights"]).all()
     healthy = train(tmp_path, Classifier(), Points(64), **COMMON, alpha=1.7, per_device_train_batch_size=16)
     assert (outcome["weights"] - weights_of(healthy)).abs().max() > 1e-4

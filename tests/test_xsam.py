@@ -218,6 +218,46 @@ class TestNonFinite:
         assert not torch.isfinite(toy.w.grad).all() and toy.w.tolist() == list(self.W)
         assert state.alpha == 1 and not update.fell_back
 
+    @pytest.mark.parametrize(
+        "changes", [{}, {"gradient_scale": "slope"}, {"alpha": None, "gradient_scale": "slope_max"}]
+    )
+    def test_a_loss_that_only_moved_weights_leave_undefined_falls_back_though_its_gradient_is_finite(self, changes):
+        """−log p: from p = 0.1 the climb ends at p − ρ, where the loss of a negative p is NaN and its gradient −1/p."""
+
+        def run(p, **arguments):
+            w = nn.Parameter(torch.tensor([p], dtype=torch.float64))
+
+            def gradient():
+                loss = -w.log().sum()
+                loss.backward()
+                return loss.detach()
+
+            return w, xsam_gradient([w], gradient, lambda: -w.log().sum(), XSAMArguments(**arguments), XSAMState())
+
+        w, update = run(0.1, rho=0.5, **{"alpha": 1.0, **changes})
+        assert update.fell_back and w.grad.item() == pytest.approx(-10, rel=1e-12) and w.item() == 0.1
+        w, update = run(0.1, rho=0.05, alpha=1.0)
+        assert not update.fell_back and w.grad.item() == pytest.approx(-20, rel=1e-12)
+
+    @pytest.mark.parametrize("scale", ["last", "slope"])
+    def test_a_loss_that_is_undefined_from_the_first_pass_on_is_left_as_in_plain_training(self, scale):
+        """A mean over no labels is one: NaN, with a gradient that is finite. It has no slope either."""
+        toy, honest = Quadratic(self.W), Quadratic(self.W)
+        of_toy = toy.gradient
+        toy.gradient = lambda: of_toy() * math.nan
+        update, _ = toy.run(rho=0.3, alpha=1.7, gradient_scale=scale)
+        honest.run(rho=0.3, alpha=1.7)
+        assert not update.fell_back and toy.w.grad.tolist() == pytest.approx(honest.w.grad.tolist(), rel=1e-12)
+
+    def test_a_slope_that_is_not_finite_scales_nothing(self):
+        toy, honest, defined = Quadratic(self.W), Quadratic(self.W), Quadratic(self.W)
+        toy.probe = lambda: torch.tensor(math.inf, dtype=torch.float64)
+        toy.run(rho=0.3, alpha=1.7, gradient_scale="slope_max")
+        honest.run(rho=0.3, alpha=1.7)
+        defined.run(rho=0.3, alpha=1.7, gradient_scale="slope_max")
+        assert toy.w.grad.tolist() == pytest.approx(honest.w.grad.tolist(), rel=1e-12)
+        assert toy.w.grad.tolist() != pytest.approx(defined.w.grad.tolist(), rel=1e-3)
+
     def test_first_pass_is_left_as_in_plain_training(self):
         toy = Quadratic(self.W)
         toy.fail_at = 0

@@ -26,8 +26,9 @@ class Trail:
     Args:
         direction (`str`): `"arc"`, or one of `SUMS`.
         guarded (`bool`):
-            A later gradient that is not finite counts as 0 and lets the update fall back. Without a guard it stays in
-            `p.grad`, for a `GradScaler` to see.
+            A later gradient that is not finite counts as 0 and lets the update fall back; so does one whose loss is not finite
+            where L(θ_0) is, as of the logarithm of a negative number. Without a guard it stays in `p.grad`, for a `GradScaler`
+            to see.
     """
 
     def __init__(self, direction: str, guarded: bool):
@@ -52,6 +53,9 @@ class Trail:
             `list[torch.Tensor]`: g_i.
         """
         i, size = len(self.norms), norm(gradient)
+        if self._guarded and i > 0:  # L(θ_0) may be a mean over nothing, whose gradient is 0
+            defined = torch.isfinite(loss) | ~torch.isfinite(self.losses[0])
+            size = torch.where(defined.to(size.device), size, torch.nan)
         self.losses.append(loss)
         self.norms.append(size)
         if self.finite is None:
@@ -168,7 +172,7 @@ def rescale(name: str, trail: Trail, arc: Arc, radius: float, loss_along: Callab
     `first` ‖g_0‖, `mean` and `max` of ‖g_0‖ … ‖g_k‖ (the paper's two "simple extensions", whose formulas are lost), and the
     average slopes $(L(\theta_k) - L(\theta_0))/\|\theta_k - \theta_0\|$ and
     $(L(\theta_0 + \rho_{max} v) - L(\theta_0))/\rho_{max}$. Where the loss falls a slope counts as 0: no step. An update that
-    fell back is left as it is.
+    fell back is left as it is, and so is one whose slope is not finite.
 
     Args:
         name (`str`): one of `GradientScale`; `last` is ‖g_k‖.
@@ -190,4 +194,4 @@ def rescale(name: str, trail: Trail, arc: Arc, radius: float, loss_along: Callab
         wanted = ((loss - trail.losses[0]) / length).clamp_min(0).to(norms[-1].dtype)
     assert trail.finite is not None
     ratio = torch.where(norms[-1] > 0, wanted / norms[-1], torch.zeros_like(wanted))
-    scale_(arc.gradient, torch.where(trail.finite, ratio, torch.ones_like(ratio)))
+    scale_(arc.gradient, torch.where(trail.finite & torch.isfinite(wanted), ratio, torch.ones_like(ratio)))

@@ -65,7 +65,7 @@ def xsam_gradient(
         gradient (`Callable`):
             Adds the update batch's gradient at the current weights to `p.grad` and returns the loss, a 0-dim tensor. Called
             `ascent_steps + 1` times with the same random numbers; once if XSAM is off in this update. With several
-            processes every one calls it equally often and sees the same, reduced, gradient.
+            processes every one calls it equally often and sees the same, reduced, gradient, and the mean of the losses.
         probe (`Callable`):
             Returns the same loss, in train mode, without a gradient, and averaged over processes.
         arguments ([`XSAMArguments`]): the method's hyperparameters.
@@ -77,7 +77,8 @@ def xsam_gradient(
             What the first pass started from, if it ran before this call. The first call of `gradient` then only returns its loss.
         loss_scaling (`bool`, *optional*, defaults to `False`):
             A `GradScaler` scales the loss: a non-finite gradient of any pass is left in `p.grad` for it to see and skip.
-            Without one, a later pass that is not finite falls back to ‖g_0‖ v_0: for `sam` and `ascent_steps=1` this is g_0.
+            Without one, a later pass of which gradient or loss is not finite falls back to ‖g_0‖ v_0: for `sam` and `ascent_steps=1`
+            this is g_0.
             A first gradient that is not finite is left as it is, as in plain training.
         measure (`bool`, *optional*, defaults to `True`):
             Whether to measure the angle between v_0 and v_1. If not, and α = 1 does not need it, it is reported as NaN.

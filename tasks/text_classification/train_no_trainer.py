@@ -90,9 +90,10 @@ def train(task: TextArguments, args: LoopArguments, accelerator: Accelerator) ->
             def gradient(loss=loss):
                 value = loss()
                 accelerator.backward(value)
-                return value.detach()
+                # The mean over processes, here and below, so that all of them choose the same α and fall back together.
+                return accelerator.reduce(value.detach(), reduction="mean")
 
-            def probe(loss=loss):  # the mean over processes, so that all of them choose the same α
+            def probe(loss=loss):
                 return accelerator.reduce(loss(), reduction="mean")
 
             scaled = accelerator.scaler is not None

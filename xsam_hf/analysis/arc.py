@@ -17,7 +17,8 @@ from ..geometry import angle, norm, slerp
 from ..search import AlphaSearch
 from ..state import XSAMState
 from ..xsam import xsam_gradient
-from .surface import Moving, Surface, check_lengths
+from .checked import check_lengths
+from .surface import Moving, Surface
 
 
 @dataclass
@@ -49,7 +50,8 @@ def arc_profile(surface: Surface, arguments: XSAMArguments, radii: Sequence[floa
         radii (`Sequence[float]`, *optional*): `rho_max` by default. In the 2-norm of all trained weights.
 
     Raises:
-        `ValueError`: `rho` is 0, or the ascent follows gradients of earlier updates, which weights alone do not tell.
+        `ValueError`: `rho` is 0, or the ascent follows gradients of earlier updates, which weights alone do not tell; or a
+            radius is no length.
     """
     if arguments.rho == 0:
         raise ValueError("`rho` is 0, so that there is no ascent and no arc: give a length.")
@@ -57,8 +59,11 @@ def arc_profile(surface: Surface, arguments: XSAMArguments, radii: Sequence[floa
         raise ValueError(
             f"`perturbation` is {arguments.perturbation!r}, which follows the gradients of earlier updates: choose 'sam' or 'asam'."
         )
+    if radii is None:
+        radii = [arguments.radius]
+    check_lengths("radii", radii)
     updates = []
-    for radius in radii or [arguments.radius]:
+    for radius in map(float, radii):
         asked = replace(arguments, rho_max=radius, alpha=None, direction="arc")
         with surface.kept() as before:
             updates.append(

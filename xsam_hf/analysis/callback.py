@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..arguments import XSAMArguments
 from ..trainer.callback import keep_lines_before
 from .arc import arc_profile
+from .checked import check_count
 from .hessian import hessian_spectrum
 from .json_numbers import strict
 from .sharpness import ascent_sharpness, average_sharpness
@@ -37,7 +38,7 @@ class SharpnessCallback(TrainerCallback):
     `directions`; hessian, about 21 to 80 products, each as long as two backward passes.
 
     Args:
-        trainer ([`~transformers.Trainer`]): whose model and loss are looked at.
+        trainer ([`~transformers.Trainer`]): whose model and loss are looked at, and which the callback is added to.
         every (`int`, *optional*): updates between two measurements. Default: each evaluation.
         batches (`int`, *optional*, defaults to 1): how many training batches, always the same.
         measures (sequence of `str`, *optional*): of `MEASURES`.
@@ -45,7 +46,7 @@ class SharpnessCallback(TrainerCallback):
         directions (`int`, *optional*, defaults to 10): of the average, at the radius 0.5, filter-normalised.
 
     Raises:
-        `ValueError`: `every`, `batches` or a measure is not one.
+        `ValueError`: `every`, `batches`, `directions` or a measure is not one; at the start of training: the callback is another trainer's.
     """
 
     def __init__(
@@ -59,18 +60,30 @@ class SharpnessCallback(TrainerCallback):
     ):
         if unknown := [name for name in measures if name not in MEASURES]:
             raise ValueError(f"There is no measure {unknown[0]!r}: choose among {', '.join(MEASURES)}.")
-        if batches < 1 or (every is not None and (every < 1 or every != int(every))):
-            raise ValueError(f"`every` is {every} and `batches` {batches}: both are whole numbers, 1 at least.")
+        for name, count in (
+            ("every", 1 if every is None else every),
+            ("batches", batches),
+            ("directions", directions),
+        ):
+            check_count(name, count)
         self.trainer, self.every, self.count = trainer, every, batches
         self.measures, self.rho, self.directions = tuple(measures), rho, directions
         self.forwards = self.backwards = 0
         self._batches: list[Any] = []
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self._refuse_other(state)
         self._batches = batches_of(self.trainer, self.count)
         Surface(self.trainer, self._batches)  # refuses what cannot be measured
         if state.is_world_process_zero:
             keep_lines_before(Path(str(args.output_dir)) / FILE, state.global_step and state.global_step + 1)
+
+    def _refuse_other(self, state: TrainerState) -> None:
+        if state is not self.trainer.state:
+            raise ValueError(
+                "This SharpnessCallback was made of another trainer, whose model it would measure: add SharpnessCallback(trainer) of the "
+                "trainer that trains."
+            )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         if self.every is not None and state.global_step % self.every == 0:
@@ -82,6 +95,7 @@ class SharpnessCallback(TrainerCallback):
 
     def measure(self, args: TrainingArguments, state: TrainerState) -> None:
         """Measures, logs and writes one line."""
+        self._refuse_other(state)
         rho = self.rho or XSAMArguments.of(args).rho or XSAMArguments().rho
         surface, noisy = Surface(self.trainer, self._batches), Surface(self.trainer, self._batches, training=True)
         found: dict[str, float] = {}

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.utils import logging
 
+from .checked import check_count
 from .surface import Surface
 
 
@@ -112,10 +113,8 @@ def hessian_spectrum(
             for each step.
         seed (`int`, *optional*): of the vectors that the algorithms start from; no other random stream moves.
     """
-    if count < 1:
-        raise ValueError(f"`count` is {count}: ask for one eigenvalue at least.")
-    if trace_products < 0:
-        raise ValueError(f"`trace_products` is {trace_products}: give a number of products, or 0 for no trace.")
+    check_count("count", count)
+    check_count("trace_products", trace_products, least=0)
     with hessian_operator(surface, method) as (operator, taken):
         count, products = min(count, operator.size), 0
         for steps in (20, 40, 80):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..arguments import XSAMArguments
 from ..search import AlphaSearch
 from . import pictures
 from .arc import ArcProfile, DirectionGain, arc_profile, direction_gain
+from .checked import check_count, check_length
 from .checkpoint import fingerprint
 from .hessian import HessianSpectrum, hessian_spectrum
 from .json_numbers import numbers, strict
@@ -54,11 +54,10 @@ class Settings:
 
     def __post_init__(self):
         for name, least in (("ascent_steps", 1), ("samples", 2), ("directions", 1), ("eigenvalues", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` is {getattr(self, name)}: give {least} or more.")
-        for name, length in (("rho", self.rho), ("rho_max", self.rho_max)):
-            if length is not None and not 0 < length < math.inf:
-                raise ValueError(f"`{name}` is {length}: give a length above 0.")
+            check_count(name, getattr(self, name), least)
+        check_length("rho", self.rho)
+        if self.rho_max is not None:
+            check_length("rho_max", self.rho_max)
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"`seed` is {self.seed}: give a whole number from 0 to {2**63 - 1}.")
 

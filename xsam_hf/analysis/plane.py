@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from ..geometry import norm
 from .arc import unit
+from .checked import check_count, check_length
 from .random_directions import random_direction
 from .surface import Moving, Surface, dot
 
@@ -105,10 +106,8 @@ def landscape(surface: Surface, reach: float = 1.0, samples: int = 21, seed: int
 
 
 def _check(name: str, length: float, samples: int) -> None:
-    if not 0 < length < np.inf:
-        raise ValueError(f"`{name}` is {length}: give a length above 0.")
-    if samples < 2:
-        raise ValueError(f"`samples` is {samples}: give 2 or more.")
+    check_length(name, length)
+    check_count("samples", samples, least=2)
 
 
 def _grid(theta: Moving, basis: Sequence[list[Tensor]], at: np.ndarray, name: str) -> list[list[float]]:

@@ -14,8 +14,9 @@ from transformers.utils import logging
 
 from ..geometry import norm
 from .arc import unit
+from .checked import check_count, check_length, check_lengths
 from .random_directions import random_direction
-from .surface import Surface, check_lengths
+from .surface import Surface
 
 
 @dataclass
@@ -69,8 +70,7 @@ def average_sharpness(
         normalisation (`str`, *optional*, defaults to `"filter"`): see [`random_direction`].
         seed (`int`, *optional*): the same one gives checkpoints of one model the same directions before the scaling.
     """
-    if directions < 1:
-        raise ValueError(f"`directions` is {directions}: an average needs one at least.")
+    check_count("directions", directions)
     check_lengths("radii", radii)
     samples: list[list[float]] = []
     with surface.moving() as theta:
@@ -92,10 +92,8 @@ def ascent_sharpness(surface: Surface, rho: float, steps: int = 5) -> float:
         rho (`float`): in the 2-norm of all trained weights.
         steps (`int`, *optional*, defaults to 5): a pass for each of them; 1 is the rise that SAM sees.
     """
-    if not 0 < rho < np.inf or steps < 1:
-        raise ValueError(
-            f"`rho` is {rho} and `steps` {steps}: an ascent needs a length above 0 and one step at least."
-        )
+    check_length("rho", rho)
+    check_count("steps", steps)
     with surface.moving() as theta:
         delta, gradient, highest = [torch.zeros_like(w) for w in theta.weights], theta.gradient, -np.inf
         for step in range(steps):

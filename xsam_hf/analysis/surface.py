@@ -21,6 +21,7 @@ from ..passes import Passes
 from ..trainable import perturbed_and_excluded
 from ..trainer.micro_batch import copy_of
 from ..weights import MovableWeights
+from .checked import check_count
 
 
 class Surface:
@@ -186,29 +187,15 @@ def batches_of(trainer: Trainer, count: int) -> list[Any]:
     Accelerate's wrapper is left out: a loader of it that is not read to its end takes the place of the one that training reads.
 
     Raises:
-        `ValueError`: `count` is below 1, or there are fewer.
+        `ValueError`: `count` is no whole number from 1 on, or there are fewer.
     """
-    if count < 1:
-        raise ValueError(f"`count` is {count}: ask for one batch at least.")
+    check_count("count", count)
     with _random_numbers_kept():
         loader = trainer.get_train_dataloader()
         found = list(islice(getattr(loader, "base_dataloader", loader), count))
     if len(found) < count:
         raise ValueError(f"The trainer's data have {len(found)} batches, and {count} are asked for.")
     return found
-
-
-def check_lengths(name: str, lengths: Sequence[float]) -> None:
-    """
-    Looks at lengths in an argument.
-
-    Raises:
-        `ValueError`: there are none, or one is not above 0 or not finite.
-    """
-    if not len(lengths):
-        raise ValueError(f"`{name}` is empty: give one length above 0 or more.")
-    if wrong := [length for length in lengths if not 0 < length < math.inf]:
-        raise ValueError(f"`{name}` has {wrong[0]}: give lengths above 0.")
 
 
 def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> float:

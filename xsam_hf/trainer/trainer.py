@@ -206,9 +206,8 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
                 loss = self._xsam_replay(model, micro_batches, whole=to_come == 0)
             if to_come == 0 and share < 1:
                 end = RandomState.capture()
-            # Norms are of the reduced gradient, and a slope has to be of the same loss.
-            sloping = arguments.gradient_scale.startswith("slope")
-            return self.accelerator.reduce(loss, reduction="mean") if sloping else loss
+            # Norms are of the reduced gradient: so that all processes fall back together, losses are of the same.
+            return loss if arguments.ascent_scope == "micro" else self.accelerator.reduce(loss, reduction="mean")
 
         ascend = all(
             [micro_batch.before.complete for micro_batch in micro_batches]
@@ -329,7 +328,7 @@ class XSAMMixin(CheckpointMixin, ReplayMixin):
             logs |= seen
             if "xsam/fallbacks" in seen:
                 logger.warning_once(
-                    "A gradient at the perturbed weights was not finite: the update used the unperturbed one instead. "
+                    "A loss or gradient at the perturbed weights was not finite: the update used the unperturbed gradient instead. "
                     "`xsam/fallbacks` counts such updates between two logs. If there are many, lower `rho`."
                 )
         super().log(logs, start_time)
