@@ -54,14 +54,14 @@ class Trail:
         """
         i, size = len(self.norms), norm(gradient)
         if self._guarded and i > 0:  # L(θ_0) may be a mean over nothing, whose gradient is 0
-            defined = torch.isfinite(loss) | ~torch.isfinite(self.losses[0])
+            defined = _finite(loss) >= _finite(self.losses[0])
             size = torch.where(defined.to(size.device), size, torch.nan)
         self.losses.append(loss)
         self.norms.append(size)
         if self.finite is None:
             self.finite = torch.ones_like(size, dtype=torch.bool)
         else:
-            self.finite = self.finite & torch.isfinite(size + norm(others) if others else size)
+            self.finite = self.finite & _finite(size + norm(others) if others else size)
             if self._guarded:
                 zero_unless(self.finite, others if last else [*gradient, *others])
         if self._summed is not None and i >= self._summed[0]:
@@ -99,7 +99,12 @@ class Trail:
     @property
     def fell_back(self) -> Tensor:
         assert self.finite is not None
-        return torch.isfinite(self.norms[0]) & ~self.finite & self._guarded
+        return _finite(self.norms[0]) & ~self.finite & self._guarded
+
+
+def _finite(number: Tensor) -> Tensor:
+    """`torch.isfinite` in half as many kernels."""
+    return number.abs() < torch.inf
 
 
 def nowhere(sizes: Tensor, guarded: bool) -> bool:
