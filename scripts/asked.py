@@ -19,6 +19,11 @@ def asked(flags: Sequence[str], recipe: Mapping[str, Any] | None = None) -> dict
     return {**stand_for[0], **recipe, **stand_for[1], **given}
 
 
+def recipe_of(command: Sequence[str]) -> str | None:
+    """The name of the recipe in a run's command."""
+    return next((Path(part).stem for part in command if part.endswith(".yaml")), None)
+
+
 def check_asked(place: Any, by: str, asked: Mapping[str, Any], result: Mapping[str, Any], remedy: str) -> None:
     """
     Refuses a result of something else; what an older one does not tell is not looked at.

@@ -182,8 +182,7 @@ def load_group(group: Path) -> tuple[dict[str, list[FinishedRun]], list[str]]:
     The finished runs of each method, by seed, and the names of the others.
 
     Raises:
-        `ValueError`: none is finished, a run is damaged, or two are of different recipes or data: their scores do not belong into one table; or see
-            [`check_one_method`].
+        `ValueError`: none is finished, or a run is damaged; or see [`check_one_table`], [`check_one_method`] and [`check_corrupted`].
     """
     runs: dict[str, list[FinishedRun]] = {}
     unfinished = []
@@ -204,29 +203,40 @@ def load_group(group: Path) -> tuple[dict[str, list[FinishedRun]], list[str]]:
     for seeds in runs.values():
         seeds.sort(key=lambda run: run.result["seed"])
     every = [run for seeds in runs.values() for run in seeds]
-    for run in every[1:]:
-        first = every[0]
-        for name, (ours, theirs) in _what_must_agree(first, run).items():
-            if ours != theirs:
-                shown = "" if name == "recipe" else f" ({ours} and {theirs})"
-                raise ValueError(
-                    f"{first.folder} and {run.folder} differ in their {name}{shown}, so that their scores do not belong into one "
-                    "table: take one of them out of the group."
-                )
+    check_one_table([(run.folder, run.recipe, run.result) for run in every])
     for seeds in runs.values():
         check_one_method([run.folder for run in seeds], [run.result for run in seeds])
     check_corrupted((run.folder, run.corruptions) for run in every)
     return runs, unfinished
 
 
-def _what_must_agree(one: FinishedRun, other: FinishedRun) -> dict[str, tuple[Any, Any]]:
-    agree = {name: (one.result[name], other.result[name]) for name in ("task", "dataset")}
-    agree["recipe"] = (one.recipe, other.recipe)
+def check_one_table(runs: Sequence[tuple[Any, str | None, Mapping]]) -> None:
+    """
+    Refuses runs, of whatever methods, whose scores do not belong into one table.
+
+    Args:
+        runs (`Sequence`): of each, where it is, for the message; its recipe, as text or by name; and what stands in its `result.json`.
+
+    Raises:
+        `ValueError`: two are of different recipes or data, or one tells of its data and another does not.
+    """
+    (first, *facts), *others = runs
+    ours = _what_must_agree(*facts)
+    for place, *facts in others:
+        for name, value in _what_must_agree(*facts).items():
+            if value != ours[name]:
+                shown = "" if "\n" in f"{ours[name]}{value}" else f" ({ours[name]} and {value})"  # a recipe's text
+                raise ValueError(
+                    f"{first} and {place} differ in their {name}{shown}, so that their scores do not belong into one table: take one "
+                    "of them out."
+                )
+
+
+def _what_must_agree(recipe: str | None, result: Mapping) -> dict[str, Any]:
+    identity = result.get("identity", {})
     # The images or sentences that scores are of; methods may differ in what they train on.
-    identities = [run.result.get("identity", {}) for run in (one, other)]
-    for name in ("validation_data", "test_data"):
-        agree[name] = (identities[0].get(name), identities[1].get(name))
-    return agree
+    data = {name: identity.get(name) for name in ("validation_data", "test_data")}
+    return {"task": result.get("task"), "dataset": result.get("dataset"), "recipe": recipe, **data}
 
 
 def check_corrupted(scores: Iterable[tuple[Any, Mapping]]) -> None:

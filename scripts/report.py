@@ -15,6 +15,7 @@ import numpy as np
 
 from scripts.figures import plot_curves, plot_searches
 from scripts.group import FinishedRun, check_metric, load_group
+from scripts.run_flags import check_once
 from scripts.table import BEST_EPOCH, Row, equal_passes, make_cells, make_rows, paired_difference, to_markdown
 from tasks.command import Parser, run
 from tasks.files import write_whole
@@ -184,6 +185,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--metric", default="accuracy")
     parser.add_argument("--baselines", nargs="+", default=[], metavar="NAME", help="methods to take differences to")
     args = parser.parse_args(argv)
+    check_once(parser, baselines=args.baselines)
     report(args.group, args.metric, args.baselines)
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.asked import asked, check_asked
+from scripts.asked import asked, check_asked, recipe_of
 from scripts.group import FinishedRun, check_metric
 from scripts.run_flags import check_once, fields, parse_count, parse_flags, parse_seed, refuse_overridden
 from scripts.run_seeds import ROOT, Run, run_or_exit
@@ -89,11 +89,9 @@ def read_kept(setting: str, path: Path, split: str, told: Callable[[str, dict], 
     for name, runs in found.items():
         for one in runs:
             place = f"{path}: {name}, seed {one['seed']}"
-            recipes_of = [Path(part).stem for part in one.get("command", ()) if part.endswith(".yaml")]
-            if recipes_of and recipes_of[0] != of.recipe:
-                raise ValueError(
-                    f"{place} is of the recipe {recipes_of[0]}, and {setting} is of {of.recipe}: {put_back}."
-                )
+            named = recipe_of(one.get("command", ()))
+            if named not in (None, of.recipe):
+                raise ValueError(f"{place} is of the recipe {named}, and {setting} is of {of.recipe}: {put_back}.")
             flags_of = shlex.split(told(name, one) or "")
             check_asked(place, f"{name} in {setting}", asked(flags_of, recipes_own), one, put_back)
     check_metric(found, of.metrics[0], split, path)

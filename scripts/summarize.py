@@ -13,8 +13,17 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from scripts.asked import asked, check_asked, check_folder
-from scripts.group import check_corrupted, check_corruptions, check_metric, check_numbers, check_one_method, load_group
+from scripts.asked import asked, check_asked, check_folder, recipe_of
+from scripts.group import (
+    check_corrupted,
+    check_corruptions,
+    check_metric,
+    check_numbers,
+    check_one_method,
+    check_one_table,
+    load_group,
+)
+from scripts.run_flags import check_once
 from scripts.table import make_cells, make_rows, to_markdown
 from tasks.command import Parser, run, sentence
 from tasks.files import write_whole
@@ -86,7 +95,7 @@ def keep(group: Path) -> None:
     How the model of a run scored on corrupted images stays, if the new run has the same scores on the others.
 
     Raises:
-        `ValueError`: see `collect`; or the file's runs of a method are another training ([`~scripts.group.check_one_method`]).
+        `ValueError`: see `collect`; or the file's runs do not belong into one table with these.
     """
     path = file_of(group)
     write(_added(collect(group), read(path) if path.exists() else {}), path)
@@ -102,11 +111,17 @@ def _added(found: Mapping[str, Sequence[dict]], kept: Mapping[str, Sequence[dict
                 result = {"corruptions": old["corruptions"], **result}
             by_seed[result["seed"]] = result
         results[name] = [by_seed[seed] for seed in sorted(by_seed)]
-        check_one_method([f"{name}, seed {run['seed']}," for run in results[name]], results[name])
-    check_corrupted(
-        (f"{name}, seed {run['seed']},", run.get("corruptions", {})) for name, runs in results.items() for run in runs
-    )
+    _check_together({name: [(f"{name}, seed {run['seed']},", run) for run in runs] for name, runs in results.items()})
     return results
+
+
+def _check_together(methods: Mapping[str, Sequence[tuple[str, dict]]]) -> None:
+    """Refuses runs, of each method with where they are, that [`~scripts.group.load_group`] would refuse in a folder."""
+    for runs in methods.values():
+        check_one_method([place for place, _ in runs], [run for _, run in runs])
+    every = [of for runs in methods.values() for of in runs]
+    check_one_table([(place, recipe_of(run.get("command", [])), run) for place, run in every])
+    check_corrupted((place, run.get("corruptions", {})) for place, run in every)
 
 
 def _kept(group: Path, found: Mapping[str, Sequence[dict]]) -> dict[str, list[dict]]:
@@ -150,8 +165,8 @@ def read(path: Path) -> dict[str, list[dict]]:
     The whole results of each method in a file that `write` made.
 
     Raises:
-        `ValueError`: it is no such file; a run is not of what its command asks for, or stands under another name; or see
-            [`~scripts.group.check_one_method`].
+        `ValueError`: it is no such file; a run is not of what its command asks for, or stands under another name; or two do not
+            belong together, as in a folder ([`~scripts.group.load_group`]).
     """
     results: dict[str, list[dict]] = {}
     try:
@@ -168,16 +183,13 @@ def read(path: Path) -> dict[str, list[dict]]:
         raise ValueError(f"{path} is not a file that summarize wrote: {sentence(error)}.") from error
     if not results:
         raise ValueError(f"{path} holds no runs.")
-    scored: list[tuple[str, dict]] = []
-    for name, runs in results.items():
-        places = [f"{path}: {name}, seed {run['seed']}" for run in runs]
-        check_one_method(places, runs)
-        scored += [(place, run.get("corruptions", {})) for place, run in zip(places, runs, strict=True)]
-        for place, run in zip(places, runs, strict=True):
+    methods = {name: [(f"{path}: {name}, seed {run['seed']}", run) for run in runs] for name, runs in results.items()}
+    for name, runs in methods.items():
+        for place, run in runs:
             command = run.get("command", [])
             check_folder(place, Path(name, f"seed-{run['seed']}"), command, "its name was changed, put it back")
             check_asked(place, "its command", asked(command), run, "it was changed, put it back")
-    check_corrupted(scored)
+    _check_together(methods)
     return results
 
 
@@ -188,6 +200,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--split", default="test", choices=["validation", "test"])
     parser.add_argument("--baselines", nargs="+", default=[], metavar="NAME", help="methods to take differences to")
     args = parser.parse_args(argv)
+    check_once(parser, baselines=args.baselines)
     source = next((path for path in (args.source, ROOT / args.source) if path.exists()), None)
     if source is None:
         raise ValueError(

@@ -423,6 +423,8 @@ def test_wrong_arguments_are_refused(root, arguments, sentence):
         (buried, ["--seeds", "99999999999"], "--seeds: '99999999999' is no whole number"),
         (study, ["digits-noise", "--methods", "base", "base"], "--methods are base base: give each once"),
         (sweep, ["cifar10-steps", "--seeds", "0", "0"], "--seeds are 0 0: give each once"),
+        (summarize, ["results/digits.json", "--baselines", "sam", "sam"], "--baselines are sam sam: give each once"),
+        (report_script, ["runs/digits", "--baselines", "sam", "sam"], "--baselines are sam sam: give each once"),
     ],
 )
 def test_wrong_arguments_of_studies_are_refused(script, arguments, sentence):
@@ -900,6 +902,77 @@ def test_methods_are_compared_on_one_data_set(tmp_path, name, other):
         ValueError, match=rf"SAM/seed-0 and .*XSAM/seed-0 differ in their {name} \(.* and {other}\), so that"
     ):
         group.load_group(folder)
+
+
+def of_identity(**changes):
+    return lambda run: run["identity"].update(changes)
+
+
+# What is done to all runs of the second method in a file; how it then differs from the first's, or nothing.
+SECOND_METHODS = {
+    "task": (lambda run: run.update(task="translation"), r"differ in their task \(t and translation\)"),
+    "dataset": (lambda run: run.update(dataset="cifar10"), r"differ in their dataset \(digits and cifar10\)"),
+    "recipe": (
+        lambda run: run.update(command=["-m", "train", "recipes/b.yaml"]),
+        r"differ in their recipe \(a and b\)",
+    ),
+    "test images": (of_identity(test_data="abd"), r"differ in their test_data \(abc and abd\)"),
+    "validation images": (of_identity(validation_data="e"), r"differ in their validation_data \(None and e\)"),
+    "no identity": (lambda run: run.pop("identity"), r"differ in their test_data \(abc and None\)"),
+    "no command": (lambda run: run.pop("command"), r"differ in their recipe \(a and None\)"),
+    "epochs": (lambda run: run.update(command=[*run["command"], "--num_train_epochs", "4"]), None),
+    "training": (of_identity(train_data="e", num_train_epochs=4, method="xsam", model="vit-ti"), None),
+    "older": (lambda run: None, None),
+}
+
+
+@pytest.mark.parametrize("kind", SECOND_METHODS)
+def test_methods_of_a_file_are_compared_on_one_data_set(tmp_path, kind):
+    change, words = SECOND_METHODS[kind]
+    file = make_group(tmp_path / "group", older=kind == "older") / "kept.json"
+    first = json.loads(file.read_text())["runs"]
+    for run in first:
+        run["command"] = ["-m", "train", "recipes/a.yaml", "--seed", str(run["seed"])]
+    second = [{**run, "name": "XSAM"} for run in json.loads(json.dumps(first))]
+    for run in second:
+        change(run)
+    summarize.write({"SAM": first, "XSAM": second}, file)
+    if words is None:
+        assert summarize.read(file) == {"SAM": first, "XSAM": second}
+        return
+    with pytest.raises(ValueError, match=f"kept.json: SAM, seed 0 and .*kept.json: XSAM, seed 0 {words}, so that"):
+        summarize.read(file)
+
+
+def test_a_method_of_another_study_is_refused_though_the_file_says_what_is_common(root):
+    ours, others = (json.loads((ROOT / "results" / f"{name}.json").read_text()) for name in ("digits-noise", "noise"))
+    sam = [run for run in others["runs"] if run["name"] == "sam"]
+    ours["runs"] = [run for run in ours["runs"] if run["name"] in ("base", "base-2x", "sam")]
+    (root / "mine.json").write_text(json.dumps(ours))
+    summarize.main([str(root / "mine.json"), "--baselines", "base"])
+    ours["runs"] = [run for run in ours["runs"] if run["name"] != "sam"] + sam
+    (root / "mine.json").write_text(json.dumps(ours))
+    words = (
+        "mine.json: sam, seed 0 differ in their recipe (digits-noise-resnet-small and fashion-mnist-noise-vit-small)"
+    )
+    assert words in refusal(summarize.main, root / "mine.json", "--baselines", "base")
+
+
+def test_a_method_of_another_recipe_is_not_added_to_the_kept_ones(root):
+    folder, file = finished(root, "SAM"), root / "results" / "group.json"
+    summarize.keep(folder)
+    kept = file.read_bytes()
+    shutil.rmtree(folder / "SAM")
+    recipes = root / "tasks" / "fake" / "recipes"
+    shutil.copy(recipes / "tiny.yaml", recipes / "small.yaml")
+    assert run_seeds.run_all([run_seeds.Run("fake", "small", "group", "XSAM", 0)]) == []
+    with pytest.raises(ValueError, match=r"SAM, seed 0, and XSAM, seed 0, differ in their recipe \(tiny and small\)"):
+        summarize.keep(folder)
+    assert file.read_bytes() == kept
+    shutil.rmtree(folder / "XSAM")
+    finished(root, "XSAM")
+    summarize.keep(folder)
+    assert list(summarize.read(file)) == ["SAM", "XSAM"]
 
 
 @pytest.mark.parametrize("older", [False, True])
