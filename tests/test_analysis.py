@@ -113,6 +113,25 @@ def test_the_spectrum_of_a_quadratic(method, tolerance):
     assert hessian_spectrum(Surface(bowl, BATCHES[:1]), count=1).eigenvalues[0] < 0.6 * expected[0]
 
 
+@pytest.mark.parametrize("count", [1, 2, 12, 30])
+def test_a_multiple_eigenvalue_is_there_as_often_as_it_is_in_the_matrix(count):
+    """Twelve weights of one quadratic, and as many that change nothing: Lanczos finds 0 once."""
+
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.idle = (nn.Parameter(torch.ones(12, dtype=torch.float64)) for _ in range(2))
+            self.register_buffer("h", torch.arange(1.0, 13.0, dtype=torch.float64))
+
+        def forward(self, x):
+            return {"loss": x.mean() * (self.h * self.w**2).sum() / 2 + 0 * self.idle.sum()}
+
+    found = hessian_spectrum(Surface(Flat(), BATCHES[:1]), count=count, trace_products=0)
+    assert found.eigenvalues == pytest.approx([*range(12, 0, -1), *[0] * 12][:count], abs=1e-8)
+    assert found.size == 24 and max(found.residuals) < 0.02 * 12
+    assert (found.products == 24) == (2 * count >= 24)
+
+
 @pytest.mark.parametrize("method, tolerance", [("autograd", 1e-4), ("finite_difference", 1e-3)])
 def test_the_spectrum_of_attention_is_that_of_the_dense_hessian(tmp_path, method, tolerance):
     # sdpa's fused kernel has no second derivative: `autograd` takes another one.
@@ -749,6 +768,25 @@ def test_what_cannot_be_measured_is_refused():
 def test_lengths_and_counts_that_are_none_are_refused(measure, message):
     with pytest.raises(ValueError, match=message):
         measure(Surface(Bowl(), BATCHES))
+
+
+@pytest.mark.parametrize(
+    "measure, message",
+    [
+        (lambda: Surface(Bowl(), BATCHES[0]), "`batches` is a dict: give a list of dictionaries"),
+        (lambda: Surface(Bowl(), [(torch.ones(3), torch.ones(3))]), "`batches` has a tuple: give a list of"),
+        (lambda: hessian_spectrum(Bowl()), "`surface` is a Bowl: give Surface[(]model, batches[)]"),
+        (lambda: average_sharpness(Bowl()), "`surface` is a Bowl"),
+        (lambda: ascent_sharpness(Bowl(), 0.1), "`surface` is a Bowl"),
+        (lambda: landscape(Bowl()), "`surface` is a Bowl"),
+        (lambda: plane(Bowl(), 0.1), "`surface` is a Bowl"),
+        (lambda: arc_profile(Bowl(), XSAMArguments()), "`surface` is a Bowl"),
+        (lambda: arc_profile(Surface(Bowl(), BATCHES), 0.1), "`arguments` is a float: give XSAMArguments[(]rho=0.05"),
+    ],
+)
+def test_what_is_no_surface_is_named(measure, message):
+    with pytest.raises(TypeError, match=message):
+        measure()
 
 
 def test_lengths_as_an_array_are_taken():

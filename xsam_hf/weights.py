@@ -73,6 +73,11 @@ class MovableWeights:
     def _every(self) -> dict[str, Tensor]:
         return {**self.named, **{f"excluded weight {i}": weight for i, weight in enumerate(self.excluded)}}
 
+    @property
+    def ids(self) -> set[int]:
+        """`id` of all of them, also of those that stay."""
+        return {id(weight) for weight in (*self._all, *self.excluded)}
+
     def refuse_unfit(self) -> None:
         """Refuses weights that cannot be moved and put back one by one; see the function."""
         for name, weight in self._every.items():
@@ -94,7 +99,7 @@ class MovableWeights:
         The gradients of the weights that take part, and those of the excluded weights.
 
         Raises:
-            `ValueError`: no weight has a gradient.
+            `ValueError`: no weight has a gradient, or none in this pass.
             `NotImplementedError`: a gradient is sparse.
         """
         for name, weight in list(self._waiting.items()):
@@ -106,6 +111,11 @@ class MovableWeights:
                 "No weight received a gradient: does the loss depend on the trainable weights, and does the pass call `backward`?"
             )
         gradients: list[Any] = [weight.grad for weight in self.weights]
+        if all([gradient is None for gradient in gradients]):
+            raise ValueError(
+                "A later pass of the update gave no weight a gradient, and the first one did: let every pass go over the same batch "
+                "(an iterator or a generator is at its end after the first), and call `backward`."
+            )
         if not (are_plain(gradients) and all([gradient.layout == torch.strided for gradient in gradients])):
             gradients = [_dense_gradient(weight) for weight in self.weights]
         excluded = [weight.grad for weight in self.excluded if weight.grad is not None]

@@ -18,7 +18,7 @@ from ..search import AlphaSearch
 from ..state import XSAMState
 from ..xsam import xsam_gradient
 from .checked import check_lengths
-from .surface import Moving, Surface
+from .surface import Moving, Surface, check_surface
 
 
 @dataclass
@@ -53,6 +53,9 @@ def arc_profile(surface: Surface, arguments: XSAMArguments, radii: Sequence[floa
         `ValueError`: `rho` is 0, or the ascent follows gradients of earlier updates, which weights alone do not tell; or a
             radius is no length.
     """
+    check_surface(surface)
+    if not isinstance(arguments, XSAMArguments):
+        raise TypeError(f"`arguments` is a {type(arguments).__name__}: give XSAMArguments(rho=0.05), for instance.")
     if arguments.rho == 0:
         raise ValueError("`rho` is 0, so that there is no ascent and no arc: give a length.")
     if arguments.perturbation not in ("sam", "asam"):

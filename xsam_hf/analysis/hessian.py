@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.utils import logging
 
 from .checked import check_count
-from .surface import Surface
+from .surface import Surface, check_surface
 
 
 METHODS = ("autograd", "finite_difference")
@@ -63,6 +63,7 @@ def hessian_operator(surface: Surface, method: str | None = None) -> Iterator[tu
     Raises:
         `ValueError`: there is no such method.
     """
+    check_surface(surface)
     if method not in (None, *METHODS):
         raise ValueError(f"`method` is {method!r}: choose one of {', '.join(METHODS)}.")
     eigenthings = _eigenthings()
@@ -103,6 +104,9 @@ def hessian_spectrum(
     """
     The highest eigenvalues by Lanczos' algorithm, and the trace by Hutch++.
 
+    Lanczos finds a multiple eigenvalue, such as the 0 of directions that change nothing, once. Where half of the spectrum is asked for,
+    the whole matrix is taken, and its eigenvalues are as often there as they are in it.
+
     Args:
         surface ([`Surface`]): in evaluation mode, of several batches.
         count (`int`, *optional*, defaults to 5): how many eigenvalues.
@@ -117,22 +121,37 @@ def hessian_spectrum(
     check_count("trace_products", trace_products, least=0)
     with hessian_operator(surface, method) as (operator, taken):
         count, products = min(count, operator.size), 0
-        for steps in (20, 40, 80):
-            steps = min(max(steps, 2 * count), operator.size)
-            found = _eigenthings().lanczos(
-                operator, k=count, max_iter=steps, which="LA", reorthogonalize=True, seed=seed
-            )
-            products += found.iterations
-            if found.iterations < steps or found.residuals.max() <= tolerance * found.eigenvalues[0].abs():
-                break
+        if 2 * count >= operator.size:
+            values, residuals = _of_whole_matrix(operator, count)
+            products += operator.size
+        else:
+            for steps in (20, 40, 80):
+                steps = min(max(steps, 2 * count), operator.size)
+                found = _eigenthings().lanczos(
+                    operator, k=count, max_iter=steps, which="LA", reorthogonalize=True, seed=seed
+                )
+                products += found.iterations
+                if found.iterations < steps or found.residuals.max() <= tolerance * found.eigenvalues[0].abs():
+                    break
+            values, residuals = found.eigenvalues.tolist(), found.residuals.tolist()
         estimate = error = None
         if trace_products > 0:
             result = _eigenthings().trace(operator, num_matvecs=trace_products, seed=seed)
             estimate, error, products = result.estimate, result.stderr, products + trace_products
-        values = found.eigenvalues.tolist()
         if not all(map(math.isfinite, values)):
             raise ValueError("The Hessian at these weights is not finite: there is no spectrum.")
-        return HessianSpectrum(values, found.residuals.tolist(), estimate, error, operator.size, taken, products)
+        return HessianSpectrum(values, residuals, estimate, error, operator.size, taken, products)
+
+
+def _of_whole_matrix(operator: Any, count: int) -> tuple[list[float], list[float]]:
+    """Eigenvalues, the highest first, and residuals, from a product with each unit vector; NaN if the matrix is not finite."""
+    unit_vectors = torch.eye(operator.size, dtype=operator.dtype, device=operator.device)
+    matrix = torch.stack([operator.matvec(vector) for vector in unit_vectors], dim=1)
+    if not matrix.isfinite().all():
+        return [math.nan] * count, [math.nan] * count
+    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    residuals = (matrix @ vectors - vectors * values).norm(dim=0)
+    return values.flip(0)[:count].tolist(), residuals.flip(0)[:count].tolist()
 
 
 def _eigenthings() -> Any:

@@ -13,7 +13,7 @@ from ..geometry import norm
 from .arc import unit
 from .checked import check_count, check_length
 from .random_directions import random_direction
-from .surface import Moving, Surface, dot
+from .surface import Moving, Surface, check_surface, dot
 
 
 @dataclass
@@ -58,11 +58,11 @@ def plane(
     Raises:
         `ValueError`: a value is out of range, or the two vectors are parallel and span no plane.
     """
-    if not 0 < rho < np.inf or ascent_steps < 1 or spanned_by not in ("gradients", "arc"):
-        raise ValueError(
-            f"`rho` is {rho}, `ascent_steps` {ascent_steps} and `spanned_by` {spanned_by!r}: a plane takes a length above 0, one step or "
-            "more, and 'gradients' or 'arc' to be spanned by."
-        )
+    check_surface(surface)
+    check_length("rho", rho)
+    check_count("ascent_steps", ascent_steps)
+    if spanned_by not in ("gradients", "arc"):
+        raise ValueError(f"`spanned_by` is {spanned_by!r}: choose 'gradients' or 'arc'.")
     radius = 2 * rho if radius is None else radius
     _check("radius", radius, samples)
     with surface.moving() as theta:
@@ -97,6 +97,7 @@ def landscape(surface: Surface, reach: float = 1.0, samples: int = 21, seed: int
     Raises:
         `ValueError`: a value is out of range.
     """
+    check_surface(surface)
     _check("reach", reach, samples)
     with surface.moving() as theta:
         basis = [random_direction(theta.weights, "filter", 2 * seed + i) for i in range(2)]

@@ -16,7 +16,7 @@ from ..geometry import norm
 from .arc import unit
 from .checked import check_count, check_length, check_lengths
 from .random_directions import random_direction
-from .surface import Surface
+from .surface import Surface, check_surface
 
 
 @dataclass
@@ -70,6 +70,7 @@ def average_sharpness(
         normalisation (`str`, *optional*, defaults to `"filter"`): see [`random_direction`].
         seed (`int`, *optional*): the same one gives checkpoints of one model the same directions before the scaling.
     """
+    check_surface(surface)
     check_count("directions", directions)
     check_lengths("radii", radii)
     samples: list[list[float]] = []
@@ -92,6 +93,7 @@ def ascent_sharpness(surface: Surface, rho: float, steps: int = 5) -> float:
         rho (`float`): in the 2-norm of all trained weights.
         steps (`int`, *optional*, defaults to 5): a pass for each of them; 1 is the rise that SAM sees.
     """
+    check_surface(surface)
     check_length("rho", rho)
     check_count("steps", steps)
     with surface.moving() as theta:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ class Surface:
             Whether dropout and BatchNorm work as in training, where XSAM searches, or as in evaluation.
 
     Raises:
+        `TypeError`: the batches are no sequence of mappings.
         `ValueError`: there is no batch, or no weight is trained.
         `NotImplementedError`: the trainer runs in several processes, or scales its loss.
     """
@@ -47,7 +48,14 @@ class Surface:
     def __init__(self, model: Trainer | nn.Module, batches: Sequence[Mapping[str, Any]], training: bool = False):
         self.trainer = model if isinstance(model, Trainer) else None
         self.model: nn.Module = self.trainer.model if self.trainer is not None else model  # type: ignore[assignment]
-        self.batches, self.training = [copy_of(dict(batch)) for batch in batches], training
+        self.batches: list[dict[str, Any]] = []
+        self.training = training
+        if isinstance(batches, Mapping):
+            _refuse_batches(f"is a {type(batches).__name__}")
+        for batch in batches:
+            if not isinstance(batch, Mapping):
+                _refuse_batches(f"has a {type(batch).__name__}")
+            self.batches.append(copy_of(dict(batch)))
         if not self.batches:
             raise ValueError("There is no batch to measure the loss on: give at least one.")
         loss = None
@@ -178,6 +186,19 @@ class Moving:
     def back(self) -> None:
         """θ_0, while the block goes on."""
         self._theta.move_to()
+
+
+def _refuse_batches(found: str) -> NoReturn:
+    raise TypeError(f"`batches` {found}: give a list of dictionaries, with all that the model is called with.")
+
+
+def check_surface(surface: Surface) -> None:
+    """
+    Raises:
+        `TypeError`: it is none.
+    """
+    if not isinstance(surface, Surface):
+        raise TypeError(f"`surface` is a {type(surface).__name__}: give Surface(model, batches).")
 
 
 def batches_of(trainer: Trainer, count: int) -> list[Any]:
