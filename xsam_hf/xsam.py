@@ -61,7 +61,8 @@ def xsam_gradient(
             The model, or the weights to perturb. With a model, every pass starts from the buffers and frozen weights that the
             first one found, and they end as that one left them ([`StateFollower`]); to include a loss with buffers of its own,
             give `nn.ModuleList([model, loss])`. Weights that do not require a gradient are left alone. Those in `rho_exclude`
-            (which needs names) are not moved, count in no norm, and get g_k as it is.
+            (which needs names) are not moved, count in no norm, and get g_k as it is. Give all that the optimizer steps: others
+            would get the sum of all passes' gradients (the first update warns).
         gradient (`Callable`):
             Adds the update batch's gradient at the current weights to `p.grad` and returns the loss, a 0-dim tensor. Called
             `ascent_steps + 1` times with the same random numbers; once if XSAM is off in this update. With several
@@ -89,7 +90,7 @@ def xsam_gradient(
 
     Raises:
         `TypeError`: the weights, the arguments or the state are none, or a callable returns no loss.
-        `ValueError`: no weight requires or received a gradient; `gradient` returns its first loss again; two share memory; a hyperparameter is out of
+        `ValueError`: no weight requires a gradient, or received one in a pass; `gradient` returns its first loss again; two share memory; a hyperparameter is out of
             range; `rho_exclude` leaves none or has no names to look at; `state` is another model's; or a schedule is a share of a
             whole that is not known here.
         `NotImplementedError`: a gradient is sparse, or the first pass changed what cannot be put back for the others.
