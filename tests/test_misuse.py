@@ -189,34 +189,6 @@ def test_a_gradient_that_was_left_over_is_said(caplog):
     assert ["had a gradient before the update" in message for message in caplog.messages] == [True]
 
 
-def test_weights_that_xsam_does_not_know_are_said_once(caplog):
-    """An encoder alone is given, and the head in the same loss: that one holds the sum over all passes."""
-    data, model, state = Points(8), Classifier(), XSAMState()
-
-    def gradient():
-        loss = model(data.x, data.y)["loss"]
-        loss.backward()
-        return loss.detach()
-
-    plain = Classifier()
-    plain(data.x, data.y)["loss"].backward()
-    first, last = ([part for part in net.children() if list(part.parameters())] for net in (plain, model))
-    for _ in range(2):
-        xsam_gradient(last[0], gradient, None, XSAMArguments(rho=0.1, alpha=1.0), state)
-        model.zero_grad()
-    assert sum("not among those given to `xsam_gradient`" in message for message in caplog.messages) == 1
-    assert f"of shape {tuple(next(last[1].parameters()).shape)}" in caplog.text
-    caplog.clear()
-    with_head = XSAMArguments(rho=0.1, alpha=1.0)
-    xsam_gradient(model, gradient, None, with_head, XSAMState())
-    # A gradient of another model's that this pass does not touch.
-    assert first[1].weight.grad is not None and "not among those" not in caplog.text
-    # One that is there already, and is added to.
-    model.zero_grad(set_to_none=False)
-    xsam_gradient(last[0], gradient, None, with_head, XSAMState())
-    assert "not among those given to `xsam_gradient`" in caplog.text
-
-
 def test_a_later_pass_that_sees_no_batch_is_refused():
     data, model = Points(8), Classifier()
     start = [p.detach().clone() for p in model.parameters()]

@@ -11,7 +11,7 @@ from .arguments import XSAMArguments
 from .module_state import refuse
 from .pass_state import PassState
 from .state import XSAMState
-from .trainable import Weights, parameters_alive
+from .trainable import Weights
 from .unread import warn_of_unread
 from .weights import MovableWeights
 
@@ -30,8 +30,8 @@ def with_weights(
     ascend: bool,
 ) -> Callable[[], Tensor]:
     """
-    `gradient`, with a look at whether it writes into the weights, and in the first two updates with warnings where it adds to a
-    gradient that was left over, or gives one to weights that XSAM does not know.
+    `gradient`, with a look at whether it writes into the weights, and in the first two updates with a warning where it adds to a
+    gradient that was left over.
 
     Raises:
         `TypeError`: `gradient` or `probe` cannot be called; without a search and `slope_max` nobody asks for a `probe`.
@@ -49,7 +49,6 @@ def with_weights(
         theta.refuse_unfit()
         if before is None:  # XSAMTrainer has told them
             warn_of_unread(arguments)
-            gradient = _with_all_weights(theta, gradient) if ascend else gradient
     if arguments.searches and state.alpha > max(1.0, arguments.alphas[-1]):  # 1 is where it starts
         raise ValueError(
             f"The state's `alpha` is {state.alpha:g}, beyond `alpha_max` ({arguments.alpha_max:g}), the end of the search: go on with the "
@@ -73,38 +72,6 @@ def with_weights(
         return loss
 
     return checked if left_over else gradient
-
-
-def _with_all_weights(theta: MovableWeights, gradient: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """`gradient`, which warns in its first call where it gives other weights a gradient too, whose later passes nobody takes apart."""
-
-    looked = False
-
-    def checked() -> Tensor:
-        nonlocal looked
-        if looked:
-            return gradient()
-        looked = True
-        # A gradient that is there already is added to in place.
-        before = {id(weight): _gradient_of(weight) for weight in parameters_alive()}
-        loss, known = gradient(), theta.ids
-        for weight in parameters_alive():
-            now = _gradient_of(weight)
-            if id(weight) not in known and now is not None and now != before.get(id(weight)):
-                logger.warning(
-                    f"The pass also gives a gradient to a weight of shape {tuple(weight.shape)} that is not among those given to "
-                    "`xsam_gradient`, and it will hold the sum over all passes of the update: give all weights that the optimizer steps "
-                    "(`rho_exclude` keeps some of them in place), and call `zero_grad` on others before they are stepped."
-                )
-                break
-        return loss
-
-    return checked
-
-
-def _gradient_of(weight: Tensor) -> tuple[int, int] | None:
-    """Which gradient it has, and how often that was written."""
-    return None if weight.grad is None else (id(weight.grad), weight.grad._version)
 
 
 def _without_writes(theta: MovableWeights, gradient: Callable[[], Tensor]) -> Callable[[], Tensor]:

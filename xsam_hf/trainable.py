@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -111,11 +110,6 @@ def refuse_unfit(weights: Mapping[str, Tensor]) -> None:
                 f"{name!r} and {other!r} are two weights in the same memory, and each step would be added twice: tie them as one, "
                 "`b.weight = a.weight` and not `b.weight.data = a.weight.data`, and list it once."
             )
-
-
-def parameters_alive() -> list[nn.Parameter]:
-    """All parameters that there are in this process, whoever holds them: what Python's garbage collector knows."""
-    return [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Parameter)]
 
 
 def weights_of(optimizer: Any) -> Iterator[Tensor]:

@@ -73,11 +73,6 @@ class MovableWeights:
     def _every(self) -> dict[str, Tensor]:
         return {**self.named, **{f"excluded weight {i}": weight for i, weight in enumerate(self.excluded)}}
 
-    @property
-    def ids(self) -> set[int]:
-        """`id` of all of them, also of those that stay."""
-        return {id(weight) for weight in (*self._all, *self.excluded)}
-
     def refuse_unfit(self) -> None:
         """Refuses weights that cannot be moved and put back one by one; see the function."""
         for name, weight in self._every.items():

@@ -62,7 +62,7 @@ def xsam_gradient(
             first one found, and they end as that one left them ([`StateFollower`]); to include a loss with buffers of its own,
             give `nn.ModuleList([model, loss])`. Weights that do not require a gradient are left alone. Those in `rho_exclude`
             (which needs names) are not moved, count in no norm, and get g_k as it is. Give all that the optimizer steps: others
-            would get the sum of all passes' gradients (the first update warns).
+            get the sum of all passes' gradients.
         gradient (`Callable`):
             Adds the update batch's gradient at the current weights to `p.grad` and returns the loss, a 0-dim tensor. Called
             `ascent_steps + 1` times with the same random numbers; once if XSAM is off in this update. With several
